@@ -1,0 +1,217 @@
+//! `demo`: the whole way on a toy model, in a temporary folder that is removed again.
+//!
+//! It runs this same program as a user would, and checks what it reads through the mount against
+//! the model's own bytes.
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, bail, ensure};
+use odmoe_fs::gguf::GgmlType;
+use odmoe_fs::materialize::{Plan, Selection};
+use odmoe_fs::model::Model;
+use odmoe_fs::mounts::{Mount, Options, Signals, mount_table};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::toy::{ToyArgs, write_toy};
+use super::{exit_code, print, text};
+
+/// Show the whole way on a toy model: mount, list, read one expert, check it, unmount
+///
+/// Works in a temporary folder and removes it again.
+#[derive(clap::Args)]
+pub struct DemoArgs {}
+
+/// The expert that is read.
+const EXPERT_FILE: &str = "layer_01_expert_002";
+const LAYER: u64 = 1;
+const EXPERT: u64 = 2;
+
+pub fn run(_: &DemoArgs) -> ExitCode {
+    // A Ctrl-C waits until the folder is clean again.
+    let signals = Signals::block(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP]);
+    let result = demo();
+    if let Ok(signals) = signals
+        && let Ok(Some(signal)) = signals.take_pending()
+    {
+        return ExitCode::from(128 + signal as u8);
+    }
+    exit_code(result)
+}
+
+fn demo() -> anyhow::Result<()> {
+    let folder = tempfile::Builder::new()
+        .prefix("odmoe-demo-")
+        .tempdir()
+        .context("cannot make a temporary folder")?;
+    let toy = ToyArgs {
+        layers: 2,
+        experts: 4,
+        dim: 256,
+        ffn_dim: 512,
+        vocab: 500,
+        ggml_type: GgmlType::from_name("Q4_K").context("Q4_K is a type")?,
+        ..ToyArgs::new(&folder.path().join("toy.gguf"))
+    };
+    write_toy(&toy)?;
+    let bytes = toy.out.metadata()?.len();
+    print(&format!(
+        "A toy model of 2 layers with 4 experts each, in Q4_K: toy.gguf, {}\n\n",
+        text::size(bytes)
+    ))?;
+
+    let directory = folder.path().join("mnt");
+    fs::create_dir(&directory)?;
+    // Asked first, because the answer decides what can be shown.
+    match Mount::prepare(Model::open(&toy.out)?, &directory, &Options::default()) {
+        Ok(_) => show_mounted(&toy.out, &directory)?,
+        Err(e) if e.is_no_fuse() => {
+            show_materialized(&toy.out, &folder)?;
+            bail!("this machine cannot mount: {e}");
+        }
+        Err(e) => return Err(e.into()),
+    }
+    folder
+        .close()
+        .context("cannot remove the temporary folder")?;
+    print("Everything was removed again. Next: odmoe-fs mount YOUR-MODEL.gguf DIRECTORY\n")
+}
+
+fn show_mounted(toy: &Path, directory: &Path) -> anyhow::Result<()> {
+    print("$ odmoe-fs mount toy.gguf mnt\n")?;
+    let mounted = Mounted::new(toy, directory)?;
+    show_tree(directory)?;
+    check_expert(toy, directory)?;
+    print("\n$ odmoe-fs umount mnt\n")?;
+    mounted.unmount()
+}
+
+fn show_materialized(toy: &Path, folder: &TempDir) -> anyhow::Result<()> {
+    print("$ odmoe-fs materialize toy.gguf out\n")?;
+    let out = folder.path().join("out");
+    let model = Model::open(toy)?;
+    let plan = Plan::new(&model, &out, &Selection::default())?;
+    plan.run(std::num::NonZeroUsize::MIN, &|_| {})?;
+    show_tree(&out)?;
+    check_expert(toy, &out)
+}
+
+/// A mount that does not outlive the demo.
+struct Mounted {
+    directory: PathBuf,
+}
+
+impl Mounted {
+    fn new(model: &Path, directory: &Path) -> anyhow::Result<Self> {
+        run_self(&["mount".as_ref(), model.as_ref(), directory.as_ref()])?;
+        Ok(Self {
+            directory: directory.to_owned(),
+        })
+    }
+
+    fn unmount(self) -> anyhow::Result<()> {
+        run_self(&["umount".as_ref(), self.directory.as_ref()])
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let resolved = self.directory.canonicalize();
+        let directory = resolved.as_ref().unwrap_or(&self.directory);
+        if mount_table()
+            .iter()
+            .any(|entry| entry.directory == *directory)
+        {
+            let arguments = ["umount".as_ref(), "--lazy".as_ref(), directory.as_ref()];
+            if let Err(e) = run_self(&arguments) {
+                tracing::error!("{e:#}");
+            }
+        }
+    }
+}
+
+/// Runs this program with other arguments, and fails with what it said.
+fn run_self(arguments: &[&std::ffi::OsStr]) -> anyhow::Result<()> {
+    let program = std::env::current_exe().context("cannot find this program itself")?;
+    let output = Command::new(program).args(arguments).output()?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        let said = said.trim();
+        bail!("{}", said.strip_prefix("error: ").unwrap_or(said));
+    }
+    Ok(())
+}
+
+fn show_tree(root: &Path) -> anyhow::Result<()> {
+    let root_name = root.file_name().unwrap_or_default().to_string_lossy();
+    let mut out = format!("{root_name}/\n");
+    for directory in sorted(root)? {
+        out += &format!("  {}/\n", name_of(&directory));
+        for file in sorted(&directory)? {
+            let bytes = file.metadata()?.len();
+            let (name, size) = (name_of(&file), text::count(bytes));
+            out += &format!("    {name:<40} {size:>9} bytes\n");
+        }
+    }
+    print(&out)
+}
+
+fn sorted(directory: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    let entries = fs::read_dir(directory)?.map(|entry| Ok(entry?.path()));
+    let mut paths = entries.collect::<std::io::Result<Vec<_>>>()?;
+    paths.sort();
+    Ok(paths)
+}
+
+fn name_of(path: &Path) -> String {
+    let name = path.file_name().unwrap_or_default();
+    name.to_string_lossy().into_owned()
+}
+
+/// Reads an expert as a loader does, and compares every tensor with where the GGUF's own header
+/// says that the expert's slice of it lies.
+fn check_expert(toy: &Path, root: &Path) -> anyhow::Result<()> {
+    let file = fs::read(root.join(format!("experts/{EXPERT_FILE}.safetensors")))?;
+    let (length, rest) = file
+        .split_first_chunk::<8>()
+        .context("the file has no header")?;
+    let (json, payload) = rest
+        .split_at_checked(u64::from_le_bytes(*length) as usize)
+        .context("the header is cut short")?;
+    let header: Value = serde_json::from_slice(json)?;
+    let sources = header["__metadata__"]["odmoe.tensors"].as_str();
+    let sources: Value = serde_json::from_str(sources.context("there is no odmoe.tensors")?)?;
+
+    let model = Model::open(toy)?;
+    let gguf = fs::File::open(toy)?;
+    let mut out = format!("\nexperts/{EXPERT_FILE}.safetensors holds\n");
+    for (name, word) in [("w1", "gate"), ("w2", "down"), ("w3", "up")] {
+        let name = format!("{name}.weight");
+        let gguf_name = format!("blk.{LAYER}.ffn_{word}_exps.weight");
+        let mut tensors = model.layout().model().tensors.iter();
+        let tensor = tensors.find(|tensor| tensor.info.name == gguf_name);
+        let info = &tensor.context("the toy model lacks a tensor")?.info;
+        let bytes = info.bytes / info.ne[2];
+        let offset = info.offset + EXPERT * bytes;
+
+        let mut expected = vec![0; bytes as usize];
+        gguf.read_exact_at(&mut expected, offset)?;
+        let at = |n| header[&name]["data_offsets"][n].as_u64().unwrap_or(0) as usize;
+        let found = payload.get(at(0)..at(1));
+        ensure!(
+            found == Some(&expected[..]),
+            "{name} differs from {gguf_name}; this is a bug in odmoe-fs"
+        );
+        out += &format!(
+            "  {name}  {} {:<11} {} bytes, the same as toy.gguf at byte {}\n",
+            info.ggml_type,
+            sources[&name]["shape"].to_string(),
+            text::count(bytes),
+            text::count(offset),
+        );
+    }
+    print(&out)
+}

@@ -1,0 +1,150 @@
+//! `materialize`: the tree as real files.
+
+use std::io::{self, IsTerminal};
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use odmoe_fs::materialize::{Numbers, Plan, Progress, Selection};
+use odmoe_fs::model::Model;
+
+use super::{ModelArg, print, text};
+
+/// Write the tree of a model as real files
+///
+/// A file gets its name when it is complete and on the disk. If the run is interrupted, the same
+/// command goes on from there; files that are complete are not written again.
+#[derive(clap::Args)]
+pub struct MaterializeArgs {
+    #[command(flatten)]
+    model: ModelArg,
+    /// The directory to write base_model/ and experts/ into; made if missing
+    #[arg(value_name = "DIR")]
+    directory: PathBuf,
+    /// Write only base_model/
+    #[arg(long, conflicts_with_all = ["experts_only", "layers", "experts"])]
+    base_only: bool,
+    /// Write only the experts (and metadata.json)
+    #[arg(long)]
+    experts_only: bool,
+    /// Of the experts, write only those of these layers, such as 0-3,7
+    #[arg(long, value_name = "LIST")]
+    layers: Option<Numbers>,
+    /// Of the experts, write only those with these numbers, such as 0,5
+    #[arg(long, value_name = "LIST")]
+    experts: Option<Numbers>,
+    /// Say what would be written, and stop
+    #[arg(long)]
+    dry_run: bool,
+    /// Files to write at the same time [default: the processors, at most 8]
+    #[arg(long, value_name = "N")]
+    jobs: Option<NonZeroUsize>,
+}
+
+pub fn run(args: &MaterializeArgs, quiet: bool) -> anyhow::Result<()> {
+    let model = Model::open(&args.model.model)?;
+    let selection = Selection {
+        without_base: args.experts_only,
+        without_experts: args.base_only,
+        layers: args.layers.clone(),
+        experts: args.experts.clone(),
+    };
+    let plan = Plan::new(&model, &args.directory, &selection)?;
+    let to_write = text::counted(plan.files(), "file");
+    let done = match plan.files_done() {
+        0 => String::new(),
+        done => format!(" ({} complete already)", text::count(done as u64)),
+    };
+    let announcement = format!("{to_write}, {} to write{done}", text::size(plan.bytes()));
+    if args.dry_run {
+        plan.check_room()?;
+        return print(&format!("{announcement}\n"));
+    }
+    plan.check_room()?;
+    if !quiet {
+        eprintln!("{announcement}");
+    }
+    let meter = Meter::new(plan.bytes(), quiet);
+    let jobs = args.jobs.unwrap_or_else(default_jobs);
+    plan.run(jobs, &|progress| meter.add(progress))?;
+    meter.finish();
+    print(&format!(
+        "wrote {to_write}, {} into {}\n",
+        text::size(plan.bytes()),
+        text::path(&args.directory)
+    ))
+}
+
+fn default_jobs() -> NonZeroUsize {
+    let processors = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+    processors.min(const { NonZeroUsize::new(8).unwrap() })
+}
+
+/// Progress on stderr: a bar on a terminal, else a line for every tenth, once it has taken a
+/// second.
+struct Meter {
+    bar: ProgressBar,
+    lines: bool,
+    total_bytes: u64,
+    bytes: AtomicU64,
+    files: AtomicU64,
+    tenths: AtomicU64,
+    started: Instant,
+}
+
+impl Meter {
+    fn new(total_bytes: u64, quiet: bool) -> Self {
+        let terminal = io::stderr().is_terminal();
+        let bar = if quiet || !terminal {
+            ProgressBar::hidden()
+        } else {
+            let style = ProgressStyle::with_template(
+                "{wide_bar} {bytes}/{total_bytes} {binary_bytes_per_sec} {msg} {eta} left",
+            );
+            ProgressBar::new(total_bytes)
+                .with_style(style.expect("the template is valid"))
+                .with_message("0 files")
+        };
+        Self {
+            bar,
+            lines: !quiet && !terminal,
+            total_bytes,
+            bytes: AtomicU64::new(0),
+            files: AtomicU64::new(0),
+            tenths: AtomicU64::new(0),
+            started: Instant::now(),
+        }
+    }
+
+    fn add(&self, progress: Progress) {
+        let bytes = self.bytes.fetch_add(progress.bytes, Ordering::Relaxed) + progress.bytes;
+        let files = self.files.fetch_add(progress.files, Ordering::Relaxed) + progress.files;
+        self.bar.inc(progress.bytes);
+        if progress.files > 0 {
+            self.bar
+                .set_message(format!("{} files", text::count(files)));
+        }
+        let tenth = bytes * 10 / self.total_bytes.max(1);
+        let elapsed = self.started.elapsed();
+        if self.lines
+            && elapsed > Duration::from_secs(1)
+            && self.tenths.fetch_max(tenth, Ordering::Relaxed) < tenth
+        {
+            let rate = bytes as f64 / elapsed.as_secs_f64();
+            eprintln!(
+                "{}0 %: {} of {}, {} files, {}/s",
+                tenth,
+                text::size(bytes),
+                text::size(self.total_bytes),
+                text::count(files),
+                text::size(rate as u64)
+            );
+        }
+    }
+
+    fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
+}

@@ -1,0 +1,108 @@
+//! `mount`: the tree on a directory, from the background or the foreground.
+
+use std::fs::File;
+use std::path::PathBuf;
+
+use anyhow::Context;
+use odmoe_fs::model::Model;
+use odmoe_fs::mounts::{Mount, Options};
+
+use super::{ModelArg, print, text};
+
+/// Show a model as base_model/ and experts/ on a directory
+///
+/// Returns when the tree can be used; a background process serves it until it is unmounted.
+#[derive(clap::Args)]
+pub struct MountArgs {
+    #[command(flatten)]
+    model: ModelArg,
+    /// The directory to mount on: it must exist and be empty
+    #[arg(value_name = "DIR")]
+    directory: PathBuf,
+    /// Stay in the foreground; Ctrl-C (SIGINT) or SIGTERM unmounts
+    #[arg(short, long)]
+    foreground: bool,
+    /// Mount even if the directory is not empty, which hides what is in it
+    #[arg(long)]
+    nonempty: bool,
+    /// Let other users in, too, by the permissions of the files
+    #[arg(long)]
+    allow_other: bool,
+    /// Owner of the files, instead of the user who mounts
+    #[arg(long, value_name = "UID")]
+    uid: Option<u32>,
+    /// Group of the files, instead of that of the user who mounts
+    #[arg(long, value_name = "GID")]
+    gid: Option<u32>,
+    /// Worker threads [default: twice the processors, 4 to 16]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    threads: Option<u16>,
+    /// Append the messages of the background process to a file
+    #[arg(long, value_name = "FILE", conflicts_with = "foreground")]
+    log_file: Option<PathBuf>,
+}
+
+pub fn run(args: &MountArgs) -> anyhow::Result<()> {
+    let model = Model::open(&args.model.model)?;
+    if model.layout().experts().is_empty() {
+        tracing::warn!(
+            "{:?} has no routed experts: experts/ will hold an empty registry.json only",
+            args.model.model
+        );
+    }
+    let log = args
+        .log_file
+        .as_ref()
+        .map(|path| {
+            File::options()
+                .append(true)
+                .create(true)
+                .open(path)
+                .with_context(|| format!("cannot open the log {path:?}"))
+        })
+        .transpose()?;
+    let options = Options {
+        nonempty: args.nonempty,
+        allow_other: args.allow_other,
+        uid: args.uid,
+        gid: args.gid,
+        threads: args.threads.map(usize::from),
+    };
+    let mount = Mount::prepare(model, &args.directory, &options)?;
+    let summary = summary(&mount);
+    if args.foreground {
+        // A closed stdout is no reason to end a mount.
+        let said = || drop(print(&format!("{summary}unmount with Ctrl-C\n")));
+        mount.serve(said)?;
+    } else {
+        let directory = quoted(&mount);
+        mount.serve_in_background(log.as_ref())?;
+        print(&format!(
+            "{summary}unmount with: odmoe-fs umount {directory}\n"
+        ))?;
+    }
+    Ok(())
+}
+
+fn summary(mount: &Mount) -> String {
+    let layout = mount.model().layout();
+    let base = layout.files().len() - layout.experts().len();
+    format!(
+        "mounted on {}: {} in {}, {}\n",
+        text::path(mount.directory()),
+        text::counted(layout.experts().len(), "expert"),
+        text::counted(layout.moe_layers().count(), "layer"),
+        text::counted(base, "base file"),
+    )
+}
+
+/// The directory as a shell takes it.
+fn quoted(mount: &Mount) -> String {
+    let path = text::path(mount.directory());
+    let plain = |c: char| c.is_alphanumeric() || "/._-+@%,:=".contains(c);
+    if path.chars().all(plain) {
+        path
+    } else {
+        format!("'{}'", path.replace('\'', r"'\''"))
+    }
+}

@@ -1,0 +1,65 @@
+//! How numbers and names look on a screen.
+
+use std::path::Path;
+
+use indicatif::{HumanBytes, HumanCount};
+
+/// `1.50 GiB`
+pub fn size(bytes: u64) -> String {
+    HumanBytes(bytes).to_string()
+}
+
+/// `23,040`
+pub fn count(n: impl TryInto<u64>) -> String {
+    HumanCount(n.try_into().unwrap_or(u64::MAX)).to_string()
+}
+
+/// `1 file`, `2 files`
+pub fn counted(n: usize, noun: &str) -> String {
+    let plural = if n == 1 { "" } else { "s" };
+    format!("{} {noun}{plural}", count(n as u64))
+}
+
+/// A name from a model, which may hold anything, made safe for a terminal.
+pub fn name(name: &str) -> String {
+    if name.contains(char::is_control) {
+        name.escape_debug().to_string()
+    } else {
+        name.to_owned()
+    }
+}
+
+/// A path, made safe for a terminal.
+pub fn path(path: &Path) -> String {
+    name(&path.to_string_lossy())
+}
+
+/// `0, 3-60` for sorted numbers.
+pub fn ranges(numbers: &[u32]) -> String {
+    numbers
+        .chunk_by(|a, b| a + 1 == *b)
+        .map(|run| match run {
+            [one] => one.to_string(),
+            [first, .., last] => format!("{first}-{last}"),
+            [] => String::new(),
+        })
+        .collect::<Vec<_>>()
+        .join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_of_numbers_are_folded() {
+        assert_eq!(ranges(&[0, 3, 4, 5, 9]), "0, 3-5, 9");
+        assert_eq!(ranges(&[]), "");
+    }
+
+    #[test]
+    fn names_cannot_move_the_cursor() {
+        assert_eq!(name("blk.0.模型"), "blk.0.模型");
+        assert_eq!(name("a\u{1b}[2J\n"), "a\\u{1b}[2J\\n");
+    }
+}

@@ -1,0 +1,455 @@
+//! The FUSE adapter: arguments in, a call of the tree or the model, a reply out. Nothing is
+//! decided here but how to say it to the kernel.
+//!
+//! Since the tree never changes, names and attributes are good for ever, pages stay cached, and
+//! files need no opening: `open` and `opendir` answer ENOSYS, which the kernel remembers.
+
+use std::cell::RefCell;
+use std::ffi::OsStr;
+use std::io;
+use std::ops::ControlFlow;
+use std::os::unix::ffi::OsStrExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use fuser::{
+    BsdFileFlags, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType, Filesystem,
+    FopenFlags, Generation, INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags,
+    ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry,
+    ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+};
+
+use crate::model::Model;
+use crate::source::ReadError;
+use crate::tree::{Ino, Kind, ROOT};
+
+/// How long the kernel may keep what it was told: longer than any mount lives.
+const FOR_EVER: Duration = Duration::from_secs(u32::MAX as u64);
+/// One generation of inode numbers: they are never reused.
+const GENERATION: Generation = Generation(0);
+/// The unit of `st_blocks`, by POSIX.
+const STAT_BLOCK_BYTES: u64 = 512;
+/// The unit of `statfs`.
+const STATFS_BLOCK_BYTES: u32 = 4096;
+/// Programs size their buffers by `st_blksize`. On Linux 4096 keeps a look at a header small; on
+/// macOS it sets the size of reads, where small ones are slow or hang.
+const PREFERRED_BLOCK_BYTES: u32 = if cfg!(target_os = "macos") {
+    1 << 20
+} else {
+    4096
+};
+/// The longest name that Linux file systems allow; ours are far shorter.
+const MAX_NAME_BYTES: u32 = 255;
+
+/// Who owns the files of a mount.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Owner {
+    /// User id.
+    pub uid: u32,
+    /// Group id.
+    pub gid: u32,
+}
+
+/// A model as a file system.
+#[derive(Debug)]
+pub struct OdmoeFs {
+    model: Model,
+    owner: Owner,
+    modified: SystemTime,
+    /// Whether the kernel takes ENOSYS for "needs no opening".
+    opens_nothing: bool,
+}
+
+thread_local! {
+    /// The reply to a read, one per worker thread. It grows to the largest read, 1 MiB.
+    static REPLY: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+impl OdmoeFs {
+    /// A file system that shows `model`, all of it belonging to `owner`.
+    pub fn new(model: Model, owner: Owner) -> Self {
+        let modified = model.source().modified();
+        Self {
+            model,
+            owner,
+            modified,
+            opens_nothing: false,
+        }
+    }
+
+    /// The model that is shown.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    fn attributes(&self, ino: Ino) -> Option<FileAttr> {
+        let tree = self.model.tree();
+        let size = tree.size(ino)?;
+        let (kind, perm, nlink) = match tree.kind(ino)? {
+            Kind::Directory => {
+                // One link for the name, one for `.`, one for `..` of each directory below; only
+                // the root has directories.
+                let below = if ino == ROOT {
+                    tree.children(ino)?
+                } else {
+                    0..0
+                };
+                let directories = below.end - below.start;
+                (FileType::Directory, 0o555, 2 + directories as u32)
+            }
+            Kind::File => (FileType::RegularFile, 0o444, 1),
+        };
+        Some(FileAttr {
+            ino: INodeNo(ino),
+            size,
+            blocks: size.div_ceil(STAT_BLOCK_BYTES),
+            atime: self.modified,
+            mtime: self.modified,
+            ctime: self.modified,
+            crtime: self.modified,
+            kind,
+            perm,
+            nlink,
+            uid: self.owner.uid,
+            gid: self.owner.gid,
+            rdev: 0,
+            blksize: PREFERRED_BLOCK_BYTES,
+            flags: 0,
+        })
+    }
+
+    /// Gives the entries of a directory from the `offset`-th on to `add`, until that says to stop:
+    /// `.`, `..`, then the children. With each goes the offset of the entry after it.
+    fn list(
+        &self,
+        directory: Ino,
+        offset: u64,
+        mut add: impl FnMut(Ino, u64, &str) -> ControlFlow<()>,
+    ) -> Result<(), Errno> {
+        let tree = self.model.tree();
+        let children = tree.children(directory).ok_or(Errno::ENOTDIR)?;
+        let parent = tree.parent(directory).unwrap_or(ROOT);
+        let dots = [(directory, "."), (parent, "..")];
+        let named = children.map(|ino| (ino, tree.name(ino).unwrap_or_default()));
+        let entries = (1u64..).zip(dots.into_iter().chain(named));
+        for (next, (ino, name)) in entries.skip(usize::try_from(offset).unwrap_or(usize::MAX)) {
+            if add(ino, next, name).is_break() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn open_nothing(&self, reply: ReplyOpen, flags: FopenFlags) {
+        if self.opens_nothing {
+            reply.error(Errno::ENOSYS);
+        } else {
+            reply.opened(FileHandle(0), flags);
+        }
+    }
+}
+
+/// Runs a callback. A panic must not cost the user the mount: the reply, dropped on the way out,
+/// tells the caller EIO.
+fn guarded(operation: &str, ino: INodeNo, callback: impl FnOnce()) {
+    if catch_unwind(AssertUnwindSafe(callback)).is_err() {
+        tracing::error!("{operation} of inode {ino} panicked; this is a bug in odmoe-fs");
+    }
+}
+
+/// What a reader is told of a failed read.
+fn errno(error: &ReadError) -> Errno {
+    match error {
+        // Said once, by the source.
+        ReadError::Changed { .. } => {}
+        ReadError::Reopen { .. } | ReadError::Read { .. } => tracing::error!("{error}"),
+    }
+    Errno::EIO
+}
+
+/// A full reply buffer ends a listing.
+fn until_full(full: bool) -> ControlFlow<()> {
+    if full {
+        ControlFlow::Break(())
+    } else {
+        ControlFlow::Continue(())
+    }
+}
+
+impl Filesystem for OdmoeFs {
+    fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        // Wishes, each refused by kernels that do not know it; all works without.
+        for wish in [
+            InitFlags::FUSE_DO_READDIRPLUS,
+            InitFlags::FUSE_PARALLEL_DIROPS,
+        ] {
+            if config.add_capabilities(wish).is_err() {
+                tracing::info!("the kernel does not offer {wish:?}");
+            }
+        }
+        let no_opening = InitFlags::FUSE_NO_OPEN_SUPPORT | InitFlags::FUSE_NO_OPENDIR_SUPPORT;
+        self.opens_nothing = config.add_capabilities(no_opening).is_ok();
+        Ok(())
+    }
+
+    fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        guarded("lookup", parent, || {
+            let child = self.model.tree().lookup(parent.0, name.as_bytes());
+            match child.and_then(|ino| self.attributes(ino)) {
+                Some(attributes) => reply.entry(&FOR_EVER, &attributes, GENERATION),
+                None => reply.error(Errno::ENOENT),
+            }
+        });
+    }
+
+    fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        guarded("getattr", ino, || match self.attributes(ino.0) {
+            Some(attributes) => reply.attr(&FOR_EVER, &attributes),
+            None => reply.error(Errno::ENOENT),
+        });
+    }
+
+    fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        self.open_nothing(reply, FopenFlags::FOPEN_KEEP_CACHE);
+    }
+
+    fn opendir(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        let flags = FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_CACHE_DIR;
+        self.open_nothing(reply, flags);
+    }
+
+    fn read(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        size: u32,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        guarded("read", ino, || {
+            REPLY.with_borrow_mut(|buffer| {
+                let size = size as usize;
+                if buffer.len() < size {
+                    buffer.resize(size, 0);
+                }
+                match self.model.read_at(ino.0, offset, &mut buffer[..size]) {
+                    Ok(read) => reply.data(&buffer[..read]),
+                    Err(error) => reply.error(errno(&error)),
+                }
+            });
+        });
+    }
+
+    fn readdir(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectory,
+    ) {
+        guarded("readdir", ino, || {
+            let tree = self.model.tree();
+            let listed = self.list(ino.0, offset, |ino, next, name| {
+                let kind = match tree.kind(ino) {
+                    Some(Kind::Directory) => FileType::Directory,
+                    _ => FileType::RegularFile,
+                };
+                until_full(reply.add(INodeNo(ino), next, kind, name))
+            });
+            match listed {
+                Ok(()) => reply.ok(),
+                Err(errno) => reply.error(errno),
+            }
+        });
+    }
+
+    fn readdirplus(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectoryPlus,
+    ) {
+        guarded("readdirplus", ino, || {
+            let listed = self.list(ino.0, offset, |ino, next, name| {
+                let Some(attributes) = self.attributes(ino) else {
+                    return ControlFlow::Break(());
+                };
+                let ino = INodeNo(ino);
+                until_full(reply.add(ino, next, name, &FOR_EVER, &attributes, GENERATION))
+            });
+            match listed {
+                Ok(()) => reply.ok(),
+                Err(errno) => reply.error(errno),
+            }
+        });
+    }
+
+    fn statfs(&self, _: &Request, ino: INodeNo, reply: ReplyStatfs) {
+        guarded("statfs", ino, || {
+            let tree = self.model.tree();
+            let blocks = tree.total_size().div_ceil(STATFS_BLOCK_BYTES.into());
+            reply.statfs(
+                blocks,
+                0,
+                0,
+                tree.len(),
+                0,
+                STATFS_BLOCK_BYTES,
+                MAX_NAME_BYTES,
+                STATFS_BLOCK_BYTES,
+            );
+        });
+    }
+
+    // ENOSYS holds for the whole connection: without it every `ls -l` asks twice per file.
+
+    fn getxattr(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, reply: ReplyXattr) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn listxattr(&self, _: &Request, _: INodeNo, _: u32, reply: ReplyXattr) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    // The mount is read-only, so the kernel refuses changes itself. These are for a mount that
+    // root has made writable with `mount -o remount,rw`.
+
+    fn setattr(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: Option<u32>,
+        _: Option<u32>,
+        _: Option<u32>,
+        _: Option<u64>,
+        _: Option<TimeOrNow>,
+        _: Option<TimeOrNow>,
+        _: Option<SystemTime>,
+        _: Option<FileHandle>,
+        _: Option<SystemTime>,
+        _: Option<SystemTime>,
+        _: Option<SystemTime>,
+        _: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn mknod(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, _: u32, _: u32, reply: ReplyEntry) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn mkdir(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, _: u32, reply: ReplyEntry) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn unlink(&self, _: &Request, _: INodeNo, _: &OsStr, reply: ReplyEmpty) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn rmdir(&self, _: &Request, _: INodeNo, _: &OsStr, reply: ReplyEmpty) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn symlink(&self, _: &Request, _: INodeNo, _: &OsStr, _: &Path, reply: ReplyEntry) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn rename(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: &OsStr,
+        _: INodeNo,
+        _: &OsStr,
+        _: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn link(&self, _: &Request, _: INodeNo, _: INodeNo, _: &OsStr, reply: ReplyEntry) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn create(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: &OsStr,
+        _: u32,
+        _: u32,
+        _: i32,
+        reply: ReplyCreate,
+    ) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn write(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        _: u64,
+        _: &[u8],
+        _: WriteFlags,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn fallocate(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        _: u64,
+        _: u64,
+        _: i32,
+        reply: ReplyEmpty,
+    ) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn copy_file_range(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        _: u64,
+        _: INodeNo,
+        _: FileHandle,
+        _: u64,
+        _: u64,
+        _: CopyFileRangeFlags,
+        reply: ReplyWrite,
+    ) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn setxattr(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: &OsStr,
+        _: &[u8],
+        _: i32,
+        _: u32,
+        reply: ReplyEmpty,
+    ) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn removexattr(&self, _: &Request, _: INodeNo, _: &OsStr, reply: ReplyEmpty) {
+        reply.error(Errno::EROFS);
+    }
+}

@@ -1,0 +1,658 @@
+//! Reading the header of one GGUF file.
+//!
+//! Every read goes through [`Cursor`], which compares the length with what is left of the file
+//! before a byte is read, skipped or allocated.
+
+use std::collections::HashSet;
+use std::fmt::Display;
+use std::io::{self, BufRead, Seek};
+use std::ops::Range;
+
+use super::types::{self, GgmlType};
+use super::value::{KeyValue, Value, ValueType};
+use super::{DEFAULT_ALIGNMENT, FIXED_HEADER_BYTES, MAGIC};
+
+/// Our own ceilings, far above any published model (Kimi-K2.5: 6.85 MB, 1,096 tensors); what is
+/// above them is an attack or a broken file, and would cost memory before it is found out.
+const MAX_HEADER_BYTES: u64 = 1 << 30;
+const MAX_TENSORS: u64 = 1 << 20;
+const MAX_KEY_VALUES: u64 = 1 << 20;
+/// `docs/gguf.md`: keys are at most 65535 bytes long.
+const MAX_KEY_BYTES: u64 = 65_535;
+/// llama.cpp: `GGML_MAX_NAME` is 64 with the terminating NUL.
+const MAX_NAME_BYTES: u64 = 63;
+/// Longer strings are skipped; only their length is kept.
+const MAX_KEPT_STRING_BYTES: u64 = 64 << 10;
+/// Longer arrays are skipped; only their type and length are kept.
+const MAX_KEPT_ITEMS: u64 = 64;
+/// How deep arrays of arrays may go (huggingface.js draws the line there, too).
+const MAX_ARRAY_DEPTH: u32 = 4;
+/// The smallest key/value: empty-most key (8 + 1), type (4), one byte.
+const MIN_KEY_VALUE_BYTES: u64 = 14;
+/// The smallest tensor info: name (8 + 1), n_dims (4), type (4), offset (8).
+const MIN_TENSOR_INFO_BYTES: u64 = 25;
+
+/// What the header of one GGUF file says, checked against the file's size.
+#[derive(Debug)]
+pub struct Header {
+    /// 2 or 3; the two have the same layout.
+    pub version: u32,
+    pub key_values: Vec<KeyValue>,
+    /// The bytes of the whole key/value section in the file.
+    pub key_value_range: Range<u64>,
+    /// In the order of the tensor table, which is also the order of their data.
+    pub tensors: Vec<TensorInfo>,
+    /// Tensor data starts at multiples of this many bytes.
+    pub alignment: u32,
+    /// Where tensor data starts in the file; the end of the header if there are no tensors.
+    pub data_start: u64,
+}
+
+/// One tensor of one GGUF file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorInfo {
+    /// 1 to 63 bytes of UTF-8 without NUL; otherwise any text, never to be used as a path.
+    pub name: String,
+    /// Dimensions in GGUF order (contiguous first); those not stored are 1.
+    pub ne: [u64; 4],
+    /// How many dimensions were stored, 0 (a scalar) to 4.
+    pub n_dims: usize,
+    pub ggml_type: &'static GgmlType,
+    /// First byte of the data, counted from the start of the file.
+    pub offset: u64,
+    /// Bytes of data, without padding.
+    pub bytes: u64,
+}
+
+impl TensorInfo {
+    /// The stored dimensions, in GGUF order (contiguous first).
+    pub fn dims(&self) -> &[u64] {
+        &self.ne[..self.n_dims]
+    }
+}
+
+/// Why a header was refused, and where.
+#[derive(Debug, thiserror::Error)]
+#[error("{field}, at byte {offset}: {problem}")]
+pub struct HeaderError {
+    /// The byte of the file at which the field starts.
+    pub offset: u64,
+    /// The field, in words.
+    pub field: String,
+    pub problem: Problem,
+}
+
+/// What can be wrong with a field of a header.
+#[derive(Debug, thiserror::Error)]
+pub enum Problem {
+    #[error("found {0:?} instead of \"GGUF\"; this is no GGUF file")]
+    Magic(String),
+    #[error("this is a big-endian GGUF; convert it with gguf-py's gguf_convert_endian.py")]
+    BigEndian,
+    #[error(
+        "version {0} is not supported (only 2 and 3 are); convert the model again with a current llama.cpp"
+    )]
+    Version(u32),
+    #[error(
+        "needs {needed} bytes, but the file has only {left} more; it is truncated or corrupt, download it again"
+    )]
+    Truncated { needed: u64, left: u64 },
+    #[error("the header goes beyond {MAX_HEADER_BYTES} bytes; no real model has such a header")]
+    HeaderTooLarge,
+    #[error("{count} is more than the {left} bytes left in the file can hold; the file is corrupt")]
+    Count { count: u64, left: u64 },
+    #[error("{count} is above the limit of {limit}")]
+    AboveLimit { count: u64, limit: u64 },
+    #[error("is empty")]
+    Empty,
+    #[error("holds a NUL byte")]
+    Nul,
+    #[error("is not valid UTF-8")]
+    Utf8,
+    #[error("occurs a second time")]
+    Duplicate,
+    #[error("value type {0} does not exist")]
+    ValueType(u32),
+    #[error("arrays are nested deeper than {MAX_ARRAY_DEPTH} levels")]
+    Nesting,
+    #[error("must be of type u32, but is {}", .0.name())]
+    AlignmentType(ValueType),
+    #[error("{0} is not a power of two")]
+    AlignmentValue(u32),
+    #[error("{0} dimensions are more than GGML's 4")]
+    Dimensions(u32),
+    #[error("dimension {0} is negative")]
+    NegativeDimension(i64),
+    #[error("the product of the dimensions {0:?} is too large")]
+    Elements(Vec<u64>),
+    #[error("type {id} is {name}: {advice}")]
+    RetiredType {
+        id: u32,
+        name: &'static str,
+        advice: &'static str,
+    },
+    #[error(
+        "type {0} is unknown, so the size of the tensor cannot be known; a newer odmoe-fs may know it"
+    )]
+    UnknownType(u32),
+    #[error("rows of {ne0} elements are no whole number of {ggml_type} blocks of {}", ggml_type.block_size)]
+    Blocks {
+        ne0: u64,
+        ggml_type: &'static GgmlType,
+    },
+    #[error("the size in bytes of {dims:?} {ggml_type} does not fit 64 bits")]
+    Bytes {
+        dims: Vec<u64>,
+        ggml_type: &'static GgmlType,
+    },
+    #[error(
+        "is {found}, but the tensors before it end at {expected}; the file is corrupt, download it again"
+    )]
+    Offset { found: u64, expected: u64 },
+    #[error(
+        "the data ends at byte {end}, but the file has only {file_bytes} bytes; it is truncated, download it again"
+    )]
+    BeyondEnd { end: u64, file_bytes: u64 },
+    #[error("cannot be read: {0}")]
+    Io(#[from] io::Error),
+}
+
+impl Header {
+    /// Reads the header of a GGUF of `file_bytes` bytes from a reader that stands at its first byte.
+    ///
+    /// Time and memory are bounded by the header's real size; the payload is never read.
+    pub fn read<R: BufRead + Seek>(reader: R, file_bytes: u64) -> Result<Self, HeaderError> {
+        let mut cursor = Cursor {
+            reader,
+            position: 0,
+            file_bytes,
+        };
+        let version = cursor.fixed_header()?;
+        let n_tensors =
+            cursor.count("the number of tensors", MIN_TENSOR_INFO_BYTES, MAX_TENSORS)?;
+        let n_kv = cursor.count(
+            "the number of key/values",
+            MIN_KEY_VALUE_BYTES,
+            MAX_KEY_VALUES,
+        )?;
+
+        let key_values = cursor.key_values(n_kv)?;
+        let key_value_range = FIXED_HEADER_BYTES..cursor.position;
+        let alignment = alignment(&key_values)?;
+
+        let infos_start = cursor.position;
+        let mut tensors = cursor.tensor_infos(n_tensors)?;
+        let data_start = if tensors.is_empty() {
+            cursor.position
+        } else {
+            // The position is at most MAX_HEADER_BYTES and the alignment fits 32 bits.
+            cursor.position.next_multiple_of(alignment.into())
+        };
+        if data_start > file_bytes {
+            return Err(HeaderError {
+                offset: infos_start,
+                field: format!("the start of the tensor data (aligned to {alignment})"),
+                problem: Problem::BeyondEnd {
+                    end: data_start,
+                    file_bytes,
+                },
+            });
+        }
+        place(&mut tensors, data_start, alignment, file_bytes)?;
+        Ok(Self {
+            version,
+            key_values,
+            key_value_range,
+            tensors: tensors.into_iter().map(|(info, _)| info).collect(),
+            alignment,
+            data_start,
+        })
+    }
+
+    /// The value of a key.
+    pub fn get(&self, key: &str) -> Option<&KeyValue> {
+        self.key_values.iter().find(|kv| kv.key == key)
+    }
+}
+
+fn alignment(key_values: &[KeyValue]) -> Result<u32, HeaderError> {
+    let Some(kv) = key_values.iter().find(|kv| kv.key == "general.alignment") else {
+        return Ok(DEFAULT_ALIGNMENT);
+    };
+    let problem = match &kv.value {
+        Value::U32(n) if n.is_power_of_two() => return Ok(*n),
+        Value::U32(n) => Problem::AlignmentValue(*n),
+        other => Problem::AlignmentType(other.value_type()),
+    };
+    Err(HeaderError {
+        offset: kv.range.start,
+        field: "general.alignment".into(),
+        problem,
+    })
+}
+
+/// Turns offsets relative to the data into offsets in the file, and checks that each is where the
+/// tensors before it end: no gap, no overlap, nothing outside the file.
+fn place(
+    tensors: &mut [(TensorInfo, u64)],
+    data_start: u64,
+    alignment: u32,
+    file_bytes: u64,
+) -> Result<(), HeaderError> {
+    let mut expected = 0u64;
+    for (index, (info, at)) in tensors.iter_mut().enumerate() {
+        let fail = |field: &str, problem| HeaderError {
+            offset: *at,
+            field: format!("tensor {index} {:?}, {field}", info.name),
+            problem,
+        };
+        if info.offset != expected {
+            return Err(fail(
+                "offset",
+                Problem::Offset {
+                    found: info.offset,
+                    expected,
+                },
+            ));
+        }
+        let overflow = || Problem::Bytes {
+            dims: info.dims().to_vec(),
+            ggml_type: info.ggml_type,
+        };
+        let offset = data_start + expected; // expected <= file_bytes - data_start, see below
+        let end = offset
+            .checked_add(info.bytes)
+            .ok_or_else(|| fail("data", overflow()))?;
+        if end > file_bytes {
+            return Err(fail("data", Problem::BeyondEnd { end, file_bytes }));
+        }
+        // The padding after the last tensor may be missing, so it may round beyond the file; a
+        // tensor after that fails the check above.
+        expected = expected
+            .checked_add(info.bytes)
+            .and_then(|end| end.checked_next_multiple_of(alignment.into()))
+            .filter(|end| data_start.checked_add(*end).is_some())
+            .ok_or_else(|| fail("data", overflow()))?;
+        info.offset = offset;
+    }
+    Ok(())
+}
+
+struct Cursor<R> {
+    reader: R,
+    position: u64,
+    file_bytes: u64,
+}
+
+impl<R: BufRead + Seek> Cursor<R> {
+    fn left(&self) -> u64 {
+        self.file_bytes.saturating_sub(self.position)
+    }
+
+    fn fail(&self, field: impl Display, problem: Problem) -> HeaderError {
+        HeaderError {
+            offset: self.position,
+            field: field.to_string(),
+            problem,
+        }
+    }
+
+    /// Checks that `needed` more bytes exist.
+    fn need(&self, needed: u64, field: &impl Display) -> Result<(), HeaderError> {
+        let left = self.left();
+        if needed > left {
+            return Err(self.fail(field, Problem::Truncated { needed, left }));
+        }
+        if self.position + needed > MAX_HEADER_BYTES {
+            return Err(self.fail(field, Problem::HeaderTooLarge));
+        }
+        Ok(())
+    }
+
+    fn bytes<const N: usize>(&mut self, field: &impl Display) -> Result<[u8; N], HeaderError> {
+        self.need(N as u64, field)?;
+        let mut bytes = [0; N];
+        self.reader
+            .read_exact(&mut bytes)
+            .map_err(|e| self.fail(field, e.into()))?;
+        self.position += N as u64;
+        Ok(bytes)
+    }
+
+    fn u32(&mut self, field: &impl Display) -> Result<u32, HeaderError> {
+        Ok(u32::from_le_bytes(self.bytes(field)?))
+    }
+
+    fn u64(&mut self, field: &impl Display) -> Result<u64, HeaderError> {
+        Ok(u64::from_le_bytes(self.bytes(field)?))
+    }
+
+    fn skip(&mut self, count: u64, field: &impl Display) -> Result<(), HeaderError> {
+        self.need(count, field)?;
+        // `need` keeps `count` below MAX_HEADER_BYTES, so it fits an i64.
+        self.reader
+            .seek_relative(count as i64)
+            .map_err(|e| self.fail(field, e.into()))?;
+        self.position += count;
+        Ok(())
+    }
+
+    fn fixed_header(&mut self) -> Result<u32, HeaderError> {
+        let magic = self.bytes::<4>(&"the magic")?;
+        if magic != MAGIC {
+            self.position = 0;
+            let found = magic.escape_ascii().to_string();
+            return Err(self.fail("the magic", Problem::Magic(found)));
+        }
+        let version = self.u32(&"the version")?;
+        let problem = match version {
+            2 | 3 => return Ok(version),
+            // The magic is the same in both byte orders; a version that is zero in its low half
+            // can only be a swapped one.
+            v if v != 0 && v & 0xffff == 0 => Problem::BigEndian,
+            v => Problem::Version(v),
+        };
+        self.position -= 4;
+        Err(self.fail("the version", problem))
+    }
+
+    /// A number of records, each at least `min_bytes` long.
+    fn count(&mut self, field: &str, min_bytes: u64, limit: u64) -> Result<u64, HeaderError> {
+        let count = self.u64(&field)?;
+        let left = self.left();
+        let problem = if count > left / min_bytes {
+            Problem::Count { count, left }
+        } else if count > limit {
+            Problem::AboveLimit { count, limit }
+        } else {
+            return Ok(count);
+        };
+        self.position -= 8;
+        Err(self.fail(field, problem))
+    }
+
+    /// A string that must be a usable name: not empty, UTF-8, without NUL.
+    fn name(&mut self, limit: u64, field: &impl Display) -> Result<String, HeaderError> {
+        let start = self.position;
+        let count = self.u64(field)?;
+        self.need(count, field)?;
+        let fail = |problem| HeaderError {
+            offset: start,
+            field: field.to_string(),
+            problem,
+        };
+        if count == 0 {
+            return Err(fail(Problem::Empty));
+        }
+        if count > limit {
+            return Err(fail(Problem::AboveLimit { count, limit }));
+        }
+        let bytes = self.vec(count, field)?;
+        if bytes.contains(&0) {
+            return Err(fail(Problem::Nul));
+        }
+        String::from_utf8(bytes).map_err(|_| fail(Problem::Utf8))
+    }
+
+    fn vec(&mut self, count: u64, field: &impl Display) -> Result<Vec<u8>, HeaderError> {
+        self.need(count, field)?;
+        let mut bytes = vec![0; count as usize];
+        self.reader
+            .read_exact(&mut bytes)
+            .map_err(|e| self.fail(field, e.into()))?;
+        self.position += count;
+        Ok(bytes)
+    }
+
+    fn key_values(&mut self, count: u64) -> Result<Vec<KeyValue>, HeaderError> {
+        let mut key_values: Vec<KeyValue> = Vec::with_capacity(count as usize);
+        let mut seen = HashSet::with_capacity(count as usize);
+        for index in 0..count {
+            let start = self.position;
+            let key = self.name(MAX_KEY_BYTES, &format_args!("key {index}"))?;
+            if !seen.insert(key.clone()) {
+                self.position = start;
+                return Err(self.fail(format_args!("key {index} {key:?}"), Problem::Duplicate));
+            }
+            let field = format_args!("key {index} {key:?}, value");
+            let value_type = self.value_type(&field)?;
+            let value_start = self.position;
+            let value = self.value(value_type, 0, &field)?;
+            key_values.push(KeyValue {
+                value,
+                range: value_start..self.position,
+                key,
+            });
+        }
+        Ok(key_values)
+    }
+
+    fn value_type(&mut self, field: &impl Display) -> Result<ValueType, HeaderError> {
+        let id = self.u32(field)?;
+        ValueType::from_id(id).ok_or_else(|| HeaderError {
+            offset: self.position - 4,
+            field: field.to_string(),
+            problem: Problem::ValueType(id),
+        })
+    }
+
+    fn value(
+        &mut self,
+        value_type: ValueType,
+        depth: u32,
+        field: &impl Display,
+    ) -> Result<Value, HeaderError> {
+        Ok(match value_type {
+            ValueType::U8 => Value::U8(u8::from_le_bytes(self.bytes(field)?)),
+            ValueType::I8 => Value::I8(i8::from_le_bytes(self.bytes(field)?)),
+            ValueType::U16 => Value::U16(u16::from_le_bytes(self.bytes(field)?)),
+            ValueType::I16 => Value::I16(i16::from_le_bytes(self.bytes(field)?)),
+            ValueType::U32 => Value::U32(self.u32(field)?),
+            ValueType::I32 => Value::I32(i32::from_le_bytes(self.bytes(field)?)),
+            ValueType::F32 => Value::F32(f32::from_le_bytes(self.bytes(field)?)),
+            // llama.cpp takes any byte but 0 as true.
+            ValueType::Bool => Value::Bool(self.bytes::<1>(field)? != [0]),
+            ValueType::U64 => Value::U64(self.u64(field)?),
+            ValueType::I64 => Value::I64(i64::from_le_bytes(self.bytes(field)?)),
+            ValueType::F64 => Value::F64(f64::from_le_bytes(self.bytes(field)?)),
+            ValueType::String => self.string(field)?,
+            ValueType::Array => self.array(depth, field)?,
+        })
+    }
+
+    fn string(&mut self, field: &impl Display) -> Result<Value, HeaderError> {
+        let count = self.u64(field)?;
+        if count > MAX_KEPT_STRING_BYTES {
+            self.skip(count, field)?;
+            return Ok(Value::LongString(count));
+        }
+        let bytes = self.vec(count, field)?;
+        Ok(Value::String(match String::from_utf8(bytes) {
+            Ok(text) => text,
+            Err(e) => String::from_utf8_lossy(e.as_bytes()).into_owned(),
+        }))
+    }
+
+    fn array(&mut self, depth: u32, field: &impl Display) -> Result<Value, HeaderError> {
+        if depth >= MAX_ARRAY_DEPTH {
+            return Err(self.fail(field, Problem::Nesting));
+        }
+        let of = self.value_type(field)?;
+        let len = self.u64(field)?;
+        // A string is at least its length word, an array its type and its length.
+        let min_bytes = of.fixed_bytes().unwrap_or(match of {
+            ValueType::String => 8,
+            _ => 12,
+        });
+        let left = self.left();
+        if len > left / min_bytes {
+            self.position -= 8;
+            return Err(self.fail(field, Problem::Count { count: len, left }));
+        }
+        let keep = len <= MAX_KEPT_ITEMS && of != ValueType::Array;
+        let mut items = keep.then(|| Vec::with_capacity(len as usize));
+        match (of, of.fixed_bytes()) {
+            (_, Some(bytes)) if !keep => self.skip(len * bytes, field)?,
+            (ValueType::String, _) if !keep => {
+                for _ in 0..len {
+                    let count = self.u64(field)?;
+                    self.skip(count, field)?;
+                }
+            }
+            _ => {
+                for _ in 0..len {
+                    let item = self.value(of, depth + 1, field)?;
+                    if let Some(items) = &mut items {
+                        items.push(item);
+                    }
+                }
+            }
+        }
+        Ok(Value::Array { of, len, items })
+    }
+
+    /// The tensor table; with each tensor the file offset of its offset field, for messages.
+    fn tensor_infos(&mut self, count: u64) -> Result<Vec<(TensorInfo, u64)>, HeaderError> {
+        let mut infos = Vec::with_capacity(count as usize);
+        let mut seen = HashSet::with_capacity(count as usize);
+        for index in 0..count {
+            let start = self.position;
+            let name = self.name(MAX_NAME_BYTES, &format_args!("tensor {index}, name"))?;
+            if !seen.insert(name.clone()) {
+                self.position = start;
+                return Err(self.fail(format_args!("tensor {index} {name:?}"), Problem::Duplicate));
+            }
+            infos.push(self.tensor_info(index, name)?);
+        }
+        Ok(infos)
+    }
+
+    fn tensor_info(&mut self, index: u64, name: String) -> Result<(TensorInfo, u64), HeaderError> {
+        let field = |what: &str| format!("tensor {index} {name:?}, {what}");
+        let at = self.position;
+        let fail = |offset, what: &str, problem| HeaderError {
+            offset,
+            field: field(what),
+            problem,
+        };
+
+        let n_dims = self.u32(&field("number of dimensions"))?;
+        if n_dims > 4 {
+            return Err(fail(at, "shape", Problem::Dimensions(n_dims)));
+        }
+        let n_dims = n_dims as usize;
+        let mut ne = [1u64; 4];
+        let mut elements = 1i64;
+        for dim in 0..n_dims {
+            let signed = i64::from_le_bytes(self.bytes(&field("shape"))?);
+            ne[dim] = u64::try_from(signed)
+                .map_err(|_| fail(at, "shape", Problem::NegativeDimension(signed)))?;
+            // As llama.cpp: an empty dimension does not excuse the others.
+            elements = elements
+                .checked_mul(signed.max(1))
+                .ok_or_else(|| fail(at, "shape", Problem::Elements(ne[..n_dims].to_vec())))?;
+        }
+
+        let type_at = self.position;
+        let id = self.u32(&field("type"))?;
+        let ggml_type = GgmlType::from_id(id).ok_or_else(|| {
+            let problem = match types::retired(id) {
+                Some((name, advice)) => Problem::RetiredType { id, name, advice },
+                None => Problem::UnknownType(id),
+            };
+            fail(type_at, "type", problem)
+        })?;
+        if !ne[0].is_multiple_of(u64::from(ggml_type.block_size)) {
+            let problem = Problem::Blocks {
+                ne0: ne[0],
+                ggml_type,
+            };
+            return Err(fail(at, "shape", problem));
+        }
+        let bytes = ggml_type.tensor_bytes(ne).ok_or_else(|| {
+            let dims = ne[..n_dims].to_vec();
+            fail(at, "shape", Problem::Bytes { dims, ggml_type })
+        })?;
+        let offset_at = self.position;
+        let offset = self.u64(&field("offset"))?;
+        let info = TensorInfo {
+            name,
+            ne,
+            n_dims,
+            ggml_type,
+            offset,
+            bytes,
+        };
+        Ok((info, offset_at))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::write::Writer;
+    use super::*;
+    use std::io::Cursor as IoCursor;
+
+    fn read(bytes: &[u8]) -> Result<Header, HeaderError> {
+        Header::read(IoCursor::new(bytes), bytes.len() as u64)
+    }
+
+    fn string_array(len: usize) -> Value {
+        Value::Array {
+            of: ValueType::String,
+            len: len as u64,
+            items: Some((0..len).map(|i| Value::String(i.to_string())).collect()),
+        }
+    }
+
+    #[test]
+    fn short_values_are_kept_and_long_ones_are_skipped() {
+        let long = "x".repeat(70_000);
+        let mut writer = Writer::new();
+        writer.key_value("short", &string_array(64));
+        writer.key_value("long", &string_array(65));
+        writer.key_value("text", &Value::String(long));
+        writer.key_value("last", &Value::F64(1.5));
+        let header = read(&writer.header().bytes).unwrap();
+        assert_eq!(header.get("short").unwrap().value, string_array(64));
+        assert_eq!(
+            header.get("long").unwrap().value,
+            Value::Array {
+                of: ValueType::String,
+                len: 65,
+                items: None
+            }
+        );
+        assert_eq!(header.get("text").unwrap().value, Value::LongString(70_000));
+        assert_eq!(header.get("last").unwrap().value, Value::F64(1.5));
+        let last = &header.get("last").unwrap().range;
+        assert_eq!(last.end, header.key_value_range.end);
+        assert_eq!(last.end - last.start, 8);
+    }
+
+    #[test]
+    fn every_prefix_of_a_file_is_refused_without_a_panic() {
+        let mut writer = Writer::new();
+        writer.key_value("general.architecture", &Value::String("toy".into()));
+        writer.key_value("a", &string_array(3));
+        writer.tensor("t", &[32, 2], GgmlType::from_name("Q4_0").unwrap());
+        let written = writer.header();
+        let mut file = written.bytes;
+        file.resize(file.len() + 36, 7);
+        assert_eq!(read(&file).unwrap().tensors[0].bytes, 36);
+        for cut in 0..file.len() {
+            assert!(read(&file[..cut]).is_err(), "cut to {cut} bytes");
+        }
+    }
+
+    #[test]
+    fn an_error_names_the_field_and_the_byte() {
+        let mut writer = Writer::new();
+        writer.key_value("general.alignment", &Value::U32(3));
+        let error = read(&writer.header().bytes).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "general.alignment, at byte 53: 3 is not a power of two"
+        );
+    }
+}

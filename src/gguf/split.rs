@@ -1,0 +1,319 @@
+//! Split sets: the naming rule, and whether parts belong together.
+//!
+//! `gguf-split` and gguf-py write `PREFIX-00001-of-00009.gguf`, … with `split.no` (0-based),
+//! `split.count` and `split.tensors.count` in every part and all other keys in the first. Each
+//! part has its own alignment and data start; a tensor never spans parts.
+
+use std::collections::HashMap;
+use std::ops::Range;
+
+use super::header::{Header, TensorInfo};
+use super::value::KeyValue;
+
+/// What a part says of the set it belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SplitKeys {
+    /// 0-based number of this part.
+    pub no: u64,
+    /// Number of parts.
+    pub count: u64,
+    /// Number of tensors in all parts together.
+    pub tensors: u64,
+}
+
+impl SplitKeys {
+    /// The split keys of a part; `None` for a file that is whole. `split.count` decides, not the
+    /// file name; 0 and 1 mean whole (`gguf-split --merge` leaves 0 behind).
+    pub fn of(header: &Header) -> Result<Option<Self>, SplitError> {
+        let number = |key: &'static str| {
+            header
+                .get(key)
+                .map(|kv| kv.value.as_u64().ok_or(SplitError::BadKey { key }))
+                .transpose()
+        };
+        let count = number("split.count")?.unwrap_or(0);
+        if count <= 1 {
+            return Ok(None);
+        }
+        let required = |key| number(key)?.ok_or(SplitError::MissingKey { key, count });
+        let keys = Self {
+            no: required("split.no")?,
+            count,
+            tensors: required("split.tensors.count")?,
+        };
+        if keys.no >= count {
+            return Err(SplitError::NumberBeyondCount { no: keys.no, count });
+        }
+        Ok(Some(keys))
+    }
+}
+
+/// A part's file name, taken apart.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PartName {
+    pub prefix: String,
+    /// 1-based, as written in the name.
+    pub number: u64,
+    pub count: u64,
+}
+
+impl PartName {
+    /// Takes `PREFIX-00002-of-00009.gguf` apart; `None` if the name does not follow the rule to
+    /// the letter (at least five digits, padded with zeros).
+    pub fn parse(name: &str) -> Option<Self> {
+        let stem = name.strip_suffix(".gguf")?;
+        let (rest, count) = stem.rsplit_once("-of-")?;
+        let (prefix, number) = rest.rsplit_once('-')?;
+        let parsed = Self {
+            prefix: prefix.to_owned(),
+            number: number.parse().ok()?,
+            count: count.parse().ok()?,
+        };
+        (parsed.sibling(parsed.number) == name).then_some(parsed)
+    }
+
+    /// The name of part `number` (1-based) of the same set.
+    pub fn sibling(&self, number: u64) -> String {
+        format!("{}-{number:05}-of-{:05}.gguf", self.prefix, self.count)
+    }
+}
+
+/// Whether a file name is that of a raw byte cut (`.part1of2`, `.gguf-split-a`, `.gguf.001`), which
+/// has no header of its own and must be joined with its siblings first.
+pub fn looks_like_raw_cut(name: &str) -> bool {
+    let name = name.to_ascii_lowercase();
+    let digits = |s: &str| !s.is_empty() && s.bytes().all(|b| b.is_ascii_digit());
+    let letters =
+        |s: &str| !s.is_empty() && s.len() <= 3 && s.bytes().all(|b| b.is_ascii_lowercase());
+    if let Some((_, tail)) = name.rsplit_once(".part") {
+        let tail = tail.trim_start_matches(['-', '_']);
+        return match tail.split_once("of") {
+            Some((number, count)) => {
+                digits(number.trim_end_matches(['-', '_']))
+                    && digits(count.trim_start_matches(['-', '_']))
+            }
+            None => digits(tail) || letters(tail),
+        };
+    }
+    ["-split-", "-part-", "."]
+        .into_iter()
+        .filter_map(|mark| name.rsplit_once(mark))
+        .any(|(head, tail)| head.contains(".gguf") && (digits(tail) || letters(tail)))
+}
+
+/// Why the parts of a set do not make a model.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum SplitError {
+    #[error("{key} is no count")]
+    BadKey { key: &'static str },
+    #[error("split.count is {count}, but {key} is missing")]
+    MissingKey { key: &'static str, count: u64 },
+    #[error("split.no is {no}, but split.count is {count}")]
+    NumberBeyondCount { no: u64, count: u64 },
+    #[error("this is no part of a split set, but part {number} of {count} was expected here")]
+    NotAPart { number: u64, count: u64 },
+    #[error(
+        "split.no is {found}, but in this place it must be {expected}; the file has another part's name"
+    )]
+    WrongNumber { found: u64, expected: u64 },
+    #[error(
+        "{key} is {found}, but {expected} in the first part; the parts are of different models or versions"
+    )]
+    Disagree {
+        key: &'static str,
+        found: u64,
+        expected: u64,
+    },
+    #[error("tensor {name:?} is in part {first} and again in part {second}")]
+    DuplicateTensor {
+        name: String,
+        first: usize,
+        second: usize,
+    },
+    #[error("the parts hold {found} tensors together, but split.tensors.count is {expected}")]
+    TensorCount { found: u64, expected: u64 },
+}
+
+/// What the headers of all parts say together.
+#[derive(Debug)]
+pub struct ModelHeader {
+    /// GGUF version of the first part.
+    pub version: u32,
+    /// The first part's key/values.
+    pub key_values: Vec<KeyValue>,
+    /// The bytes of the key/value section in the first part.
+    pub key_value_range: Range<u64>,
+    pub parts: Vec<Part>,
+    /// Every tensor, by part and then in the order of the part's table.
+    pub tensors: Vec<Tensor>,
+}
+
+/// One file of a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Part {
+    pub file_bytes: u64,
+    pub alignment: u32,
+    pub data_start: u64,
+}
+
+/// A tensor and the part that it lies in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tensor {
+    /// Index into [`ModelHeader::parts`].
+    pub part: u32,
+    pub info: TensorInfo,
+}
+
+impl ModelHeader {
+    /// Joins the headers of all parts, each with its file's size, in order. An error comes with
+    /// the index of the part it was found in.
+    pub fn join(headers: Vec<(Header, u64)>) -> Result<Self, (usize, SplitError)> {
+        let split = check_keys(&headers)?;
+        let mut parts = Vec::with_capacity(headers.len());
+        let mut tensors = Vec::with_capacity(headers.iter().map(|(h, _)| h.tensors.len()).sum());
+        let mut first = None;
+        for (index, (header, file_bytes)) in headers.into_iter().enumerate() {
+            parts.push(Part {
+                file_bytes,
+                alignment: header.alignment,
+                data_start: header.data_start,
+            });
+            tensors.extend(header.tensors.into_iter().map(|info| Tensor {
+                part: index as u32,
+                info,
+            }));
+            first.get_or_insert((header.version, header.key_values, header.key_value_range));
+        }
+        check_tensors(&tensors, split)?;
+        let (version, key_values, key_value_range) = first.expect("a model has a first part");
+        Ok(Self {
+            version,
+            key_values,
+            key_value_range,
+            parts,
+            tensors,
+        })
+    }
+
+    /// The pair with this key.
+    pub fn get(&self, key: &str) -> Option<&KeyValue> {
+        self.key_values.iter().find(|kv| kv.key == key)
+    }
+
+    /// `general.architecture`, the prefix of most keys.
+    pub fn architecture(&self) -> Option<&str> {
+        self.get("general.architecture")?.value.as_str()
+    }
+
+    /// The pair with the key `ARCHITECTURE.name`.
+    pub fn get_of_architecture(&self, name: &str) -> Option<&KeyValue> {
+        self.get(&format!("{}.{name}", self.architecture()?))
+    }
+}
+
+fn check_keys(headers: &[(Header, u64)]) -> Result<Option<SplitKeys>, (usize, SplitError)> {
+    let first = SplitKeys::of(&headers[0].0).map_err(|e| (0, e))?;
+    if headers.len() == 1 && first.is_none() {
+        return Ok(None);
+    }
+    for (index, (header, _)) in headers.iter().enumerate() {
+        let fail = |error| (index, error);
+        let Some(keys) = SplitKeys::of(header).map_err(fail)? else {
+            return Err(fail(SplitError::NotAPart {
+                number: index as u64 + 1,
+                count: headers.len() as u64,
+            }));
+        };
+        if keys.no != index as u64 {
+            return Err(fail(SplitError::WrongNumber {
+                found: keys.no,
+                expected: index as u64,
+            }));
+        }
+        let first = first.unwrap_or(keys);
+        for (key, found, expected) in [
+            ("split.count", keys.count, headers.len() as u64),
+            ("split.tensors.count", keys.tensors, first.tensors),
+        ] {
+            if found != expected {
+                return Err(fail(SplitError::Disagree {
+                    key,
+                    found,
+                    expected,
+                }));
+            }
+        }
+    }
+    Ok(first)
+}
+
+fn check_tensors(tensors: &[Tensor], split: Option<SplitKeys>) -> Result<(), (usize, SplitError)> {
+    let Some(split) = split else {
+        return Ok(()); // one file, whose names Header::read compared
+    };
+    let mut seen: HashMap<&str, u32> = HashMap::with_capacity(tensors.len());
+    for tensor in tensors {
+        if let Some(first) = seen.insert(&tensor.info.name, tensor.part) {
+            let error = SplitError::DuplicateTensor {
+                name: tensor.info.name.clone(),
+                first: first as usize + 1,
+                second: tensor.part as usize + 1,
+            };
+            return Err((tensor.part as usize, error));
+        }
+    }
+    let found = tensors.len() as u64;
+    if found != split.tensors {
+        let expected = split.tensors;
+        return Err((0, SplitError::TensorCount { found, expected }));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn part_names_follow_the_rule_to_the_letter() {
+        let name = PartName::parse("grok-1-IQ3_XS-split-00002-of-00009.gguf").unwrap();
+        assert_eq!(name.prefix, "grok-1-IQ3_XS-split");
+        assert_eq!((name.number, name.count), (2, 9));
+        assert_eq!(name.sibling(9), "grok-1-IQ3_XS-split-00009-of-00009.gguf");
+        assert!(PartName::parse("m-100001-of-123456.gguf").is_some());
+        for name in [
+            "m-2-of-9.gguf",
+            "m-002-of-009.gguf",
+            "m-000002-of-00009.gguf",
+            "m-+0002-of-00009.gguf",
+            "m-00002-of-00009",
+            "m.gguf",
+        ] {
+            assert_eq!(PartName::parse(name), None, "{name}");
+        }
+    }
+
+    #[test]
+    fn raw_cuts_are_recognised_by_name() {
+        for name in [
+            "m.gguf.part1of2",
+            "m.gguf.part-01-of-02",
+            "m.gguf.part2",
+            "m.gguf.partaa",
+            "m.gguf-split-a",
+            "m.gguf-part-ab",
+            "m.gguf.001",
+        ] {
+            assert!(looks_like_raw_cut(name), "{name}");
+        }
+        for name in [
+            "m.gguf",
+            "m-00001-of-00002.gguf",
+            "m-split-00001-of-00002.gguf",
+            "sha256-00ff",
+            "my.partition.gguf",
+        ] {
+            assert!(!looks_like_raw_cut(name), "{name}");
+        }
+    }
+}

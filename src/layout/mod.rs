@@ -1,0 +1,483 @@
+//! Which file and name every tensor gets, and what each file holds.
+//!
+//! The problem: a GGUF stores one huge tensor for all experts of a layer; loaders want one small
+//! file per expert, and every other tensor in one of four base files. No byte may be lost.
+//!
+//! The plan: a [`View`] is a run of a tensor under a name of its own, repeated for every expert
+//! where the tensor is a stack; a file is a list of [`Piece`]s, each one repetition of a view.
+//! [`Layout::new`] sorts tensors into files (`names`, `experts`), chooses each header's
+//! padding, and proves on the finished [`Tree`] that every tensor byte is in one file, once.
+
+mod documents;
+mod experts;
+mod names;
+mod partition;
+
+use std::io::{self, Write};
+use std::ops::Range;
+
+pub use documents::{Doc, METADATA_GGUF_PATH, METADATA_PATH, Present, REGISTRY_PATH};
+pub use names::{Component, ExpertName, Holds, Matrix};
+pub use partition::PartitionError;
+
+use crate::gguf::{ModelHeader, Tensor};
+use crate::safetensors::{
+    self, Dtype, LENGTH_WORD_BYTES, METADATA_KEY, Shape, TensorView, write_header_json,
+};
+use crate::tree::{Content, NewFile, Tree};
+
+/// The version of the mapping from models to trees, `odmoe.layout`: the same parts give the same
+/// bytes under the same number.
+pub const LAYOUT_VERSION: &str = "1";
+/// The folder of the always-resident tensors.
+pub const BASE_DIRECTORY: &str = "base_model";
+/// The folder of the routed experts.
+pub const EXPERTS_DIRECTORY: &str = "experts";
+
+/// The page size that payloads are aligned to; that of the file systems that share blocks.
+const PAGE_BYTES: u64 = 4096;
+/// Payloads start at multiples of this, the widest dtype.
+const PAYLOAD_ALIGNMENT: u64 = 8;
+
+/// A run of a tensor under a name of its own; of a stack, one run per expert.
+#[derive(Debug, Clone)]
+pub struct View {
+    /// Index into [`ModelHeader::tensors`].
+    pub tensor: u32,
+    /// The name in the file; `None` is the tensor's own.
+    pub name: Option<Box<str>>,
+    /// The logical shape of one run, row-major.
+    pub shape: Shape,
+    /// Where the first run starts in the tensor, in bytes.
+    pub first: u64,
+    /// Bytes of one run.
+    pub bytes: u64,
+    /// From the start of one run to that of the next, in bytes; 0 if there is one run only.
+    pub stride: u64,
+}
+
+impl View {
+    fn whole(index: u32, tensor: &Tensor, name: Option<Box<str>>) -> Self {
+        Self {
+            tensor: index,
+            name,
+            shape: Shape::of_dims(tensor.info.dims()),
+            first: 0,
+            bytes: tensor.info.bytes,
+            stride: 0,
+        }
+    }
+}
+
+/// One run of a view.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Piece {
+    /// Index of the view.
+    view: u32,
+    /// The number of the run.
+    run: u32,
+}
+
+/// What a safetensors file is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum FileKind {
+    Base(Component),
+    Expert { layer: u32, expert: u32 },
+}
+
+impl FileKind {
+    /// The name without `.safetensors`.
+    pub fn stem(self) -> String {
+        match self {
+            Self::Base(component) => component.name().to_owned(),
+            Self::Expert { layer, expert } => format!("layer_{layer:02}_expert_{expert:03}"),
+        }
+    }
+
+    /// The path below the root of the tree.
+    pub fn path(self) -> String {
+        let directory = match self {
+            Self::Base(_) => BASE_DIRECTORY,
+            Self::Expert { .. } => EXPERTS_DIRECTORY,
+        };
+        format!("{directory}/{}.safetensors", self.stem())
+    }
+}
+
+/// One safetensors file of the tree.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct File {
+    pub kind: FileKind,
+    pieces: Range<u32>,
+    /// Bytes in front of the payload: length word, JSON and padding.
+    pub header_bytes: u64,
+    /// Bytes of payload.
+    pub payload_bytes: u64,
+    /// Payload bytes whose place in the file is not, modulo 4096, their place in the model.
+    pub incongruent_bytes: u64,
+}
+
+impl File {
+    /// Bytes of the whole file.
+    pub fn bytes(&self) -> u64 {
+        self.header_bytes + self.payload_bytes
+    }
+}
+
+/// Why a model has no layout.
+#[derive(Debug, thiserror::Error)]
+pub enum LayoutError {
+    #[error("{first} and {second} are of the same layer, but disagree on the number of experts")]
+    ExpertCounts { first: String, second: String },
+    #[error("{name} of the same expert comes from both {first} and {second}")]
+    TwoSources {
+        name: String,
+        first: String,
+        second: String,
+    },
+    #[error("{0} has a fourth dimension; experts are stacked along the third")]
+    FourthDimension(String),
+    #[error("{0} should hold gate and up rows, half of each, but has an odd number of rows")]
+    OddFusedRows(String),
+    #[error(
+        "{tensor} interleaves {interleave} rows, but one expert's matrix has {rows}, no multiple of that; quantise the model to a type without _R{interleave}"
+    )]
+    Interleave {
+        tensor: String,
+        rows: u64,
+        interleave: u32,
+    },
+    #[error(
+        "layer {layer} has {experts} experts, which makes {total} or more in all; no real model has so many"
+    )]
+    TooManyExperts {
+        layer: u32,
+        experts: u64,
+        total: u64,
+    },
+    #[error("a tensor is called {METADATA_KEY:?}, which safetensors reserves; rename it")]
+    ReservedName,
+    #[error(
+        "the header of {path} takes {bytes} bytes, but safetensors allows only 100000000; the model has too many tensors"
+    )]
+    HeaderTooLarge { path: String, bytes: u64 },
+    #[error(transparent)]
+    Partition(#[from] PartitionError),
+}
+
+/// A tensor as messages name it, with its GGUF dimensions.
+fn described(tensor: &Tensor) -> String {
+    let info = &tensor.info;
+    format!(
+        "tensor {:?} {:?} {}",
+        info.name,
+        info.dims(),
+        info.ggml_type
+    )
+}
+
+/// The whole layout of a model.
+#[derive(Debug)]
+pub struct Layout {
+    model: ModelHeader,
+    views: Vec<View>,
+    pieces: Vec<Piece>,
+    /// Base files in the order of [`Component::ALL`], then experts by layer and number.
+    files: Vec<File>,
+}
+
+impl Layout {
+    /// Lays a model out, and checks that every byte of every tensor is in one file, once.
+    pub fn new(model: ModelHeader) -> Result<(Self, Tree), LayoutError> {
+        let mut layout = Self {
+            model,
+            views: Vec::new(),
+            pieces: Vec::new(),
+            files: Vec::new(),
+        };
+        let mut base = vec![true; layout.model.tensors.len()];
+        let layers = experts::routed_experts(&layout.model.tensors, &mut base)?;
+        layout.add_base_files(&base)?;
+        for (layer, content) in layers {
+            layout.add_experts(layer, content)?;
+        }
+        layout.views.shrink_to_fit();
+        layout.pieces.shrink_to_fit();
+        layout.files.shrink_to_fit();
+        let tree = layout.tree();
+        partition::check(&layout.model, &tree)?;
+        Ok((layout, tree))
+    }
+
+    /// What the model's headers say.
+    pub fn model(&self) -> &ModelHeader {
+        &self.model
+    }
+
+    /// The safetensors files: base files first, then experts by layer and number.
+    pub fn files(&self) -> &[File] {
+        &self.files
+    }
+
+    /// The files of routed experts.
+    pub fn experts(&self) -> &[File] {
+        let first = self
+            .files
+            .partition_point(|file| matches!(file.kind, FileKind::Base(_)));
+        &self.files[first..]
+    }
+
+    /// The layers that have routed experts.
+    pub fn moe_layers(&self) -> impl Iterator<Item = u32> + '_ {
+        let mut last = None;
+        self.experts()
+            .iter()
+            .filter_map(move |file| match file.kind {
+                FileKind::Expert { layer, .. } if last != Some(layer) => {
+                    last = Some(layer);
+                    last
+                }
+                _ => None,
+            })
+    }
+
+    /// The tensors of a file, in payload order.
+    pub fn tensors<'a>(
+        &'a self,
+        file: &File,
+    ) -> impl ExactSizeIterator<Item = TensorView<'a>> + Clone {
+        self.pieces[file.pieces.start as usize..file.pieces.end as usize]
+            .iter()
+            .map(|piece| self.view(*piece))
+    }
+
+    fn view(&self, piece: Piece) -> TensorView<'_> {
+        let view = &self.views[piece.view as usize];
+        let tensor = &self.model.tensors[view.tensor as usize];
+        TensorView {
+            name: view.name.as_deref().unwrap_or(&tensor.info.name),
+            shape: view.shape,
+            ggml_type: tensor.info.ggml_type,
+            bytes: view.bytes,
+            gguf_name: &tensor.info.name,
+            gguf_part: tensor.part,
+            // The run lies inside the tensor, whose end fits 64 bits.
+            gguf_offset: tensor.info.offset + view.first + u64::from(piece.run) * view.stride,
+        }
+    }
+
+    fn add_view(&mut self, view: View) -> u32 {
+        self.views.push(view);
+        self.views.len() as u32 - 1
+    }
+
+    fn add_base_files(&mut self, base: &[bool]) -> Result<(), LayoutError> {
+        for component in Component::ALL {
+            let first = self.pieces.len() as u32;
+            for (index, tensor) in self.model.tensors.iter().enumerate() {
+                let name = &tensor.info.name;
+                if !base[index] || Component::of(name) != component {
+                    continue;
+                }
+                if name == METADATA_KEY {
+                    return Err(LayoutError::ReservedName);
+                }
+                self.pieces.push(Piece {
+                    view: self.views.len() as u32,
+                    run: 0,
+                });
+                self.views.push(View::whole(index as u32, tensor, None));
+            }
+            self.add_file(FileKind::Base(component), first)?;
+        }
+        Ok(())
+    }
+
+    fn add_experts(&mut self, layer: u32, mut content: experts::Layer) -> Result<(), LayoutError> {
+        let first_stack = self.views.len() as u32;
+        self.views.append(&mut content.stacks);
+        let stacks = first_stack..self.views.len() as u32;
+        let numbers: Vec<u32> = content.experts().collect();
+        for expert in numbers {
+            let first = self.pieces.len() as u32;
+            if expert < content.stacked {
+                let pieces = stacks.clone().map(|view| Piece { view, run: expert });
+                self.pieces.extend(pieces);
+            }
+            for single in content.singles.remove(&expert).unwrap_or_default() {
+                let view = self.add_view(single);
+                self.pieces.push(Piece { view, run: 0 });
+            }
+            self.add_file(FileKind::Expert { layer, expert }, first)?;
+        }
+        Ok(())
+    }
+
+    /// Makes a file of the pieces from `first` on; none if there are none.
+    fn add_file(&mut self, kind: FileKind, first: u32) -> Result<(), LayoutError> {
+        let range = first as usize..self.pieces.len();
+        if range.is_empty() {
+            return Ok(());
+        }
+        let mut pieces = self.pieces.split_off(range.start);
+        self.order(&mut pieces);
+        self.pieces.append(&mut pieces);
+
+        let mut file = File {
+            kind,
+            pieces: first..self.pieces.len() as u32,
+            header_bytes: 0,
+            payload_bytes: self.pieces[range]
+                .iter()
+                .map(|piece| self.views[piece.view as usize].bytes)
+                .sum(),
+            incongruent_bytes: 0,
+        };
+        let mut json = Counter(0);
+        self.write_json(&file, &mut json)
+            .expect("counting bytes cannot fail");
+        let (header_bytes, congruent_bytes) =
+            self.choose_padding(&file, LENGTH_WORD_BYTES + json.0);
+        if header_bytes - LENGTH_WORD_BYTES > safetensors::MAX_HEADER_BYTES {
+            return Err(LayoutError::HeaderTooLarge {
+                path: kind.path(),
+                bytes: header_bytes - LENGTH_WORD_BYTES,
+            });
+        }
+        file.header_bytes = header_bytes;
+        file.incongruent_bytes = file.payload_bytes - congruent_bytes;
+        self.files.push(file);
+        Ok(())
+    }
+
+    /// The order of the model, unless that would leave a tensor unaligned to its own dtype: then
+    /// by dtype width, widest first, which aligns all of them.
+    fn order(&self, pieces: &mut [Piece]) {
+        pieces.sort_by_cached_key(|piece| {
+            let view = self.view(*piece);
+            let table_place = self.views[piece.view as usize].tensor;
+            (view.gguf_part, view.gguf_offset, table_place, piece.view)
+        });
+        let width = |piece: &Piece| Dtype::of(self.view(*piece).ggml_type).width();
+        let mut offset = 0;
+        let aligned = pieces.iter().all(|piece| {
+            let start = offset;
+            offset += self.views[piece.view as usize].bytes;
+            start % width(piece) == 0
+        });
+        if !aligned {
+            pieces.sort_by_key(|piece| std::cmp::Reverse(width(piece)));
+        }
+    }
+
+    /// Of the paddings below a page that align the payload start, the one that makes the most
+    /// payload bytes congruent with their place in the model, so that whole pages of the file are
+    /// whole pages of the model; the smallest of equals. Returns the payload's start and the
+    /// congruent bytes.
+    fn choose_padding(&self, file: &File, unpadded: u64) -> (u64, u64) {
+        // The payload start modulo a page at which each tensor becomes congruent, and its bytes.
+        let mut wishes: Vec<(u64, u64)> = Vec::with_capacity(file.pieces.len());
+        let mut payload_offset = 0u64;
+        for tensor in self.tensors(file) {
+            let residue = tensor.gguf_offset.wrapping_sub(payload_offset) % PAGE_BYTES;
+            if tensor.bytes > 0 && residue.is_multiple_of(PAYLOAD_ALIGNMENT) {
+                wishes.push((residue, tensor.bytes));
+            }
+            payload_offset += tensor.bytes;
+        }
+        wishes.sort_unstable();
+        let smallest = unpadded.next_multiple_of(PAYLOAD_ALIGNMENT);
+        let mut best = (smallest, 0);
+        for group in wishes.chunk_by(|a, b| a.0 == b.0) {
+            let bytes: u64 = group.iter().map(|(_, bytes)| bytes).sum();
+            let start = smallest + group[0].0.wrapping_sub(smallest) % PAGE_BYTES;
+            if bytes > best.1 || (bytes == best.1 && start < best.0) {
+                best = (start, bytes);
+            }
+        }
+        best
+    }
+
+    fn write_json(&self, file: &File, out: &mut impl Write) -> io::Result<()> {
+        let mut metadata = vec![("format", "pt"), ("odmoe.layout", LAYOUT_VERSION)];
+        if let Some(architecture) = self.model.architecture() {
+            metadata.push(("general.architecture", architecture));
+        }
+        let numbers;
+        if let FileKind::Expert { layer, expert } = file.kind {
+            numbers = (layer.to_string(), expert.to_string());
+            metadata.push(("layer", &numbers.0));
+            metadata.push(("expert", &numbers.1));
+        }
+        write_header_json(out, &metadata, self.tensors(file))
+    }
+
+    /// Writes everything in front of a file's payload.
+    fn write_header(&self, file: &File, out: &mut impl Write) -> io::Result<()> {
+        let length = file.header_bytes - LENGTH_WORD_BYTES;
+        out.write_all(&length.to_le_bytes())?;
+        let mut json = CountingWriter { out, bytes: 0 };
+        self.write_json(file, &mut json)?;
+        let (out, written) = (json.out, json.bytes);
+        let padding = [b' '; PAGE_BYTES as usize];
+        out.write_all(&padding[..(length - written) as usize])
+    }
+
+    fn tree(&self) -> Tree {
+        let mut base = self.document_files();
+        let mut experts = vec![self.registry_file()];
+        for (index, file) in self.files.iter().enumerate() {
+            let header = Content::Made(Doc::Header(index as u32).id());
+            let mut runs = Vec::with_capacity(1 + file.pieces.len());
+            runs.push((file.header_bytes, header));
+            runs.extend(self.tensors(file).map(|tensor| {
+                let content = Content::Model {
+                    part: tensor.gguf_part,
+                    offset: tensor.gguf_offset,
+                };
+                (tensor.bytes, content)
+            }));
+            let new = NewFile {
+                name: format!("{}.safetensors", file.kind.stem()),
+                runs,
+            };
+            match file.kind {
+                FileKind::Base(_) => base.push(new),
+                FileKind::Expert { .. } => experts.push(new),
+            }
+        }
+        Tree::new(vec![(BASE_DIRECTORY, base), (EXPERTS_DIRECTORY, experts)])
+    }
+}
+
+/// Counts what is written into it.
+struct Counter(u64);
+
+impl Write for Counter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0 += bytes.len() as u64;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Passes on and counts what is written into it.
+struct CountingWriter<'a, W> {
+    out: &'a mut W,
+    bytes: u64,
+}
+
+impl<W: Write> Write for CountingWriter<'_, W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.out.write(bytes)?;
+        self.bytes += written as u64;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
+}

@@ -1,0 +1,113 @@
+//! The promise that nothing is lost: every byte of every tensor is in one file, exactly once.
+//!
+//! Checked on the finished tree, from the extents that are served, and not on the reasoning that
+//! made them.
+
+use crate::gguf::ModelHeader;
+use crate::tree::{Content, Tree};
+
+/// A breach of the partition: a fault of this program, never of a model.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error(
+    "byte {offset} of part {part} {what}: this is a bug in odmoe-fs, please report it with the model's name"
+)]
+pub struct PartitionError {
+    /// 1-based.
+    pub part: u32,
+    pub offset: u64,
+    pub what: &'static str,
+}
+
+/// Checks the safetensors files of a tree against the tensors of its model.
+pub(super) fn check(model: &ModelHeader, tree: &Tree) -> Result<(), PartitionError> {
+    let mut served: Vec<(u32, u64, u64)> = tree
+        .files()
+        .filter(|&ino| {
+            tree.name(ino)
+                .is_some_and(|name| name.ends_with(".safetensors"))
+        })
+        .flat_map(|ino| tree.extents(ino))
+        .filter_map(|extent| match extent.content {
+            Content::Model { part, offset } => Some((part, offset, extent.len)),
+            Content::Made(_) => None,
+        })
+        .collect();
+    served.sort_unstable();
+    let fail = |part: u32, offset, what| {
+        Err(PartitionError {
+            part: part + 1,
+            offset,
+            what,
+        })
+    };
+    let mut served = served.into_iter().peekable();
+    // Tensors come by part and offset, since a header's offsets are a running sum.
+    for tensor in &model.tensors {
+        let mut at = tensor.info.offset;
+        let end = at + tensor.info.bytes;
+        while at < end {
+            match served.next_if(|&(part, offset, _)| (part, offset) <= (tensor.part, at)) {
+                None => return fail(tensor.part, at, "is a tensor's, but in no file"),
+                Some((part, offset, len)) if (part, offset) == (tensor.part, at) => at += len,
+                Some((part, offset, _)) => {
+                    return fail(part, offset, "is in two files, or no tensor's");
+                }
+            }
+        }
+        if at > end {
+            return fail(tensor.part, end, "is served beyond the end of its tensor");
+        }
+    }
+    match served.next() {
+        Some((part, offset, _)) => fail(part, offset, "is in two files, or no tensor's"),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gguf::write::Writer;
+    use crate::gguf::{GgmlType, Header};
+    use crate::tree::NewFile;
+
+    fn check_runs(runs: &[(u64, u64)]) -> Option<&'static str> {
+        let mut writer = Writer::new();
+        for name in ["a", "empty", "b"] {
+            let dims = [if name == "empty" { 0 } else { 16 }];
+            writer.tensor(name, &dims, GgmlType::from_name("F32").unwrap());
+        }
+        let file = writer.header();
+        let start = file.bytes.len() as u64;
+        let header = Header::read(std::io::Cursor::new(&file.bytes), file.file_bytes).unwrap();
+        let model = ModelHeader::join(vec![(header, file.file_bytes)]).unwrap();
+        let runs = runs.iter().map(|&(at, len)| {
+            let offset = start + at;
+            (len, Content::Model { part: 0, offset })
+        });
+        let file = NewFile {
+            name: "x.safetensors".into(),
+            runs: runs.collect(),
+        };
+        check(&model, &Tree::new(vec![("d", vec![file])]))
+            .err()
+            .map(|error| error.what)
+    }
+
+    #[test]
+    fn gaps_overlaps_and_strays_are_found() {
+        // Two tensors of 64 bytes, an empty one between them.
+        assert_eq!(check_runs(&[(64, 64), (0, 32), (32, 32)]), None);
+        let lost = Some("is a tensor's, but in no file");
+        let twice = Some("is in two files, or no tensor's");
+        assert_eq!(check_runs(&[(64, 64), (32, 32)]), lost);
+        assert_eq!(check_runs(&[(0, 64), (64, 32)]), lost);
+        assert_eq!(check_runs(&[(0, 64), (32, 32), (64, 64)]), twice);
+        assert_eq!(check_runs(&[(0, 64), (0, 64), (64, 64)]), twice);
+        assert_eq!(check_runs(&[(0, 64), (64, 64), (128, 4)]), twice);
+        assert_eq!(
+            check_runs(&[(0, 65), (65, 63)]),
+            Some("is served beyond the end of its tensor")
+        );
+    }
+}

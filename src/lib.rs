@@ -1,0 +1,56 @@
+//! Mixture-of-Experts GGUF models as one small safetensors file per expert, without converting
+//! them: mounted through FUSE, written as real files, or read in place by a program.
+//!
+//! The way of the data, each step a module:
+//!
+//! ```text
+//! model.gguf ─> gguf ──────> layout ───────> tree ──┬─> fuse, mounts   serve it
+//!               what is      what goes       files  └─> materialize    writes it
+//!               in it        where           = extents
+//!               source: the only code that reads model bytes
+//! ```
+//!
+//! `gguf`, `safetensors`, `layout` and `tree` are pure: bytes or values in, values out.
+//! [`model::Model`] puts the steps together.
+//!
+//! # Without FUSE
+//!
+//! Find an expert's matrix in a model, and get its bytes without a copy:
+//!
+//! ```no_run
+//! use odmoe_fs::layout::FileKind;
+//! use odmoe_fs::model::Model;
+//!
+//! let model = Model::open("kimi-k2.5-00001-of-00013.gguf".as_ref())?;
+//! let wanted = FileKind::Expert { layer: 3, expert: 17 };
+//! let file = model.layout().files().iter().find(|file| file.kind == wanted).unwrap();
+//! for tensor in model.layout().tensors(file) {
+//!     // SAFETY: nobody changes the model while it is mapped.
+//!     let part = unsafe { model.source().map(tensor.gguf_part)? };
+//!     let start = tensor.gguf_offset as usize;
+//!     let blocks: &[u8] = &part[start..start + tensor.bytes as usize];
+//!     println!("{} {} {:?}: {} bytes", tensor.name, tensor.ggml_type, tensor.shape.dims(), blocks.len());
+//! }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! Or read the file that the mount would show, header and all:
+//!
+//! ```no_run
+//! # let model = odmoe_fs::model::Model::open("model.gguf".as_ref())?;
+//! let file = model.tree().find("experts/layer_03_expert_017.safetensors").unwrap();
+//! let bytes: Vec<u8> = model.read(file)?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+#![deny(unsafe_code)]
+
+pub mod fuse;
+pub mod gguf;
+pub mod layout;
+pub mod materialize;
+pub mod model;
+pub mod mounts;
+pub mod safetensors;
+pub mod source;
+mod sys;
+pub mod tree;

@@ -1,0 +1,296 @@
+//! The same tree as real files.
+//!
+//! The problem: hundreds of gigabytes that must never look finished when they are not.
+//!
+//! The plan: [`Plan::new`] compares the target with the tree, and refuses before anything is
+//! written; [`Plan::run`] writes every missing file under a temporary name, gives it the tree's
+//! time, flushes it, and only then its name. So a file that has its name is complete, and the
+//! same command finishes what was interrupted. At the end the documents are made anew from the
+//! files that are there.
+
+mod selection;
+mod write;
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+pub use selection::{NotNumbers, Numbers, Selection};
+pub use write::Progress;
+
+use crate::layout::{
+    BASE_DIRECTORY, Doc, EXPERTS_DIRECTORY, FileKind, METADATA_GGUF_PATH, METADATA_PATH,
+    REGISTRY_PATH,
+};
+use crate::model::Model;
+use crate::source::ReadError;
+use crate::sys;
+use crate::tree::Ino;
+
+/// What a file system takes for a file beside its bytes is counted as one block of this size.
+const BLOCK_BYTES: u64 = 4096;
+
+/// Why a tree cannot be written. What is complete stays, and the same command goes on from there.
+#[derive(Debug, thiserror::Error)]
+pub enum MaterializeError {
+    #[error("cannot {action} {path:?}: {source}")]
+    Io {
+        action: &'static str,
+        path: PathBuf,
+        source: io::Error,
+    },
+    #[error(
+        "{path:?} exists, but {reason}; it was not made from this model as it is now. Remove it, or choose another directory"
+    )]
+    Foreign { path: PathBuf, reason: String },
+    #[error("another odmoe-fs is writing to {0:?}; wait until it has finished")]
+    Locked(PathBuf),
+    #[error(
+        "{target:?} has room for {available} bytes, but {needed} are needed; free some, or choose fewer files with --layers, --experts, --base-only or --experts-only"
+    )]
+    NoRoom {
+        target: PathBuf,
+        needed: u64,
+        available: u64,
+    },
+    #[error("nothing to write: the model has no such experts (its layers with experts: {layers})")]
+    NothingSelected { layers: String },
+    #[error(transparent)]
+    Source(#[from] ReadError),
+}
+
+fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> MaterializeError {
+    move |source| MaterializeError::Io {
+        action,
+        path: path.to_owned(),
+        source,
+    }
+}
+
+/// What is to be written to a target, and what is there already.
+#[derive(Debug)]
+pub struct Plan<'a> {
+    model: &'a Model,
+    target: PathBuf,
+    /// Files to write, in the order of the model.
+    missing: Vec<Ino>,
+    /// Chosen files that are complete already.
+    done: usize,
+    /// By index in [`Layout::files`](crate::layout::Layout::files): is or will be there.
+    present: Vec<bool>,
+    bytes: u64,
+}
+
+impl<'a> Plan<'a> {
+    /// Compares a target, which need not exist, with the chosen part of a model's tree. Nothing is
+    /// written.
+    pub fn new(
+        model: &'a Model,
+        target: &Path,
+        selection: &Selection,
+    ) -> Result<Self, MaterializeError> {
+        let layout = model.layout();
+        let mut plan = Self {
+            model,
+            target: target.to_owned(),
+            missing: Vec::new(),
+            done: 0,
+            present: vec![false; layout.files().len()],
+            bytes: 0,
+        };
+        let mut chosen = 0;
+        for (index, file) in layout.files().iter().enumerate() {
+            let ino = plan.find(&file.kind.path());
+            let takes = selection.takes(file.kind);
+            plan.present[index] = match plan.state(ino)? {
+                State::Done => {
+                    plan.done += usize::from(takes);
+                    true
+                }
+                State::Missing if takes => {
+                    plan.add(ino);
+                    true
+                }
+                State::Missing => false,
+                State::Foreign(reason) if takes => return Err(plan.foreign(ino, reason)),
+                State::Foreign(_) => false,
+            };
+            chosen += usize::from(takes);
+        }
+        if chosen == 0 && (selection.layers.is_some() || selection.experts.is_some()) {
+            let layers = layout.moe_layers().map(|n| n.to_string());
+            let layers: Vec<_> = layers.collect();
+            return Err(MaterializeError::NothingSelected {
+                layers: layers.join(","),
+            });
+        }
+        if !selection.without_base {
+            let ino = plan.find(METADATA_GGUF_PATH);
+            match plan.state(ino)? {
+                State::Done => plan.done += 1,
+                State::Missing => plan.add(ino),
+                State::Foreign(reason) => return Err(plan.foreign(ino, reason)),
+            }
+        }
+        for (path, doc) in DOCUMENTS {
+            plan.check_document(path, doc)?;
+            plan.bytes += model.tree().size(plan.find(path)).unwrap_or(0);
+        }
+        Ok(plan)
+    }
+
+    /// The number of files to write, without the two documents.
+    pub fn files(&self) -> usize {
+        self.missing.len()
+    }
+
+    /// The number of chosen files that are complete already.
+    pub fn files_done(&self) -> usize {
+        self.done
+    }
+
+    /// Bytes to write.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Fails if the target's file system has less room than the plan needs.
+    pub fn check_room(&self) -> Result<(), MaterializeError> {
+        let folder = self
+            .target
+            .ancestors()
+            .find(|folder| folder.exists())
+            .filter(|folder| !folder.as_os_str().is_empty())
+            .unwrap_or(Path::new("."));
+        let available =
+            sys::available_bytes(folder).map_err(io_error("ask for room in", folder))?;
+        let needed = self.bytes + self.missing.len() as u64 * BLOCK_BYTES;
+        if needed > available {
+            return Err(MaterializeError::NoRoom {
+                target: self.target.clone(),
+                needed,
+                available,
+            });
+        }
+        Ok(())
+    }
+
+    fn find(&self, path: &str) -> Ino {
+        let found = self.model.tree().find(path);
+        found.expect("the layout's files are in the tree")
+    }
+
+    fn add(&mut self, ino: Ino) {
+        self.bytes += self.model.tree().size(ino).unwrap_or(0);
+        self.missing.push(ino);
+    }
+
+    fn path(&self, ino: Ino) -> PathBuf {
+        let path = self.model.tree().path(ino).unwrap_or_default();
+        self.target.join(path)
+    }
+
+    fn foreign(&self, ino: Ino, reason: String) -> MaterializeError {
+        MaterializeError::Foreign {
+            path: self.path(ino),
+            reason,
+        }
+    }
+
+    /// Compares a file of the target with what would be written: size, time and header, which
+    /// holds every tensor's name, shape and place. Reads no payload.
+    fn state(&self, ino: Ino) -> Result<State, MaterializeError> {
+        let path = self.path(ino);
+        let metadata = match fs::symlink_metadata(&path) {
+            Ok(metadata) => metadata,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(State::Missing),
+            Err(e) => return Err(io_error("look at", &path)(e)),
+        };
+        if !metadata.is_file() {
+            return Ok(State::Foreign("is no regular file".into()));
+        }
+        let size = self.model.tree().size(ino).unwrap_or(0);
+        if metadata.len() != size {
+            let reason = format!("has {} bytes instead of {size}", metadata.len());
+            return Ok(State::Foreign(reason));
+        }
+        let modified = metadata.modified().map_err(io_error("look at", &path))?;
+        if modified != self.model.source().modified() {
+            return Ok(State::Foreign("has another time than the model".into()));
+        }
+        let header = self.model.tree().extents(ino).first().map_or(0, |e| e.len);
+        let mut found = vec![0; header as usize];
+        File::open(&path)
+            .and_then(|mut file| file.read_exact(&mut found))
+            .map_err(io_error("read", &path))?;
+        let mut expected = vec![0; header as usize];
+        self.model.read_at(ino, 0, &mut expected)?;
+        Ok(if found == expected {
+            State::Done
+        } else {
+            State::Foreign("has another header".into())
+        })
+    }
+
+    /// A document that is there will be replaced, so it must be one of this model.
+    fn check_document(&self, path: &str, doc: Doc) -> Result<(), MaterializeError> {
+        let full_path = self.target.join(path);
+        let found = match fs::read(&full_path) {
+            Ok(found) => found,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(e) => return Err(io_error("read", &full_path)(e)),
+        };
+        let mut whole = Vec::new();
+        let rendered = self.model.layout().render(doc, &mut whole);
+        rendered.expect("writing to memory cannot fail");
+        if found == whole || is_part_of(doc, &found, &whole) {
+            return Ok(());
+        }
+        Err(MaterializeError::Foreign {
+            path: full_path,
+            reason: "describes something else".into(),
+        })
+    }
+
+    /// Whether the documents shall list a file.
+    fn lists(&self, kind: FileKind) -> bool {
+        let files = self.model.layout().files();
+        files
+            .binary_search_by_key(&kind, |file| file.kind)
+            .is_ok_and(|index| self.present[index])
+    }
+}
+
+/// The documents that describe what is there.
+const DOCUMENTS: [(&str, Doc); 2] = [
+    (REGISTRY_PATH, Doc::Registry),
+    (METADATA_PATH, Doc::Metadata),
+];
+
+const DIRECTORIES: [&str; 2] = [BASE_DIRECTORY, EXPERTS_DIRECTORY];
+
+enum State {
+    Missing,
+    Done,
+    /// There, but not what would be written; the reason.
+    Foreign(String),
+}
+
+/// Whether a document can be of a part of the tree that `whole` describes.
+fn is_part_of(doc: Doc, found: &[u8], whole: &[u8]) -> bool {
+    let parse = |bytes| match serde_json::from_slice(bytes) {
+        Ok(serde_json::Value::Object(map)) => Some(map),
+        _ => None,
+    };
+    let (Some(found), Some(whole)) = (parse(found), parse(whole)) else {
+        return false;
+    };
+    match doc {
+        Doc::Registry => found
+            .iter()
+            .all(|(key, entry)| whole.get(key) == Some(entry)),
+        _ => ["architecture", "ggml_types", "parts", "gguf"]
+            .iter()
+            .all(|key| found.get(*key).is_some() && found.get(*key) == whole.get(*key)),
+    }
+}

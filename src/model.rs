@@ -1,0 +1,170 @@
+//! A model, opened and laid out: the pipeline put together, and the bytes of its files.
+//!
+//! What is served, written, compared or described starts here.
+
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use crate::layout::{Doc, Layout, LayoutError};
+use crate::source::{self, OpenError, ReadError, Source};
+use crate::tree::{Content, DocId, From, Ino, Tree};
+
+/// Documents above this are kept after their first read; smaller ones cost less to render again
+/// than 23,040 of them cost to keep.
+const KEPT_DOCUMENT_BYTES: u64 = 64 << 10;
+
+/// Why a model cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    #[error("{path:?}: {source}")]
+    Layout { path: PathBuf, source: LayoutError },
+}
+
+/// A model's layout, tree and parts.
+#[derive(Debug)]
+pub struct Model {
+    layout: Layout,
+    tree: Tree,
+    source: Source,
+    kept: Kept,
+}
+
+/// Large documents, rendered when they are first read.
+#[derive(Debug)]
+struct Kept(Vec<(DocId, OnceLock<Box<[u8]>>)>);
+
+impl Model {
+    /// Opens a model by the path of its file or of any part of a split set.
+    ///
+    /// Reads the headers of all parts, decides what each file of the tree holds, and checks that
+    /// every byte of every tensor is in one of them, once. No payload is read.
+    pub fn open(path: &Path) -> Result<Self, ModelError> {
+        let (header, source) = source::open(path)?;
+        let (layout, tree) = Layout::new(header).map_err(|source| ModelError::Layout {
+            path: path.to_owned(),
+            source,
+        })?;
+        let kept = Kept::of(&tree);
+        Ok(Self {
+            layout,
+            tree,
+            source,
+            kept,
+        })
+    }
+
+    /// What each file holds.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The directories and files.
+    pub fn tree(&self) -> &Tree {
+        &self.tree
+    }
+
+    /// The parts on disk.
+    pub fn source(&self) -> &Source {
+        &self.source
+    }
+
+    /// Reads a file of the tree from `offset` on: fills the buffer as far as the file goes, and
+    /// returns how many bytes that is, or an error. Nothing is ever cut short but by the end.
+    pub fn read_at(&self, file: Ino, offset: u64, buffer: &mut [u8]) -> Result<usize, ReadError> {
+        let mut filled = 0;
+        for slice in self.tree.slices(file, offset, buffer.len() as u64) {
+            let end = filled + slice.len as usize;
+            let piece = &mut buffer[filled..end];
+            match slice.from {
+                From::Part(part) => self.source.read_at(part, slice.offset, piece)?,
+                From::Made(doc) => self.read_document(doc, slice.offset, piece),
+            }
+            filled = end;
+        }
+        Ok(filled)
+    }
+
+    /// Reads a whole file of the tree into memory.
+    pub fn read(&self, file: Ino) -> Result<Vec<u8>, ReadError> {
+        let mut bytes = vec![0; self.tree.size(file).unwrap_or(0) as usize];
+        let read = self.read_at(file, 0, &mut bytes)?;
+        debug_assert_eq!(read, bytes.len());
+        Ok(bytes)
+    }
+
+    fn read_document(&self, doc: DocId, offset: u64, buffer: &mut [u8]) {
+        let render = |out: &mut dyn Write| {
+            let mut out = out;
+            self.layout
+                .render(Doc::of_id(doc), &mut out)
+                .expect("writing to memory cannot fail");
+        };
+        match self.kept.get(doc) {
+            Some(kept) => {
+                let whole = kept.get_or_init(|| {
+                    let mut bytes = Vec::new();
+                    render(&mut bytes);
+                    bytes.into()
+                });
+                let start = offset as usize;
+                buffer.copy_from_slice(&whole[start..start + buffer.len()]);
+            }
+            None => {
+                let mut window = Window {
+                    skip: offset as usize,
+                    rest: buffer,
+                };
+                render(&mut window);
+                assert!(window.rest.is_empty(), "a document is as long as its size");
+            }
+        }
+    }
+}
+
+impl Kept {
+    fn of(tree: &Tree) -> Self {
+        let mut large: Vec<_> = tree
+            .files()
+            .flat_map(|file| tree.extents(file))
+            .filter(|extent| extent.len > KEPT_DOCUMENT_BYTES)
+            .filter_map(|extent| match extent.content {
+                Content::Made(doc) => Some((doc, OnceLock::new())),
+                Content::Model { .. } => None,
+            })
+            .collect();
+        large.sort_by_key(|(doc, _)| *doc);
+        Self(large)
+    }
+
+    fn get(&self, doc: DocId) -> Option<&OnceLock<Box<[u8]>>> {
+        let at = self.0.binary_search_by_key(&doc, |(doc, _)| *doc).ok()?;
+        Some(&self.0[at].1)
+    }
+}
+
+/// Takes the bytes of a document that fall into a buffer, and drops the others.
+struct Window<'a> {
+    /// Bytes to drop before the buffer starts.
+    skip: usize,
+    rest: &'a mut [u8],
+}
+
+impl Write for Window<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let skipped = self.skip.min(bytes.len());
+        self.skip -= skipped;
+        let wanted = &bytes[skipped..];
+        let count = wanted.len().min(self.rest.len());
+        let (here, rest) = std::mem::take(&mut self.rest).split_at_mut(count);
+        here.copy_from_slice(&wanted[..count]);
+        self.rest = rest;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

@@ -1,0 +1,262 @@
+//! A mount's life: may it be made, is it ready, when does it end.
+//!
+//! The problem: a command that returns before the tree answers, a daemon that holds its caller's
+//! terminal, or an unmount that hits another file system are each worse than no mount.
+//!
+//! The plan: [`Mount::prepare`] finds out everything that can be known before (so that a user
+//! reads the reason and not an errno), [`Mount::serve`] runs it until it is unmounted or told to
+//! stop, [`Mount::serve_in_background`] does so in a daemon whose fate the caller learns, and
+//! [`unmount`] ends one of ours.
+
+mod background;
+mod preflight;
+mod table;
+mod unmount;
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use fuser::{Config, MountOption, Session, SessionACL};
+
+pub use table::{MountEntry, mount_table};
+pub use unmount::{UnmountError, unmount};
+
+use crate::fuse::{OdmoeFs, Owner};
+use crate::model::Model;
+pub use crate::sys::process::Signals;
+use crate::sys::process::effective_ids;
+
+/// The file system type in mount tables.
+pub const FS_TYPE: &str = "fuse.odmoe";
+const SUBTYPE: &str = "odmoe";
+
+/// What a user may choose of a mount.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Options {
+    /// Mount over a directory that is not empty.
+    pub nonempty: bool,
+    /// Let every user in, not only the one who mounts.
+    pub allow_other: bool,
+    /// The owner of the files, instead of the one who mounts.
+    pub uid: Option<u32>,
+    /// The group of the files, instead of that of the one who mounts.
+    pub gid: Option<u32>,
+    /// Worker threads; `None` chooses by the number of processors.
+    pub threads: Option<usize>,
+}
+
+/// Why a mount cannot be made, or ended badly. Each says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum MountError {
+    #[error("{0:?} does not exist; make it with `mkdir -p`")]
+    DirectoryMissing(PathBuf),
+    #[error("{0:?} is not a directory; a mount needs an empty one")]
+    NotADirectory(PathBuf),
+    #[error(
+        "{0:?} is not empty, and mounting would hide what is in it; choose another directory, or say --nonempty"
+    )]
+    NotEmpty(PathBuf),
+    #[error(
+        "{source_name:?} is already mounted on {directory:?}; unmount it first, with `odmoe-fs umount`"
+    )]
+    AlreadyMounted {
+        directory: PathBuf,
+        source_name: String,
+    },
+    #[error(
+        "{directory:?} lies inside the odmoe-fs mount on {mount:?}; choose a directory elsewhere"
+    )]
+    InsideMount { directory: PathBuf, mount: PathBuf },
+    #[error(
+        "{directory:?} holds the model's own file {part:?}, which the mount would hide; choose a directory elsewhere"
+    )]
+    HidesModel { directory: PathBuf, part: PathBuf },
+    #[error("{directory:?} cannot be used: {source}")]
+    Directory {
+        directory: PathBuf,
+        source: io::Error,
+    },
+    #[error(
+        "/dev/fuse does not exist, so this kernel has no FUSE; load it with `modprobe fuse`, or start the container with `--device /dev/fuse --cap-add SYS_ADMIN`"
+    )]
+    NoDevice,
+    #[error(
+        "no right to open /dev/fuse; let every user with `sudo chmod 0666 /dev/fuse`, as distributions do"
+    )]
+    DeviceDenied,
+    #[error("/dev/fuse cannot be opened: {0}")]
+    Device(io::Error),
+    #[error(
+        "fusermount3 is not installed, and mounting needs it unless you are root; install the package fuse3 (`sudo apt install fuse3`, `sudo dnf install fuse3`)"
+    )]
+    NoFusermount,
+    #[error(
+        "--allow-other needs the line `user_allow_other` in /etc/fuse.conf, unless you are root"
+    )]
+    UserAllowOther,
+    #[error("mounting on {directory:?} failed: {reason}")]
+    Refused { directory: PathBuf, reason: String },
+    #[error("the mount on {directory:?} ended: {source}")]
+    Session {
+        directory: PathBuf,
+        source: io::Error,
+    },
+    #[error("cannot go to the background: {0}")]
+    Background(io::Error),
+    /// What the daemon said before it ended.
+    #[error("{0}")]
+    Daemon(String),
+    #[error("the background process ended before the mount was ready ({0})")]
+    DaemonDied(String),
+}
+
+impl MountError {
+    /// Whether this machine or user cannot mount at all, whatever the model and the directory.
+    pub fn is_no_fuse(&self) -> bool {
+        matches!(
+            self,
+            Self::NoDevice | Self::DeviceDenied | Self::Device(_) | Self::NoFusermount
+        )
+    }
+}
+
+/// A mount that can be made, as far as can be known before.
+#[derive(Debug)]
+pub struct Mount {
+    file_system: OdmoeFs,
+    directory: PathBuf,
+    config: Config,
+}
+
+impl Mount {
+    /// Checks that `model` can be mounted on `directory`, and with which options.
+    pub fn prepare(model: Model, directory: &Path, options: &Options) -> Result<Self, MountError> {
+        let directory = preflight::check(&model, directory, options)?;
+        let (uid, gid) = effective_ids();
+        let owner = Owner {
+            uid: options.uid.unwrap_or(uid),
+            gid: options.gid.unwrap_or(gid),
+        };
+        if !options.allow_other && owner.uid != uid {
+            tracing::warn!(
+                "the files belong to user {}, but only user {uid}, who mounts, may enter; say --allow-other to let others in",
+                owner.uid
+            );
+        }
+        let config = config(&model, options);
+        Ok(Self {
+            file_system: OdmoeFs::new(model, owner),
+            directory,
+            config,
+        })
+    }
+
+    /// The directory, absolute and without links.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// The model to be shown.
+    pub fn model(&self) -> &Model {
+        self.file_system.model()
+    }
+
+    /// Mounts, calls `ready`, and serves until somebody unmounts, or until SIGINT, SIGTERM or
+    /// SIGHUP: then the mount is taken out of the tree at once, readers finish, and this returns
+    /// when the last has left. A second signal ends the process.
+    pub fn serve(self, ready: impl FnOnce()) -> Result<(), MountError> {
+        // Before any thread starts, so that all of them leave the signals to the one that waits.
+        let signals = Signals::block(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP])
+            .map_err(MountError::Background)?;
+        let directory = self.directory;
+        let session = Session::new(self.file_system, &directory, &self.config).map_err(|e| {
+            MountError::Refused {
+                directory: directory.clone(),
+                reason: preflight::explain(&e),
+            }
+        })?;
+        let stop = StopOnSignal {
+            directory: directory.clone(),
+            entry: table::mounted_on(&directory),
+            signals,
+        };
+        std::thread::Builder::new()
+            .name("signals".into())
+            .spawn(move || stop.run())
+            .map_err(MountError::Background)?;
+        ready();
+        session
+            .run()
+            .map_err(|source| MountError::Session { directory, source })
+    }
+}
+
+/// Ends a mount when a signal asks for it.
+struct StopOnSignal {
+    directory: PathBuf,
+    /// The mount as the table showed it at the start: what is there later may be another's.
+    entry: Option<MountEntry>,
+    signals: Signals,
+}
+
+impl StopOnSignal {
+    fn run(&self) {
+        let Ok(first) = self.signals.wait() else {
+            return;
+        };
+        let here = table::mounted_on(&self.directory);
+        if here.is_some() && here == self.entry {
+            match unmount::detach(&self.directory) {
+                Ok(()) => tracing::info!("signal {first}: unmounted {:?}", self.directory),
+                Err(e) => tracing::error!("signal {first}: {e}"),
+            }
+        }
+        tracing::info!("waiting for open files; a second signal ends the process now");
+        if let Ok(second) = self.signals.wait() {
+            std::process::exit(128 + second);
+        }
+    }
+}
+
+fn config(model: &Model, options: &Options) -> Config {
+    let mut config = Config::default();
+    config.mount_options = vec![
+        MountOption::RO,
+        MountOption::NoSuid,
+        MountOption::NoDev,
+        MountOption::NoExec,
+        MountOption::NoAtime,
+        MountOption::DefaultPermissions,
+        MountOption::FSName(source_name(model)),
+        // Not `Subtype`, which fuser drops when it mounts as root.
+        MountOption::CUSTOM(format!("subtype={SUBTYPE}")),
+    ];
+    config.acl = if options.allow_other {
+        SessionACL::All
+    } else {
+        SessionACL::Owner
+    };
+    config.n_threads = Some(options.threads.unwrap_or_else(default_threads));
+    config
+}
+
+/// The name of the source in mount tables: the model's path, unless that could be taken for
+/// options, since they are joined with commas and unescaped.
+fn source_name(model: &Model) -> String {
+    model
+        .source()
+        .given_path()
+        .to_str()
+        .filter(|path| !path.contains([',', '\\']) && !path.contains(char::is_control))
+        .unwrap_or(SUBTYPE)
+        .to_owned()
+}
+
+/// Workers wait for the disk as much as they work, so there are more than processors.
+fn default_threads() -> usize {
+    if !cfg!(target_os = "linux") {
+        return 1; // fuser has one event loop elsewhere
+    }
+    let processors = std::thread::available_parallelism().map_or(1, |n| n.get());
+    (2 * processors).clamp(4, 16)
+}

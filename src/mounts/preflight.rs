@@ -1,0 +1,118 @@
+//! Everything that can be known to go wrong before a mount is tried, each with its own words.
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::{MountError, Options, table, unmount};
+use crate::model::Model;
+use crate::sys::process::effective_ids;
+
+const DEVICE: &str = "/dev/fuse";
+const FUSE_CONF: &str = "/etc/fuse.conf";
+
+/// Checks a mount, and returns the directory without links.
+pub(super) fn check(
+    model: &Model,
+    directory: &Path,
+    options: &Options,
+) -> Result<PathBuf, MountError> {
+    let directory = usable_directory(directory)?;
+    for part in model.source().paths() {
+        let part = part.canonicalize().unwrap_or_else(|_| part.to_owned());
+        if part.starts_with(&directory) {
+            return Err(MountError::HidesModel { directory, part });
+        }
+    }
+    if !options.nonempty && !is_empty(&directory)? {
+        return Err(MountError::NotEmpty(directory));
+    }
+    usable_fuse(options)?;
+    Ok(directory)
+}
+
+fn usable_directory(given: &Path) -> Result<PathBuf, MountError> {
+    let fail = |source: io::Error| match source.kind() {
+        io::ErrorKind::NotFound => MountError::DirectoryMissing(given.to_owned()),
+        _ => MountError::Directory {
+            directory: given.to_owned(),
+            source,
+        },
+    };
+    let directory = table::resolved(given).map_err(fail)?;
+    if let Some(mount) = table::mount_of(&directory)
+        && mount.is_odmoe()
+    {
+        return Err(if mount.directory == directory {
+            MountError::AlreadyMounted {
+                directory,
+                source_name: mount.source.to_string_lossy().into_owned(),
+            }
+        } else {
+            MountError::InsideMount {
+                directory,
+                mount: mount.directory,
+            }
+        });
+    }
+    if !directory.metadata().map_err(fail)?.is_dir() {
+        return Err(MountError::NotADirectory(directory));
+    }
+    Ok(directory)
+}
+
+fn is_empty(directory: &Path) -> Result<bool, MountError> {
+    match directory.read_dir() {
+        Ok(mut entries) => Ok(entries.next().is_none()),
+        Err(source) => Err(MountError::Directory {
+            directory: directory.to_owned(),
+            source,
+        }),
+    }
+}
+
+/// Whether this user can mount on this machine.
+fn usable_fuse(options: &Options) -> Result<(), MountError> {
+    if cfg!(target_os = "macos") {
+        return Ok(()); // there is no such device, and macFUSE explains itself
+    }
+    let opened = File::options().read(true).write(true).open(DEVICE);
+    opened.map_err(|e| match e.raw_os_error() {
+        // The node may exist where the driver does not.
+        Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => MountError::NoDevice,
+        Some(libc::EACCES | libc::EPERM) => MountError::DeviceDenied,
+        _ => MountError::Device(e),
+    })?;
+    let is_root = effective_ids().0 == 0;
+    if !is_root && unmount::fusermount().is_none() {
+        return Err(MountError::NoFusermount);
+    }
+    if !is_root && options.allow_other && !user_allow_other() {
+        return Err(MountError::UserAllowOther);
+    }
+    Ok(())
+}
+
+/// Whether `fuse.conf` lets users say `allow_other`: a line of its own, as fusermount3 wants it.
+fn user_allow_other() -> bool {
+    std::fs::read_to_string(FUSE_CONF)
+        .unwrap_or_default()
+        .lines()
+        .any(|line| line.trim() == "user_allow_other")
+}
+
+/// What the mount helper or the kernel said, with the cure of the usual cases.
+pub(super) fn explain(error: &io::Error) -> String {
+    let said = error.to_string();
+    let said = said.trim().trim_start_matches("fusermount3: ");
+    let cure = if said.contains("write access") || said.contains("ermission denied") {
+        "; you must own the directory, or be allowed to write to it"
+    } else if said.contains("peration not permitted") {
+        "; in a container start it with `--device /dev/fuse --cap-add SYS_ADMIN`"
+    } else if said.contains("too many FUSE") {
+        "; raise mount_max in /etc/fuse.conf"
+    } else {
+        ""
+    };
+    format!("{said}{cure}")
+}

@@ -1,0 +1,218 @@
+//! The parts of a model on disk: found, opened, and read by range. The only code that reads
+//! model bytes.
+//!
+//! The problem: a mount lives for weeks, and meanwhile its source may be renamed, replaced,
+//! truncated or rewritten. Readers must get the bytes that were there at the start, or an error.
+//!
+//! The plan: hold the descriptors, so that names do not matter. After every read compare size and
+//! time of change with those at the start; a part that differs answers errors from then on. Where
+//! a split set has more parts than descriptors, the first parts stay open and the others are
+//! opened for each read, which must find the same inode.
+
+mod open;
+
+use std::fs::{File, Metadata, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, SystemTime};
+
+use memmap2::Mmap;
+
+pub use open::{OpenError, open};
+
+use crate::sys;
+pub use crate::sys::process::raise_descriptor_limit;
+
+/// The open parts of a model.
+#[derive(Debug)]
+pub struct Source {
+    parts: Vec<PartFile>,
+    /// Which part the model was opened by.
+    given: usize,
+}
+
+#[derive(Debug)]
+struct PartFile {
+    /// Absolute: a daemon leaves its working directory.
+    path: PathBuf,
+    identity: Identity,
+    /// `None` for a part that is opened for each read.
+    file: Option<File>,
+    /// Set for good when the part was seen to have changed.
+    changed: AtomicBool,
+}
+
+/// What tells one state of one file from every other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Identity {
+    device: u64,
+    inode: u64,
+    bytes: u64,
+    /// Seconds and nanoseconds of the last change of content.
+    modified: (i64, i64),
+}
+
+impl Identity {
+    fn of(metadata: &Metadata) -> Self {
+        Self {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            bytes: metadata.size(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+        }
+    }
+
+    fn modified(&self) -> SystemTime {
+        let (seconds, nanoseconds) = self.modified;
+        let nanoseconds = Duration::from_nanos(nanoseconds.max(0) as u64);
+        let whole = Duration::from_secs(seconds.unsigned_abs());
+        let base = if seconds < 0 {
+            SystemTime::UNIX_EPOCH - whole
+        } else {
+            SystemTime::UNIX_EPOCH + whole
+        };
+        base + nanoseconds
+    }
+}
+
+/// Why a range of a part cannot be read. To a reader of a mount all of them are EIO.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    #[error("{path:?} has changed since it was opened; unmount, and mount again")]
+    Changed { path: PathBuf },
+    #[error("{path:?} cannot be opened again: {source}")]
+    Reopen { path: PathBuf, source: io::Error },
+    #[error("{path:?} cannot be read at byte {offset}: {source}")]
+    Read {
+        path: PathBuf,
+        offset: u64,
+        source: io::Error,
+    },
+}
+
+impl Source {
+    /// Fills the buffer from `offset` of a part (0-based): all of it, or an error.
+    pub fn read_at(&self, part: u32, offset: u64, buffer: &mut [u8]) -> Result<(), ReadError> {
+        let part = &self.parts[part as usize];
+        if part.changed.load(Ordering::Relaxed) {
+            return Err(part.changed_error());
+        }
+        match &part.file {
+            Some(file) => part.read_at(file, offset, buffer),
+            None => part.read_at(&part.reopen()?, offset, buffer),
+        }
+    }
+
+    /// When the newest part was last modified.
+    pub fn modified(&self) -> SystemTime {
+        let parts = self.parts.iter().map(|part| part.identity.modified());
+        parts.max().unwrap_or(SystemTime::UNIX_EPOCH)
+    }
+
+    /// The paths of the parts, absolute, in order.
+    pub fn paths(&self) -> impl ExactSizeIterator<Item = &Path> {
+        self.parts.iter().map(|part| part.path.as_path())
+    }
+
+    /// The path of the part that the model was opened by, absolute.
+    pub fn given_path(&self) -> &Path {
+        &self.parts[self.given].path
+    }
+
+    /// Maps a part (0-based) for reading: its tensors without a copy, each at its
+    /// [`gguf_offset`](crate::safetensors::TensorView::gguf_offset).
+    ///
+    /// # Safety
+    /// Nobody may change the part's file while the map lives: a truncated file raises SIGBUS, a
+    /// rewritten one changes bytes behind shared references.
+    #[allow(unsafe_code)]
+    pub unsafe fn map(&self, part: u32) -> Result<Mmap, ReadError> {
+        let part = &self.parts[part as usize];
+        let reopened;
+        let file = match &part.file {
+            Some(file) => file,
+            None => {
+                reopened = part.reopen()?;
+                &reopened
+            }
+        };
+        // SAFETY: the caller promises that the file does not change.
+        let map = unsafe { sys::map(file) }.map_err(|source| part.read_error(0, source))?;
+        part.check(file)?;
+        Ok(map)
+    }
+}
+
+impl PartFile {
+    fn read_at(&self, file: &File, offset: u64, buffer: &mut [u8]) -> Result<(), ReadError> {
+        let read = file.read_exact_at(buffer, offset);
+        // A change explains a failed read better than the failure does.
+        self.check(file)?;
+        read.map_err(|source| self.read_error(offset, source))
+    }
+
+    /// Checks that the part is as it was; if not, says so once and remembers.
+    fn check(&self, file: &File) -> Result<(), ReadError> {
+        let metadata = file
+            .metadata()
+            .map_err(|source| self.read_error(0, source))?;
+        if Identity::of(&metadata) == self.identity {
+            return Ok(());
+        }
+        let error = self.changed_error();
+        if !self.changed.swap(true, Ordering::Relaxed) {
+            tracing::error!("{error}; reads of it fail from now on");
+        }
+        Err(error)
+    }
+
+    fn reopen(&self) -> Result<File, ReadError> {
+        let reopened = open_regular(&self.path).map_err(|source| ReadError::Reopen {
+            path: self.path.clone(),
+            source,
+        })?;
+        // Another inode under the name is not a change of ours: it may be moved back.
+        if Identity::of(&reopened.1) == self.identity {
+            Ok(reopened.0)
+        } else {
+            Err(self.changed_error())
+        }
+    }
+
+    fn changed_error(&self) -> ReadError {
+        ReadError::Changed {
+            path: self.path.clone(),
+        }
+    }
+
+    fn read_error(&self, offset: u64, source: io::Error) -> ReadError {
+        ReadError::Read {
+            path: self.path.clone(),
+            offset,
+            source,
+        }
+    }
+}
+
+/// Opens a file for reading if it is a regular one; never waits for the writer of a FIFO.
+fn open_regular(path: &Path) -> io::Result<(File, Metadata)> {
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)?;
+    let metadata = file.metadata()?;
+    if metadata.is_file() {
+        return Ok((file, metadata));
+    }
+    let what = if metadata.is_dir() {
+        "it is a directory"
+    } else {
+        "it is a device, pipe or socket"
+    };
+    Err(io::Error::new(
+        io::ErrorKind::InvalidInput,
+        format!("{what}, not a regular file"),
+    ))
+}

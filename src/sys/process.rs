@@ -1,0 +1,145 @@
+//! Processes: identity, limits, forking into the background, signals.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+use super::check;
+
+/// The effective user and group of this process.
+pub fn effective_ids() -> (u32, u32) {
+    // SAFETY: these calls have no arguments and cannot fail.
+    unsafe { (libc::geteuid(), libc::getegid()) }
+}
+
+/// Raises the soft limit of open descriptors to the hard one.
+pub fn raise_descriptor_limit() -> io::Result<()> {
+    let mut limit = descriptor_limits()?;
+    limit.rlim_cur = limit.rlim_max;
+    // macOS refuses more than OPEN_MAX where the hard limit is "unlimited".
+    #[cfg(target_os = "macos")]
+    {
+        limit.rlim_cur = limit.rlim_cur.min(10_240);
+    }
+    // SAFETY: the pointer is to an rlimit.
+    check(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) })?;
+    Ok(())
+}
+
+/// How many descriptors this process may have open.
+pub fn descriptor_limit() -> io::Result<u64> {
+    #[allow(clippy::unnecessary_cast)] // rlim_t differs between platforms
+    Ok(descriptor_limits()?.rlim_cur as u64)
+}
+
+fn descriptor_limits() -> io::Result<libc::rlimit> {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: the pointer is to an rlimit.
+    check(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) })?;
+    Ok(limit)
+}
+
+/// Which of the two processes after a fork this is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Forked {
+    Parent { child: i32 },
+    Child,
+}
+
+/// Forks.
+///
+/// # Panics
+/// If the process has more than one thread: the child would have one, and whatever the others
+/// held locked would stay so.
+pub fn fork() -> io::Result<Forked> {
+    #[cfg(target_os = "linux")]
+    {
+        let threads = std::fs::read_dir("/proc/self/task").map_or(1, |tasks| tasks.count());
+        assert_eq!(threads, 1, "forking needs a single thread");
+    }
+    // SAFETY: there is one thread, so the child starts in a consistent state.
+    match check(unsafe { libc::fork() })? {
+        0 => Ok(Forked::Child),
+        child => Ok(Forked::Parent { child }),
+    }
+}
+
+/// Waits for a child and returns its exit status, or the negated signal that ended it.
+pub fn wait_for(child: i32) -> io::Result<i32> {
+    let mut status = 0;
+    loop {
+        // SAFETY: the pointer is to an int.
+        match check(unsafe { libc::waitpid(child, &mut status, 0) }) {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+            Ok(_) if libc::WIFEXITED(status) => return Ok(libc::WEXITSTATUS(status)),
+            Ok(_) => return Ok(-libc::WTERMSIG(status)),
+        }
+    }
+}
+
+/// Leaves the caller behind: a session of its own, `/` as working directory, and `output` (or
+/// nothing) instead of the caller's stdin, stdout and stderr.
+pub fn leave_caller(output: Option<&File>) -> io::Result<()> {
+    // SAFETY: no arguments. A fresh child leads no process group, so this cannot fail with EPERM.
+    check(unsafe { libc::setsid() })?;
+    std::env::set_current_dir("/")?;
+    let null = File::options().read(true).write(true).open("/dev/null")?;
+    let output = output.unwrap_or(&null).as_raw_fd();
+    for (from, to) in [(null.as_raw_fd(), 0), (output, 1), (output, 2)] {
+        // SAFETY: both are descriptors; the old ones behind `to` are closed by the call.
+        check(unsafe { libc::dup2(from, to) })?;
+    }
+    Ok(())
+}
+
+/// A set of signals that threads do not receive but wait for.
+#[derive(Clone, Copy)]
+pub struct Signals(libc::sigset_t);
+
+impl Signals {
+    /// Blocks signals for the calling thread, and for the threads that it starts from now on.
+    pub fn block(signals: &[i32]) -> io::Result<Self> {
+        // SAFETY: sigset_t is plain data, which sigemptyset then initialises.
+        let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
+        // SAFETY: the pointers are to a sigset_t; a null old set is allowed.
+        unsafe {
+            check(libc::sigemptyset(&mut set))?;
+            for &signal in signals {
+                check(libc::sigaddset(&mut set, signal))?;
+            }
+            match libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()) {
+                0 => Ok(Self(set)),
+                error => Err(io::Error::from_raw_os_error(error)),
+            }
+        }
+    }
+
+    /// Waits for one of the signals and takes it.
+    pub fn wait(&self) -> io::Result<i32> {
+        let mut signal = 0;
+        // SAFETY: the pointers are to a sigset_t and an int.
+        match unsafe { libc::sigwait(&self.0, &mut signal) } {
+            0 => Ok(signal),
+            error => Err(io::Error::from_raw_os_error(error)),
+        }
+    }
+
+    /// Takes one of the signals if it is pending; returns at once.
+    pub fn take_pending(&self) -> io::Result<Option<i32>> {
+        // SAFETY: sigset_t is plain data, which sigpending then fills.
+        let mut pending: libc::sigset_t = unsafe { std::mem::zeroed() };
+        // SAFETY: the pointer is to a sigset_t.
+        check(unsafe { libc::sigpending(&mut pending) })?;
+        let any = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP]
+            .into_iter()
+            // SAFETY: the pointers are to sets, the numbers are signals.
+            .any(|s| unsafe {
+                libc::sigismember(&pending, s) == 1 && libc::sigismember(&self.0, s) == 1
+            });
+        if any { self.wait().map(Some) } else { Ok(None) }
+    }
+}

@@ -1,0 +1,352 @@
+//! The immutable tree: directories, files, and what the bytes of a file are.
+//!
+//! The problem: 23,040 files that must be found by name, listed, described and read, by several
+//! threads at once, from a few MiB.
+//!
+//! The plan: flat tables. A node's inode number is its place in the table plus one, the children
+//! of a directory are one sorted range of it, a file is a range of the extent table, and names
+//! share one string. Nothing changes after [`Tree::new`], so there is nothing to lock.
+
+use std::ops::Range;
+
+/// An inode number: 1 is the root, as FUSE has it.
+pub type Ino = u64;
+
+/// The root directory.
+pub const ROOT: Ino = 1;
+
+/// A document that is rendered on demand; what the number means is for the layout to say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct DocId(pub u32);
+
+/// Where the bytes of an extent come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Content {
+    /// A document that we render, whole.
+    Made(DocId),
+    /// A byte range of a part of the model.
+    Model {
+        /// 0-based.
+        part: u32,
+        /// First byte in the part's file.
+        offset: u64,
+    },
+}
+
+/// A run of bytes of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// First byte in the file.
+    pub start: u64,
+    /// Bytes, never 0.
+    pub len: u64,
+    pub content: Content,
+}
+
+/// A piece of an extent that answers a piece of a read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Slice {
+    pub len: u64,
+    /// First byte within the document, or in the part's file.
+    pub offset: u64,
+    pub from: From,
+}
+
+/// Where a [`Slice`] comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum From {
+    Made(DocId),
+    /// The 0-based part of the model.
+    Part(u32),
+}
+
+/// What a node is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    Directory,
+    File,
+}
+
+#[derive(Debug)]
+struct Node {
+    parent: u32,
+    kind: Kind,
+    /// Into `Tree::names`.
+    name: Range<u32>,
+    /// Bytes of a file, 0 for a directory.
+    size: u64,
+    /// A file's extents, or a directory's children.
+    items: Range<u32>,
+}
+
+/// A directory of two levels, ready to be served.
+#[derive(Debug)]
+pub struct Tree {
+    nodes: Vec<Node>,
+    names: String,
+    extents: Vec<Extent>,
+}
+
+/// A file to put into a tree: its name, and the length and content of each of its runs.
+#[derive(Debug)]
+pub struct NewFile {
+    pub name: String,
+    pub runs: Vec<(u64, Content)>,
+}
+
+impl Tree {
+    /// Builds a tree of directories with files in them. Inode numbers follow from the names alone:
+    /// the root, the directories sorted by name, then the files of each, sorted by name.
+    ///
+    /// # Panics
+    /// If a directory has two files of the same name; layouts never do.
+    pub fn new(mut directories: Vec<(&str, Vec<NewFile>)>) -> Self {
+        directories.sort_by(|a, b| a.0.cmp(b.0));
+        let files = directories
+            .iter()
+            .map(|(_, files)| files.len())
+            .sum::<usize>();
+        let mut tree = Self {
+            nodes: Vec::with_capacity(1 + directories.len() + files),
+            names: String::new(),
+            extents: Vec::new(),
+        };
+        let first_directory = 1;
+        let mut next_file = first_directory + directories.len() as u32;
+        tree.push(0, Kind::Directory, "", 0, first_directory..next_file);
+        for (name, files) in &directories {
+            let children = next_file..next_file + files.len() as u32;
+            next_file = children.end;
+            tree.push(0, Kind::Directory, name, 0, children);
+        }
+        for (directory, (_, mut files)) in directories.into_iter().enumerate() {
+            files.sort_by(|a, b| a.name.cmp(&b.name));
+            assert!(
+                files.windows(2).all(|w| w[0].name != w[1].name),
+                "two files of the same name"
+            );
+            for file in files {
+                tree.push_file(first_directory + directory as u32, &file);
+            }
+        }
+        tree.nodes.shrink_to_fit();
+        tree.names.shrink_to_fit();
+        tree.extents.shrink_to_fit();
+        tree
+    }
+
+    fn push(&mut self, parent: u32, kind: Kind, name: &str, size: u64, items: Range<u32>) {
+        let start = self.names.len() as u32;
+        self.names.push_str(name);
+        self.nodes.push(Node {
+            parent,
+            kind,
+            name: start..self.names.len() as u32,
+            size,
+            items,
+        });
+    }
+
+    fn push_file(&mut self, parent: u32, file: &NewFile) {
+        let first = self.extents.len() as u32;
+        let mut start = 0;
+        for &(len, content) in &file.runs {
+            if len > 0 {
+                self.extents.push(Extent {
+                    start,
+                    len,
+                    content,
+                });
+                start += len;
+            }
+        }
+        let extents = first..self.extents.len() as u32;
+        self.push(parent, Kind::File, &file.name, start, extents);
+    }
+
+    fn node(&self, ino: Ino) -> Option<&Node> {
+        self.nodes.get(usize::try_from(ino.checked_sub(1)?).ok()?)
+    }
+
+    fn name_of(&self, node: &Node) -> &str {
+        &self.names[node.name.start as usize..node.name.end as usize]
+    }
+
+    /// The number of nodes; inode numbers go from 1 to this.
+    pub fn len(&self) -> u64 {
+        self.nodes.len() as u64
+    }
+
+    /// Whether the tree has no nodes; it always has a root.
+    pub fn is_empty(&self) -> bool {
+        self.nodes.is_empty()
+    }
+
+    /// Bytes of all files together.
+    pub fn total_size(&self) -> u64 {
+        self.nodes.iter().map(|node| node.size).sum()
+    }
+
+    /// What a node is; `None` if there is no such node.
+    pub fn kind(&self, ino: Ino) -> Option<Kind> {
+        self.node(ino).map(|node| node.kind)
+    }
+
+    /// Bytes of a file, 0 for a directory.
+    pub fn size(&self, ino: Ino) -> Option<u64> {
+        self.node(ino).map(|node| node.size)
+    }
+
+    /// A node's name; that of the root is empty.
+    pub fn name(&self, ino: Ino) -> Option<&str> {
+        self.node(ino).map(|node| self.name_of(node))
+    }
+
+    /// A node's directory; the root's is the root.
+    pub fn parent(&self, ino: Ino) -> Option<Ino> {
+        self.node(ino).map(|node| Ino::from(node.parent) + 1)
+    }
+
+    /// The children of a directory in the order of their names (bytewise), which is also that of
+    /// their inode numbers; `None` for a file.
+    pub fn children(&self, ino: Ino) -> Option<Range<Ino>> {
+        let node = self.node(ino)?;
+        (node.kind == Kind::Directory)
+            .then(|| Ino::from(node.items.start) + 1..Ino::from(node.items.end) + 1)
+    }
+
+    /// The child with this name.
+    pub fn lookup(&self, directory: Ino, name: &[u8]) -> Option<Ino> {
+        let children = self.children(directory)?;
+        let first = children.start;
+        let nodes = &self.nodes[first as usize - 1..children.end as usize - 1];
+        nodes
+            .binary_search_by(|node| self.name_of(node).as_bytes().cmp(name))
+            .ok()
+            .map(|at| first + at as Ino)
+    }
+
+    /// The node at a path such as `experts/registry.json`.
+    pub fn find(&self, path: &str) -> Option<Ino> {
+        path.split('/')
+            .filter(|name| !name.is_empty())
+            .try_fold(ROOT, |ino, name| self.lookup(ino, name.as_bytes()))
+    }
+
+    /// The path of a node below the root, such as `experts/registry.json`.
+    pub fn path(&self, ino: Ino) -> Option<String> {
+        let node = self.node(ino)?;
+        let name = self.name_of(node);
+        Some(match node.parent {
+            0 => name.to_owned(),
+            parent => format!("{}/{name}", self.name_of(&self.nodes[parent as usize])),
+        })
+    }
+
+    /// Every file, in the order of inode numbers.
+    pub fn files(&self) -> impl Iterator<Item = Ino> + '_ {
+        (ROOT..=self.len()).filter(|&ino| self.kind(ino) == Some(Kind::File))
+    }
+
+    /// The extents of a file, in order; empty for a directory.
+    pub fn extents(&self, ino: Ino) -> &[Extent] {
+        match self.node(ino) {
+            Some(node) if node.kind == Kind::File => {
+                &self.extents[node.items.start as usize..node.items.end as usize]
+            }
+            _ => &[],
+        }
+    }
+
+    /// The slices that make up `len` bytes of a file from `offset`, in order; fewer bytes, or
+    /// none, where the file ends before.
+    pub fn slices(&self, ino: Ino, offset: u64, len: u64) -> impl Iterator<Item = Slice> + '_ {
+        let end = offset.saturating_add(len);
+        let extents = self.extents(ino);
+        let first = extents.partition_point(|extent| extent.start + extent.len <= offset);
+        extents[first..]
+            .iter()
+            .take_while(move |extent| extent.start < end)
+            .filter(move |_| len > 0)
+            .map(move |extent| {
+                let skip = offset.saturating_sub(extent.start);
+                let stop = extent.len.min(end - extent.start);
+                let (from, base) = match extent.content {
+                    Content::Made(doc) => (From::Made(doc), 0),
+                    Content::Model { part, offset } => (From::Part(part), offset),
+                };
+                Slice {
+                    len: stop - skip,
+                    offset: base + skip,
+                    from,
+                }
+            })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(name: &str, runs: &[(u64, Content)]) -> NewFile {
+        NewFile {
+            name: name.into(),
+            runs: runs.to_vec(),
+        }
+    }
+
+    fn sample() -> Tree {
+        let doc = |n| Content::Made(DocId(n));
+        let model = |offset| Content::Model { part: 1, offset };
+        let runs = [(10, doc(7)), (0, doc(8)), (20, model(100)), (5, model(50))];
+        Tree::new(vec![
+            ("z", vec![file("b", &[(3, doc(0))]), file("a", &runs)]),
+            ("e", vec![]),
+        ])
+    }
+
+    #[test]
+    fn names_lead_to_nodes_and_back() {
+        let tree = sample();
+        assert_eq!(tree.len(), 5);
+        assert_eq!(tree.find("z/a"), Some(4));
+        assert_eq!(tree.path(4).unwrap(), "z/a");
+        assert_eq!(tree.find("z"), Some(3));
+        assert_eq!(tree.path(3).unwrap(), "z");
+        assert_eq!(tree.children(2), Some(4..4));
+        assert_eq!(tree.children(3), Some(4..6));
+        assert_eq!(tree.children(4), None);
+        assert_eq!((tree.parent(4), tree.parent(ROOT)), (Some(3), Some(ROOT)));
+        for missing in ["z/c", "a", "z/a/x"] {
+            assert_eq!(tree.find(missing), None, "{missing}");
+        }
+        assert_eq!(tree.kind(0), None);
+        assert_eq!(tree.kind(6), None);
+        assert_eq!(tree.total_size(), 38);
+    }
+
+    #[test]
+    fn slices_walk_the_extents_and_stop_at_the_end_of_the_file() {
+        let tree = sample();
+        let slices = |offset, len| tree.slices(4, offset, len).collect::<Vec<_>>();
+        let slice = |len, offset, from| Slice { len, offset, from };
+        assert_eq!(
+            slices(8, 25),
+            [
+                slice(2, 8, From::Made(DocId(7))),
+                slice(20, 100, From::Part(1)),
+                slice(3, 50, From::Part(1)),
+            ]
+        );
+        assert_eq!(slices(34, 100), [slice(1, 54, From::Part(1))]);
+        for (offset, len) in [
+            (35, 1),
+            (u64::MAX, 1),
+            (12, 0),
+            (10, 0),
+            (u64::MAX, u64::MAX),
+        ] {
+            assert_eq!(slices(offset, len), [], "{len} bytes at {offset}");
+        }
+    }
+}
