@@ -19,8 +19,8 @@ const KEPT_DOCUMENT_BYTES: u64 = 64 << 10;
 pub enum ModelError {
     #[error(transparent)]
     Open(#[from] OpenError),
-    #[error("{path:?}: {source}")]
-    Layout { path: PathBuf, source: LayoutError },
+    #[error("{path:?}: {cause}")]
+    Layout { path: PathBuf, cause: LayoutError },
 }
 
 /// A model's layout, tree and parts.
@@ -43,9 +43,9 @@ impl Model {
     /// every byte of every tensor is in one of them, once. No payload is read.
     pub fn open(path: &Path) -> Result<Self, ModelError> {
         let (header, source) = source::open(path)?;
-        let (layout, tree) = Layout::new(header).map_err(|source| ModelError::Layout {
+        let (layout, tree) = Layout::new(header).map_err(|cause| ModelError::Layout {
             path: path.to_owned(),
-            source,
+            cause,
         })?;
         let kept = Kept::of(&tree);
         Ok(Self {

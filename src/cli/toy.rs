@@ -17,7 +17,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, FromArgMatches};
 use odmoe_fs::gguf::write::{Writer, Written};
 use odmoe_fs::gguf::{GGML_TYPES, GgmlType, PartName, Value, ValueType};
-use tempfile::NamedTempFile;
+use tempfile::TempPath;
 
 use super::{print, text};
 
@@ -252,7 +252,7 @@ impl Plan {
         tensors: Range<usize>,
         seed: u64,
         path: &Path,
-    ) -> anyhow::Result<NamedTempFile> {
+    ) -> anyhow::Result<TempPath> {
         let tensors = &self.tensors[tensors];
         let header = self.header(no, count, tensors);
         let folder = match path.parent() {
@@ -272,7 +272,8 @@ impl Plan {
             at = offset + bytes;
         }
         pad(&mut out, header.file_bytes - at)?;
-        Ok(out.into_inner().map_err(io::IntoInnerError::into_error)?)
+        let file = out.into_inner().map_err(io::IntoInnerError::into_error)?;
+        Ok(file.into_temp_path()) // closed: there may be more parts than descriptors
     }
 
     fn header(&self, no: u16, count: u16, tensors: &[Tensor]) -> Written {

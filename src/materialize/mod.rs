@@ -33,11 +33,11 @@ const BLOCK_BYTES: u64 = 4096;
 /// Why a tree cannot be written. What is complete stays, and the same command goes on from there.
 #[derive(Debug, thiserror::Error)]
 pub enum MaterializeError {
-    #[error("cannot {action} {path:?}: {source}")]
+    #[error("cannot {action} {path:?}: {cause}")]
     Io {
         action: &'static str,
         path: PathBuf,
-        source: io::Error,
+        cause: io::Error,
     },
     #[error(
         "{path:?} exists, but {reason}; it was not made from this model as it is now. Remove it, or choose another directory"
@@ -60,10 +60,10 @@ pub enum MaterializeError {
 }
 
 fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> MaterializeError {
-    move |source| MaterializeError::Io {
+    move |cause| MaterializeError::Io {
         action,
         path: path.to_owned(),
-        source,
+        cause,
     }
 }
 

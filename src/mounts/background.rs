@@ -70,7 +70,7 @@ fn wait_until_it_answers(directory: PathBuf) -> Result<(), MountError> {
         .symlink_metadata()
     {
         Ok(_) => Ok(()),
-        Err(source) => Err(MountError::Session { directory, source }),
+        Err(cause) => Err(MountError::Session { directory, cause }),
     }
 }
 

@@ -71,10 +71,10 @@ pub enum MountError {
         "{directory:?} holds the model's own file {part:?}, which the mount would hide; choose a directory elsewhere"
     )]
     HidesModel { directory: PathBuf, part: PathBuf },
-    #[error("{directory:?} cannot be used: {source}")]
+    #[error("{directory:?} cannot be used: {cause}")]
     Directory {
         directory: PathBuf,
-        source: io::Error,
+        cause: io::Error,
     },
     #[error(
         "/dev/fuse does not exist, so this kernel has no FUSE; load it with `modprobe fuse`, or start the container with `--device /dev/fuse --cap-add SYS_ADMIN`"
@@ -96,10 +96,10 @@ pub enum MountError {
     UserAllowOther,
     #[error("mounting on {directory:?} failed: {reason}")]
     Refused { directory: PathBuf, reason: String },
-    #[error("the mount on {directory:?} ended: {source}")]
+    #[error("the mount on {directory:?} ended: {cause}")]
     Session {
         directory: PathBuf,
-        source: io::Error,
+        cause: io::Error,
     },
     #[error("cannot go to the background: {0}")]
     Background(io::Error),
@@ -187,7 +187,7 @@ impl Mount {
         ready();
         session
             .run()
-            .map_err(|source| MountError::Session { directory, source })
+            .map_err(|cause| MountError::Session { directory, cause })
     }
 }
 

@@ -32,11 +32,11 @@ pub(super) fn check(
 }
 
 fn usable_directory(given: &Path) -> Result<PathBuf, MountError> {
-    let fail = |source: io::Error| match source.kind() {
+    let fail = |cause: io::Error| match cause.kind() {
         io::ErrorKind::NotFound => MountError::DirectoryMissing(given.to_owned()),
         _ => MountError::Directory {
             directory: given.to_owned(),
-            source,
+            cause,
         },
     };
     let directory = table::resolved(given).map_err(fail)?;
@@ -64,9 +64,9 @@ fn usable_directory(given: &Path) -> Result<PathBuf, MountError> {
 fn is_empty(directory: &Path) -> Result<bool, MountError> {
     match directory.read_dir() {
         Ok(mut entries) => Ok(entries.next().is_none()),
-        Err(source) => Err(MountError::Directory {
+        Err(cause) => Err(MountError::Directory {
             directory: directory.to_owned(),
-            source,
+            cause,
         }),
     }
 }

@@ -82,13 +82,13 @@ impl Identity {
 pub enum ReadError {
     #[error("{path:?} has changed since it was opened; unmount, and mount again")]
     Changed { path: PathBuf },
-    #[error("{path:?} cannot be opened again: {source}")]
-    Reopen { path: PathBuf, source: io::Error },
-    #[error("{path:?} cannot be read at byte {offset}: {source}")]
+    #[error("{path:?} cannot be opened again: {cause}")]
+    Reopen { path: PathBuf, cause: io::Error },
+    #[error("{path:?} cannot be read at byte {offset}: {cause}")]
     Read {
         path: PathBuf,
         offset: u64,
-        source: io::Error,
+        cause: io::Error,
     },
 }
 
@@ -139,7 +139,7 @@ impl Source {
             }
         };
         // SAFETY: the caller promises that the file does not change.
-        let map = unsafe { sys::map(file) }.map_err(|source| part.read_error(0, source))?;
+        let map = unsafe { sys::map(file) }.map_err(|cause| part.read_error(0, cause))?;
         part.check(file)?;
         Ok(map)
     }
@@ -150,14 +150,12 @@ impl PartFile {
         let read = file.read_exact_at(buffer, offset);
         // A change explains a failed read better than the failure does.
         self.check(file)?;
-        read.map_err(|source| self.read_error(offset, source))
+        read.map_err(|cause| self.read_error(offset, cause))
     }
 
     /// Checks that the part is as it was; if not, says so once and remembers.
     fn check(&self, file: &File) -> Result<(), ReadError> {
-        let metadata = file
-            .metadata()
-            .map_err(|source| self.read_error(0, source))?;
+        let metadata = file.metadata().map_err(|cause| self.read_error(0, cause))?;
         if Identity::of(&metadata) == self.identity {
             return Ok(());
         }
@@ -169,9 +167,9 @@ impl PartFile {
     }
 
     fn reopen(&self) -> Result<File, ReadError> {
-        let reopened = open_regular(&self.path).map_err(|source| ReadError::Reopen {
+        let reopened = open_regular(&self.path).map_err(|cause| ReadError::Reopen {
             path: self.path.clone(),
-            source,
+            cause,
         })?;
         // Another inode under the name is not a change of ours: it may be moved back.
         if Identity::of(&reopened.1) == self.identity {
@@ -187,11 +185,11 @@ impl PartFile {
         }
     }
 
-    fn read_error(&self, offset: u64, source: io::Error) -> ReadError {
+    fn read_error(&self, offset: u64, cause: io::Error) -> ReadError {
         ReadError::Read {
             path: self.path.clone(),
             offset,
-            source,
+            cause,
         }
     }
 }

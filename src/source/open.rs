@@ -17,12 +17,12 @@ const HEADER_BUFFER_BYTES: usize = 64 << 10;
 /// Why a model cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    #[error("cannot open {path:?}: {source}")]
-    Io { path: PathBuf, source: io::Error },
-    #[error("{path:?}: {source}{}", raw_cut_hint(.path))]
-    Header { path: PathBuf, source: HeaderError },
-    #[error("{path:?}: {source}")]
-    Split { path: PathBuf, source: SplitError },
+    #[error("cannot open {path:?}: {cause}")]
+    Io { path: PathBuf, cause: io::Error },
+    #[error("{path:?}: {cause}{}", raw_cut_hint(.path))]
+    Header { path: PathBuf, cause: HeaderError },
+    #[error("{path:?}: {cause}")]
+    Split { path: PathBuf, cause: SplitError },
     #[error(
         "{path:?} is part {number} of {count}, but its name does not end in {expected:?}, so the other parts cannot be found; give the parts the names that they were published with"
     )]
@@ -60,14 +60,14 @@ fn shortened(names: &[String]) -> String {
 
 /// Opens a model by the path of its file, or of any part of a split set, and reads the headers.
 pub fn open(path: &Path) -> Result<(ModelHeader, Source), OpenError> {
-    let path = std::path::absolute(path).map_err(|source| OpenError::Io {
+    let path = std::path::absolute(path).map_err(|cause| OpenError::Io {
         path: path.to_owned(),
-        source,
+        cause,
     })?;
     let given = Opened::new(path)?;
-    let keys = SplitKeys::of(&given.header).map_err(|source| OpenError::Split {
+    let keys = SplitKeys::of(&given.header).map_err(|cause| OpenError::Split {
         path: given.path.clone(),
-        source,
+        cause,
     })?;
     match keys {
         None => join(vec![given], 0),
@@ -85,14 +85,14 @@ struct Opened {
 
 impl Opened {
     fn new(path: PathBuf) -> Result<Self, OpenError> {
-        let (file, metadata) = open_regular(&path).map_err(|source| OpenError::Io {
+        let (file, metadata) = open_regular(&path).map_err(|cause| OpenError::Io {
             path: path.clone(),
-            source,
+            cause,
         })?;
         let reader = BufReader::with_capacity(HEADER_BUFFER_BYTES, &file);
-        let header = Header::read(reader, metadata.len()).map_err(|source| OpenError::Header {
+        let header = Header::read(reader, metadata.len()).map_err(|cause| OpenError::Header {
             path: path.clone(),
-            source,
+            cause,
         })?;
         Ok(Self {
             path,
@@ -159,7 +159,7 @@ fn open_set(given: Opened, keys: SplitKeys) -> Result<Vec<Opened>, OpenError> {
 fn open_sibling(places: &[(PathBuf, PartName)], number: u64) -> Result<Option<Opened>, OpenError> {
     for (folder, name) in places {
         match Opened::new(folder.join(name.sibling(number))) {
-            Err(OpenError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+            Err(OpenError::Io { cause, .. }) if cause.kind() == io::ErrorKind::NotFound => {}
             result => return result.map(Some),
         }
     }
@@ -184,9 +184,9 @@ fn join(parts: Vec<Opened>, given: usize) -> Result<(ModelHeader, Source), OpenE
             changed: AtomicBool::new(false),
         });
     }
-    let header = ModelHeader::join(headers).map_err(|(part, source)| OpenError::Split {
+    let header = ModelHeader::join(headers).map_err(|(part, cause)| OpenError::Split {
         path: files[part].path.clone(),
-        source,
+        cause,
     })?;
     let source = Source {
         parts: files,
