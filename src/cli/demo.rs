@@ -4,9 +4,11 @@
 //! the model's own bytes.
 
 use std::fs;
+use std::num::NonZeroUsize;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, bail, ensure};
 use odmoe_fs::gguf::GgmlType;
@@ -94,7 +96,7 @@ fn show_materialized(toy: &Path, folder: &TempDir) -> anyhow::Result<()> {
     let out = folder.path().join("out");
     let model = Model::open(toy)?;
     let plan = Plan::new(&model, &out, &Selection::default())?;
-    plan.run(std::num::NonZeroUsize::MIN, &|_| {})?;
+    plan.run(NonZeroUsize::MIN, &AtomicBool::new(false), &|_| {})?;
     show_tree(&out)?;
     check_expert(toy, &out)
 }

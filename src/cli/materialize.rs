@@ -3,14 +3,16 @@
 use std::io::{self, IsTerminal};
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use odmoe_fs::materialize::{Numbers, Plan, Progress, Selection};
 use odmoe_fs::model::Model;
+use odmoe_fs::mounts::Signals;
 
-use super::{ModelArg, print, text};
+use super::{Interrupted, ModelArg, print, text};
 
 /// Write the tree of a model as real files
 ///
@@ -68,13 +70,43 @@ pub fn run(args: &MaterializeArgs, quiet: bool) -> anyhow::Result<()> {
     }
     let meter = Meter::new(plan.bytes(), quiet);
     let jobs = args.jobs.unwrap_or_else(default_jobs);
-    plan.run(jobs, &|progress| meter.add(progress))?;
+    let stop = Stop::on_signals()?;
+    let result = plan.run(jobs, &stop.flag, &|progress| meter.add(progress));
     meter.finish();
+    if let (Err(e), Some(signal)) = (&result, stop.signal.get()) {
+        return Err(anyhow::anyhow!("{e}").context(Interrupted(*signal)));
+    }
+    result?;
     print(&format!(
         "wrote {to_write}, {} into {}\n",
         text::size(plan.bytes()),
         text::path(&args.directory)
     ))
+}
+
+/// Turns SIGINT and SIGTERM into a flag, so that nothing unfinished is left behind. A second one
+/// finds nobody waiting and nothing to lose: it changes nothing, the first is being obeyed.
+struct Stop {
+    flag: Arc<AtomicBool>,
+    signal: Arc<OnceLock<i32>>,
+}
+
+impl Stop {
+    fn on_signals() -> anyhow::Result<Self> {
+        let signals = Signals::block(&[libc::SIGINT, libc::SIGTERM])?;
+        let (flag, signal) = <(Arc<AtomicBool>, Arc<OnceLock<i32>>)>::default();
+        let stop = Self {
+            flag: flag.clone(),
+            signal: signal.clone(),
+        };
+        std::thread::spawn(move || {
+            if let Ok(first) = signals.wait() {
+                let _ = signal.set(first);
+                flag.store(true, Ordering::Relaxed);
+            }
+        });
+        Ok(stop)
+    }
 }
 
 fn default_jobs() -> NonZeroUsize {

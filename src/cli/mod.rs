@@ -72,8 +72,21 @@ fn exit_code(result: anyhow::Result<()>) -> ExitCode {
         Err(e) => {
             // Not eprintln!, which panics when stderr is gone.
             let _ = writeln!(io::stderr(), "error: {e:#}");
-            ExitCode::FAILURE
+            match e.downcast_ref::<Interrupted>() {
+                Some(Interrupted(signal)) => ExitCode::from(128 + *signal as u8),
+                None => ExitCode::FAILURE,
+            }
         }
+    }
+}
+
+/// The context of an error when a signal ended the work: the exit status is 128 and its number.
+#[derive(Debug)]
+struct Interrupted(i32);
+
+impl std::fmt::Display for Interrupted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "interrupted by signal {}", self.0)
     }
 }
 

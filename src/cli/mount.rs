@@ -75,7 +75,7 @@ pub fn run(args: &MountArgs) -> anyhow::Result<()> {
         let said = || drop(print(&format!("{summary}unmount with Ctrl-C\n")));
         mount.serve(said)?;
     } else {
-        let directory = quoted(&mount);
+        let directory = text::shell(mount.directory());
         mount.serve_in_background(log.as_ref())?;
         print(&format!(
             "{summary}unmount with: odmoe-fs umount {directory}\n"
@@ -94,15 +94,4 @@ fn summary(mount: &Mount) -> String {
         text::counted(layout.moe_layers().count(), "layer"),
         text::counted(base, "base file"),
     )
-}
-
-/// The directory as a shell takes it.
-fn quoted(mount: &Mount) -> String {
-    let path = text::path(mount.directory());
-    let plain = |c: char| c.is_alphanumeric() || "/._-+@%,:=".contains(c);
-    if path.chars().all(plain) {
-        path
-    } else {
-        format!("'{}'", path.replace('\'', r"'\''"))
-    }
 }

@@ -34,6 +34,17 @@ pub fn path(path: &Path) -> String {
     name(&path.to_string_lossy())
 }
 
+/// A path as a shell takes it.
+pub fn shell(path: &Path) -> String {
+    let text = self::path(path);
+    let plain = |c: char| c.is_alphanumeric() || "/._-+@%,:=".contains(c);
+    if text.chars().all(plain) {
+        text
+    } else {
+        format!("'{}'", text.replace('\'', r"'\''"))
+    }
+}
+
 /// `0, 3-60` for sorted numbers.
 pub fn ranges(numbers: &[u32]) -> String {
     numbers

@@ -5,16 +5,17 @@
 
 use std::collections::HashSet;
 use std::fmt::Display;
-use std::io::{self, BufRead, Seek};
+use std::io::{BufRead, Seek};
 use std::ops::Range;
 
+use super::error::{HeaderError, Problem};
 use super::types::{self, GgmlType};
 use super::value::{KeyValue, Value, ValueType};
 use super::{DEFAULT_ALIGNMENT, FIXED_HEADER_BYTES, MAGIC};
 
 /// Our own ceilings, far above any published model (Kimi-K2.5: 6.85 MB, 1,096 tensors); what is
 /// above them is an attack or a broken file, and would cost memory before it is found out.
-const MAX_HEADER_BYTES: u64 = 1 << 30;
+pub(super) const MAX_HEADER_BYTES: u64 = 1 << 30;
 const MAX_TENSORS: u64 = 1 << 20;
 const MAX_KEY_VALUES: u64 = 1 << 20;
 /// `docs/gguf.md`: keys are at most 65535 bytes long.
@@ -26,7 +27,7 @@ const MAX_KEPT_STRING_BYTES: u64 = 64 << 10;
 /// Longer arrays are skipped; only their type and length are kept.
 const MAX_KEPT_ITEMS: u64 = 64;
 /// How deep arrays of arrays may go (huggingface.js draws the line there, too).
-const MAX_ARRAY_DEPTH: u32 = 4;
+pub(super) const MAX_ARRAY_DEPTH: u32 = 4;
 /// The smallest key/value: empty-most key (8 + 1), type (4), one byte.
 const MIN_KEY_VALUE_BYTES: u64 = 14;
 /// The smallest tensor info: name (8 + 1), n_dims (4), type (4), offset (8).
@@ -69,92 +70,6 @@ impl TensorInfo {
     pub fn dims(&self) -> &[u64] {
         &self.ne[..self.n_dims]
     }
-}
-
-/// Why a header was refused, and where.
-#[derive(Debug, thiserror::Error)]
-#[error("{field}, at byte {offset}: {problem}")]
-pub struct HeaderError {
-    /// The byte of the file at which the field starts.
-    pub offset: u64,
-    /// The field, in words.
-    pub field: String,
-    pub problem: Problem,
-}
-
-/// What can be wrong with a field of a header.
-#[derive(Debug, thiserror::Error)]
-pub enum Problem {
-    #[error("found {0:?} instead of \"GGUF\"; this is no GGUF file")]
-    Magic(String),
-    #[error("this is a big-endian GGUF; convert it with gguf-py's gguf_convert_endian.py")]
-    BigEndian,
-    #[error(
-        "version {0} is not supported (only 2 and 3 are); convert the model again with a current llama.cpp"
-    )]
-    Version(u32),
-    #[error(
-        "needs {needed} bytes, but the file has only {left} more; it is truncated or corrupt, download it again"
-    )]
-    Truncated { needed: u64, left: u64 },
-    #[error("the header goes beyond {MAX_HEADER_BYTES} bytes; no real model has such a header")]
-    HeaderTooLarge,
-    #[error("{count} is more than the {left} bytes left in the file can hold; the file is corrupt")]
-    Count { count: u64, left: u64 },
-    #[error("{count} is above the limit of {limit}")]
-    AboveLimit { count: u64, limit: u64 },
-    #[error("is empty")]
-    Empty,
-    #[error("holds a NUL byte")]
-    Nul,
-    #[error("is not valid UTF-8")]
-    Utf8,
-    #[error("occurs a second time")]
-    Duplicate,
-    #[error("value type {0} does not exist")]
-    ValueType(u32),
-    #[error("arrays are nested deeper than {MAX_ARRAY_DEPTH} levels")]
-    Nesting,
-    #[error("must be of type u32, but is {}", .0.name())]
-    AlignmentType(ValueType),
-    #[error("{0} is not a power of two")]
-    AlignmentValue(u32),
-    #[error("{0} dimensions are more than GGML's 4")]
-    Dimensions(u32),
-    #[error("dimension {0} is negative")]
-    NegativeDimension(i64),
-    #[error("the product of the dimensions {0:?} is too large")]
-    Elements(Vec<u64>),
-    #[error("type {id} is {name}: {advice}")]
-    RetiredType {
-        id: u32,
-        name: &'static str,
-        advice: &'static str,
-    },
-    #[error(
-        "type {0} is unknown, so the size of the tensor cannot be known; a newer odmoe-fs may know it"
-    )]
-    UnknownType(u32),
-    #[error("rows of {ne0} elements are no whole number of {ggml_type} blocks of {}", ggml_type.block_size)]
-    Blocks {
-        ne0: u64,
-        ggml_type: &'static GgmlType,
-    },
-    #[error("the size in bytes of {dims:?} {ggml_type} does not fit 64 bits")]
-    Bytes {
-        dims: Vec<u64>,
-        ggml_type: &'static GgmlType,
-    },
-    #[error(
-        "is {found}, but the tensors before it end at {expected}; the file is corrupt, download it again"
-    )]
-    Offset { found: u64, expected: u64 },
-    #[error(
-        "the data ends at byte {end}, but the file has only {file_bytes} bytes; it is truncated, download it again"
-    )]
-    BeyondEnd { end: u64, file_bytes: u64 },
-    #[error("cannot be read: {0}")]
-    Io(#[from] io::Error),
 }
 
 impl Header {

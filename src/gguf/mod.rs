@@ -10,13 +10,15 @@
 //! Format: `docs/gguf.md` of ggml-org/ggml; where that is silent, what `gguf.cpp` and the model
 //! loader of llama.cpp accept.
 
+mod error;
 mod header;
 mod split;
 mod types;
 mod value;
 pub mod write;
 
-pub use header::{Header, HeaderError, Problem, TensorInfo};
+pub use error::{HeaderError, Problem};
+pub use header::{Header, TensorInfo};
 pub use split::{ModelHeader, Part, PartName, SplitError, SplitKeys, Tensor, looks_like_raw_cut};
 pub use types::{GGML_TYPES, GgmlType};
 pub use value::{KeyValue, Value, ValueType};

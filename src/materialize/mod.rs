@@ -55,6 +55,10 @@ pub enum MaterializeError {
     },
     #[error("nothing to write: the model has no such experts (its layers with experts: {layers})")]
     NothingSelected { layers: String },
+    #[error(
+        "stopped; files that have their names are complete, and the same command goes on from there"
+    )]
+    Stopped,
     #[error(transparent)]
     Source(#[from] ReadError),
 }

@@ -31,10 +31,12 @@ pub struct Progress {
 
 impl Plan<'_> {
     /// Writes what the plan found missing with `jobs` workers, and the documents. `progress` is
-    /// called from the workers.
+    /// called from the workers. Once `stop` is set, it ends early, without leaving anything
+    /// unfinished behind.
     pub fn run(
         &self,
         jobs: NonZeroUsize,
+        stop: &AtomicBool,
         progress: &(dyn Fn(Progress) + Sync),
     ) -> Result<(), MaterializeError> {
         for directory in DIRECTORIES {
@@ -46,7 +48,7 @@ impl Plan<'_> {
             let directory = self.target.join(directory);
             remove_leftovers(&directory).map_err(io_error("clean", &directory))?;
         }
-        self.write_files(jobs, progress)?;
+        self.write_files(jobs, stop, progress)?;
         for (path, doc) in DOCUMENTS {
             self.write_document(path, doc)?;
         }
@@ -72,20 +74,21 @@ impl Plan<'_> {
     fn write_files(
         &self,
         jobs: NonZeroUsize,
+        stop: &AtomicBool,
         progress: &(dyn Fn(Progress) + Sync),
     ) -> Result<(), MaterializeError> {
         let next = AtomicUsize::new(0);
-        let stop = AtomicBool::new(false);
+        let failed = AtomicBool::new(false);
         let first_error = Mutex::new(None);
         let work = || {
             let mut buffer = vec![0; BUFFER_BYTES];
-            while !stop.load(Ordering::Relaxed) {
+            while !failed.load(Ordering::Relaxed) {
                 let index = next.fetch_add(1, Ordering::Relaxed);
                 let Some(&ino) = self.missing.get(index) else {
                     break;
                 };
-                if let Err(e) = self.write_file(ino, &mut buffer, progress) {
-                    stop.store(true, Ordering::Relaxed);
+                if let Err(e) = self.write_file(ino, &mut buffer, stop, progress) {
+                    failed.store(true, Ordering::Relaxed);
                     first_error.lock().get_or_insert(e);
                 }
             }
@@ -102,6 +105,7 @@ impl Plan<'_> {
         &self,
         ino: Ino,
         buffer: &mut [u8],
+        stop: &AtomicBool,
         progress: &(dyn Fn(Progress) + Sync),
     ) -> Result<(), MaterializeError> {
         let path = self.path(ino);
@@ -111,6 +115,9 @@ impl Plan<'_> {
             let read = self.model.read_at(ino, offset, buffer)?;
             if read == 0 {
                 break;
+            }
+            if stop.load(Ordering::Relaxed) {
+                return Err(MaterializeError::Stopped);
             }
             file.write_all(&buffer[..read])
                 .map_err(io_error("write", &path))?;

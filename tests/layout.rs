@@ -1,0 +1,214 @@
+//! Which tensors become which experts, at the edges of the rules; and the models that are refused.
+
+use std::io::Cursor;
+
+use odmoe_fs::gguf::write::Writer;
+use odmoe_fs::gguf::{GgmlType, Header, ModelHeader};
+use odmoe_fs::layout::{FileKind, Layout, LayoutError};
+
+type Tensor<'a> = (&'a str, &'a [u64], &'a str);
+
+fn lay_out(tensors: &[Tensor]) -> Result<Layout, LayoutError> {
+    let mut writer = Writer::new();
+    for (name, dims, ggml_type) in tensors {
+        writer.tensor(name, dims, GgmlType::from_name(ggml_type).unwrap());
+    }
+    let written = writer.header();
+    let header = Header::read(Cursor::new(&written.bytes), written.file_bytes).unwrap();
+    let model = ModelHeader::join(vec![(header, written.file_bytes)]).unwrap();
+    Layout::new(model).map(|(layout, _)| layout)
+}
+
+/// `file: name [shape] at byte of its tensor`, for each tensor of each file.
+fn listing(tensors: &[Tensor]) -> Vec<String> {
+    let layout = lay_out(tensors).unwrap();
+    let mut lines = Vec::new();
+    for file in layout.files() {
+        for view in layout.tensors(file) {
+            let mut all = layout.model().tensors.iter();
+            let tensor = all.find(|t| t.info.name == view.gguf_name).unwrap();
+            let file = match file.kind {
+                FileKind::Base(component) => component.name().to_owned(),
+                FileKind::Expert { layer, expert } => format!("{layer}/{expert}"),
+            };
+            let at = view.gguf_offset - tensor.info.offset;
+            lines.push(format!(
+                "{file}: {} {:?} at {at}",
+                view.name,
+                view.shape.dims()
+            ));
+        }
+    }
+    lines
+}
+
+fn refusal(tensors: &[Tensor]) -> String {
+    lay_out(tensors).unwrap_err().to_string()
+}
+
+#[test]
+fn biases_and_scales_are_sliced_with_their_weights() {
+    assert_eq!(
+        listing(&[
+            ("blk.0.ffn_up_exps.weight", &[32, 4, 2], "Q8_0"),
+            ("blk.0.ffn_up_exps.bias", &[4, 2], "F32"),
+            ("blk.0.ffn_up_exps.scale", &[2], "F32"),
+        ]),
+        [
+            "0/0: w3.weight [4, 32] at 0",
+            "0/0: w3.bias [4] at 0",
+            "0/0: w3.scale [] at 0",
+            "0/1: w3.weight [4, 32] at 136",
+            "0/1: w3.bias [4] at 16",
+            "0/1: w3.scale [] at 4",
+        ]
+    );
+}
+
+#[test]
+fn a_fused_stack_is_halved_gate_first() {
+    assert_eq!(
+        listing(&[
+            ("blk.0.ffn_gate_up_exps.weight", &[8, 6, 2], "F32"),
+            ("blk.0.ffn_gate_up_exps.bias", &[6, 2], "F32"),
+            ("blk.0.ffn_gate_up_exps.scale", &[2], "F32"),
+        ]),
+        [
+            "attention_layers: blk.0.ffn_gate_up_exps.scale [2] at 0",
+            "0/0: w1.weight [3, 8] at 0",
+            "0/0: w3.weight [3, 8] at 96",
+            "0/0: w1.bias [3] at 0",
+            "0/0: w3.bias [3] at 12",
+            "0/1: w1.weight [3, 8] at 192",
+            "0/1: w3.weight [3, 8] at 288",
+            "0/1: w1.bias [3] at 24",
+            "0/1: w3.bias [3] at 36",
+        ]
+    );
+}
+
+#[test]
+fn a_dropped_expert_dimension_means_one_expert() {
+    assert_eq!(
+        listing(&[
+            ("blk.0.ffn_up_exps.weight", &[8, 6], "F32"),
+            ("blk.0.ffn_up_exps.bias", &[6], "F32"),
+            ("blk.0.ffn_up_exps.scale", &[], "F32"),
+        ]),
+        [
+            "0/0: w3.weight [6, 8] at 0",
+            "0/0: w3.bias [6] at 0",
+            "0/0: w3.scale [] at 0",
+        ]
+    );
+}
+
+#[test]
+fn what_has_not_one_entry_per_expert_stays_in_the_base_under_its_own_name() {
+    let in_base = |line: &String| line.starts_with("attention_layers: ");
+    let lines = listing(&[
+        ("blk.0.ffn_up_exps.weight", &[32, 4, 2], "F32"),
+        ("blk.0.ffn_up_exps.bias", &[4, 3], "F32"),
+        ("blk.0.ffn_up_exps.scale", &[3], "F32"),
+        ("blk.0.ffn_up_exps.input_scale", &[2, 2], "F32"),
+        ("blk.1.ffn_up_exps.scale", &[2], "F32"),
+        ("blk.2.ffn_up_exps.weight", &[32, 0, 5], "F32"),
+    ]);
+    assert_eq!(lines.iter().filter(|line| in_base(line)).count(), 5);
+    assert_eq!(lines.len(), 5 + 2);
+}
+
+#[test]
+fn stacks_and_single_experts_of_a_layer_add_up() {
+    assert_eq!(
+        listing(&[
+            ("blk.0.ffn_up_exps.weight", &[4, 4, 2], "F32"),
+            ("blk.0.ffn_down.1.weight", &[4, 4], "F32"),
+            ("blk.0.ffn_down.7.weight", &[4, 4], "F32"),
+        ]),
+        [
+            "0/0: w3.weight [4, 4] at 0",
+            "0/1: w3.weight [4, 4] at 64",
+            "0/1: w2.weight [4, 4] at 0",
+            "0/7: w2.weight [4, 4] at 0",
+        ]
+    );
+}
+
+#[test]
+fn a_file_is_ordered_by_dtype_width_only_where_alignment_needs_it() {
+    let names = |tensors: &[Tensor]| -> Vec<String> {
+        let layout = lay_out(tensors).unwrap();
+        let views = layout.tensors(&layout.files()[0]);
+        views.map(|view| view.name.to_owned()).collect()
+    };
+    let aligned: &[Tensor] = &[("a", &[2], "F16"), ("b", &[2], "F32"), ("c", &[1], "I8")];
+    assert_eq!(names(aligned), ["a", "b", "c"]);
+    let odd: &[Tensor] = &[
+        ("a", &[3], "I8"),
+        ("b", &[2], "F16"),
+        ("c", &[1], "F64"),
+        ("d", &[1], "I16"),
+    ];
+    assert_eq!(names(odd), ["c", "b", "d", "a"]);
+}
+
+#[test]
+fn models_without_a_layout_are_refused_with_their_tensors_named() {
+    for (tensors, expected) in [
+        (
+            &[
+                ("blk.3.ffn_up_exps.weight", &[8, 4, 2][..], "F32"),
+                ("blk.3.ffn_down_exps.weight", &[4, 8, 3], "F32"),
+            ][..],
+            r#"tensor "blk.3.ffn_up_exps.weight" [8, 4, 2] F32 and tensor "blk.3.ffn_down_exps.weight" [4, 8, 3] F32 are of the same layer, but disagree on the number of experts"#,
+        ),
+        (
+            &[
+                ("blk.3.ffn_up_exps.weight", &[8, 4, 2], "F32"),
+                ("blk.3.ffn_up.1.weight", &[8, 4], "F32"),
+            ],
+            r#"w3.weight of the same expert comes from both tensor "blk.3.ffn_up.1.weight" [8, 4] F32 and tensor "blk.3.ffn_up_exps.weight" [8, 4, 2] F32"#,
+        ),
+        (
+            &[
+                ("blk.3.ffn_gate_up_exps.weight", &[8, 4, 2], "F32"),
+                ("blk.3.ffn_gate_exps.weight", &[8, 2, 2], "F32"),
+            ],
+            r#"w1.weight of the same expert comes from both tensor "blk.3.ffn_gate_up_exps.weight" [8, 4, 2] F32 and tensor "blk.3.ffn_gate_exps.weight" [8, 2, 2] F32"#,
+        ),
+        (
+            &[
+                ("blk.3.ffn_up.1.weight", &[8, 4], "F32"),
+                ("blk.3.ffn.experts.1.w3.weight", &[8, 4], "F32"),
+            ],
+            r#"w3.weight of the same expert comes from both tensor "blk.3.ffn_up.1.weight" [8, 4] F32 and tensor "blk.3.ffn.experts.1.w3.weight" [8, 4] F32"#,
+        ),
+        (
+            &[("blk.3.ffn_up_exps.weight", &[8, 4, 2, 2], "F32")],
+            r#"tensor "blk.3.ffn_up_exps.weight" [8, 4, 2, 2] F32 has a fourth dimension; experts are stacked along the third"#,
+        ),
+        (
+            &[("blk.3.ffn_gate_up_exps.weight", &[8, 5, 2], "F32")],
+            r#"tensor "blk.3.ffn_gate_up_exps.weight" [8, 5, 2] F32 should hold gate and up rows, half of each, but has an odd number of rows"#,
+        ),
+        (
+            &[("blk.3.ffn_up_exps.weight", &[256, 6, 2], "Q4_K_R4")],
+            r#"tensor "blk.3.ffn_up_exps.weight" [256, 6, 2] Q4_K_R4 interleaves 4 rows, but one expert's matrix has 6, no multiple of that; quantise the model to a type without _R4"#,
+        ),
+        (
+            &[("blk.3.ffn_gate_up_exps.weight", &[256, 12, 2], "Q4_K_R4")],
+            r#"tensor "blk.3.ffn_gate_up_exps.weight" [256, 12, 2] Q4_K_R4 interleaves 4 rows, but one expert's matrix has 6, no multiple of that; quantise the model to a type without _R4"#,
+        ),
+        (
+            &[("__metadata__", &[1], "F32")],
+            r#"a tensor is called "__metadata__", which safetensors reserves; rename it"#,
+        ),
+        (
+            &[("blk.0.ffn_up_exps.weight", &[1, 1, 65_537], "I8")],
+            "layer 0 has 65537 experts, which makes 65537 or more in all; no real model has so many",
+        ),
+    ] {
+        assert_eq!(refusal(tensors), expected);
+    }
+}
