@@ -62,7 +62,10 @@ pub fn run(args: &MaterializeArgs, quiet: bool) -> anyhow::Result<()> {
     let announcement = format!("{to_write}, {} to write{done}", text::size(plan.bytes()));
     if args.dry_run {
         plan.check_room()?;
-        return print(&format!("{announcement}\n"));
+        let incongruent = text::size(plan.incongruent_bytes());
+        return print(&format!(
+            "{announcement}\n{incongruent} of them are not page-congruent with the model, so that no file system can share them\n"
+        ));
     }
     plan.check_room()?;
     if !quiet {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use odmoe_fs::model::Model;
-use odmoe_fs::mounts::{Mount, Options};
+use odmoe_fs::mounts::{Mount, Options, close_inherited_descriptors};
 
 use super::{ModelArg, print, text};
 
@@ -43,6 +43,9 @@ pub struct MountArgs {
 }
 
 pub fn run(args: &MountArgs) -> anyhow::Result<()> {
+    if !args.foreground {
+        close_inherited_descriptors().context("cannot close inherited descriptors")?;
+    }
     let model = Model::open(&args.model.model)?;
     if model.layout().experts().is_empty() {
         tracing::warn!(

@@ -83,6 +83,7 @@ pub struct Plan<'a> {
     /// By index in [`Layout::files`](crate::layout::Layout::files): is or will be there.
     present: Vec<bool>,
     bytes: u64,
+    incongruent_bytes: u64,
 }
 
 impl<'a> Plan<'a> {
@@ -101,6 +102,7 @@ impl<'a> Plan<'a> {
             done: 0,
             present: vec![false; layout.files().len()],
             bytes: 0,
+            incongruent_bytes: 0,
         };
         let mut chosen = 0;
         for (index, file) in layout.files().iter().enumerate() {
@@ -113,6 +115,7 @@ impl<'a> Plan<'a> {
                 }
                 State::Missing if takes => {
                     plan.add(ino);
+                    plan.incongruent_bytes += file.incongruent_bytes;
                     true
                 }
                 State::Missing => false,
@@ -156,6 +159,12 @@ impl<'a> Plan<'a> {
     /// Bytes to write.
     pub fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// Of the bytes to write, those of tensors that are at another place modulo 4096 than in the
+    /// model, so that no file system can share their blocks with it.
+    pub fn incongruent_bytes(&self) -> u64 {
+        self.incongruent_bytes
     }
 
     /// Fails if the target's file system has less room than the plan needs.

@@ -14,10 +14,12 @@ mod table;
 mod unmount;
 
 use std::io;
+use std::mem::ManuallyDrop;
 use std::path::{Path, PathBuf};
 
 use fuser::{Config, MountOption, Session, SessionACL};
 
+pub use background::close_inherited_descriptors;
 pub use table::{MountEntry, mount_table};
 pub use unmount::{UnmountError, unmount};
 
@@ -175,46 +177,69 @@ impl Mount {
                 reason: preflight::explain(&e),
             }
         })?;
-        let stop = StopOnSignal {
-            directory: directory.clone(),
+        let attached = Attached {
             entry: table::mounted_on(&directory),
-            signals,
+            directory: directory.clone(),
         };
+        let on_signal = attached.clone();
         std::thread::Builder::new()
             .name("signals".into())
-            .spawn(move || stop.run())
+            .spawn(move || stop_on_signal(&on_signal, signals))
             .map_err(MountError::Background)?;
+        let fail = |cause| MountError::Session {
+            directory: directory.clone(),
+            cause,
+        };
+        // At its end a session of fuser unmounts whatever is at its path, though it may be gone
+        // and another file system there by then. So it never drops its mount; we end it.
+        let mut session = ManuallyDrop::new(session.spawn().map_err(&fail)?);
+        let serving = std::mem::replace(&mut session.guard, std::thread::spawn(|| Ok(())));
         ready();
-        session
-            .run()
-            .map_err(|cause| MountError::Session { directory, cause })
+        let served = serving
+            .join()
+            .unwrap_or_else(|_| Err(io::Error::other("the workers panicked")));
+        served.map_err(|cause| {
+            // Not ended by the kernel, so the mount may still be there, and nobody serves it.
+            if let Err(e) = attached.detach() {
+                tracing::error!("{e}");
+            }
+            fail(cause)
+        })
+    }
+}
+
+/// One of our mounts as the table showed it at the start: what is at its place later may be
+/// another's. While the session lives the two cannot be mistaken for each other; afterwards the
+/// kernel gives its numbers to other mounts.
+#[derive(Clone)]
+struct Attached {
+    directory: PathBuf,
+    entry: Option<MountEntry>,
+}
+
+impl Attached {
+    /// Takes the mount out of the tree if it is still there. Only while the session lives.
+    fn detach(&self) -> Result<(), UnmountError> {
+        let here = table::mounted_on(&self.directory);
+        if here.is_some() && here == self.entry {
+            unmount::detach(&self.directory)?;
+            tracing::info!("unmounted {:?}", self.directory);
+        }
+        Ok(())
     }
 }
 
 /// Ends a mount when a signal asks for it.
-struct StopOnSignal {
-    directory: PathBuf,
-    /// The mount as the table showed it at the start: what is there later may be another's.
-    entry: Option<MountEntry>,
-    signals: Signals,
-}
-
-impl StopOnSignal {
-    fn run(&self) {
-        let Ok(first) = self.signals.wait() else {
-            return;
-        };
-        let here = table::mounted_on(&self.directory);
-        if here.is_some() && here == self.entry {
-            match unmount::detach(&self.directory) {
-                Ok(()) => tracing::info!("signal {first}: unmounted {:?}", self.directory),
-                Err(e) => tracing::error!("signal {first}: {e}"),
-            }
-        }
-        tracing::info!("waiting for open files; a second signal ends the process now");
-        if let Ok(second) = self.signals.wait() {
-            std::process::exit(128 + second);
-        }
+fn stop_on_signal(mount: &Attached, signals: Signals) {
+    if signals.wait().is_err() {
+        return;
+    }
+    if let Err(e) = mount.detach() {
+        tracing::error!("{e}");
+    }
+    tracing::info!("waiting for open files; a second signal ends the process now");
+    if let Ok(second) = signals.wait() {
+        std::process::exit(128 + second);
     }
 }
 

@@ -96,6 +96,28 @@ pub fn leave_caller(output: Option<&File>) -> io::Result<()> {
     Ok(())
 }
 
+/// Closes every descriptor but stdin, stdout and stderr: a daemon must not hold what it inherited,
+/// since its caller may wait for the end of a pipe or for a lock. To be called before this
+/// process has opened anything of its own.
+pub fn close_inherited() -> io::Result<()> {
+    let listing = if cfg!(target_os = "linux") {
+        "/proc/self/fd"
+    } else {
+        "/dev/fd"
+    };
+    let entries = std::fs::read_dir(listing)?;
+    let numbers: Vec<i32> = entries
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .filter(|&number| number > 2)
+        .collect();
+    for number in numbers {
+        // SAFETY: nothing of this process uses these descriptors. The one of the listing is
+        // closed already, which is an error that does no harm.
+        unsafe { libc::close(number) };
+    }
+    Ok(())
+}
+
 /// A set of signals that threads do not receive but wait for.
 #[derive(Clone, Copy)]
 pub struct Signals(libc::sigset_t);
