@@ -5,7 +5,7 @@
 
 use std::collections::HashSet;
 use std::fmt::Display;
-use std::io::{BufRead, Seek};
+use std::io::{BufRead, Seek, SeekFrom};
 use std::ops::Range;
 
 use super::error::{HeaderError, Problem};
@@ -81,6 +81,7 @@ impl Header {
             reader,
             position: 0,
             file_bytes,
+            keep: Keep::Short,
         };
         let version = cursor.fixed_header()?;
         let n_tensors =
@@ -193,10 +194,41 @@ fn place(
     Ok(())
 }
 
+impl KeyValue {
+    /// Reads the value whole, also what reading the header skipped; arrays of arrays, too. The
+    /// reader must be of the same file, of `file_bytes` bytes; it may stand anywhere.
+    pub fn read_whole<R: BufRead + Seek>(
+        &self,
+        mut reader: R,
+        file_bytes: u64,
+    ) -> Result<Value, HeaderError> {
+        let field = format_args!("key {:?}, value", self.key);
+        let position = self.range.start;
+        let sought = reader.seek(SeekFrom::Start(position));
+        let mut cursor = Cursor {
+            reader,
+            position,
+            file_bytes,
+            keep: Keep::Everything,
+        };
+        sought.map_err(|e| cursor.fail(field, e.into()))?;
+        cursor.value(self.value.value_type(), 0, &field)
+    }
+}
+
+/// What values a reader keeps in memory.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Keep {
+    /// Scalars, and strings and arrays up to [`MAX_KEPT_STRING_BYTES`] and [`MAX_KEPT_ITEMS`].
+    Short,
+    Everything,
+}
+
 struct Cursor<R> {
     reader: R,
     position: u64,
     file_bytes: u64,
+    keep: Keep,
 }
 
 impl<R: BufRead + Seek> Cursor<R> {
@@ -377,7 +409,7 @@ impl<R: BufRead + Seek> Cursor<R> {
 
     fn string(&mut self, field: &impl Display) -> Result<Value, HeaderError> {
         let count = self.u64(field)?;
-        if count > MAX_KEPT_STRING_BYTES {
+        if count > MAX_KEPT_STRING_BYTES && self.keep == Keep::Short {
             self.skip(count, field)?;
             return Ok(Value::LongString(count));
         }
@@ -404,7 +436,8 @@ impl<R: BufRead + Seek> Cursor<R> {
             self.position -= 8;
             return Err(self.fail(field, Problem::Count { count: len, left }));
         }
-        let keep = len <= MAX_KEPT_ITEMS && of != ValueType::Array;
+        let short = len <= MAX_KEPT_ITEMS && of != ValueType::Array;
+        let keep = short || self.keep == Keep::Everything;
         let mut items = keep.then(|| Vec::with_capacity(len as usize));
         match (of, of.fixed_bytes()) {
             (_, Some(bytes)) if !keep => self.skip(len * bytes, field)?,
@@ -543,6 +576,24 @@ mod tests {
         let last = &header.get("last").unwrap().range;
         assert_eq!(last.end, header.key_value_range.end);
         assert_eq!(last.end - last.start, 8);
+    }
+
+    #[test]
+    fn what_was_skipped_can_be_read_later() {
+        let long = Value::String("x".repeat(70_000));
+        let nested = Value::array(ValueType::Array, vec![string_array(1), string_array(70)]);
+        let mut writer = Writer::new();
+        for (key, value) in [("a", &long), ("b", &nested), ("c", &string_array(65))] {
+            writer.key_value(key, value);
+        }
+        let file = writer.header().bytes;
+        let header = read(&file).unwrap();
+        for (key, value) in [("c", &string_array(65)), ("b", &nested), ("a", &long)] {
+            let kv = header.get(key).unwrap();
+            assert_ne!(kv.value, *value);
+            let whole = kv.read_whole(IoCursor::new(&file), file.len() as u64);
+            assert_eq!(whole.unwrap(), *value);
+        }
     }
 
     #[test]
