@@ -4,19 +4,15 @@
 //! the model's own bytes.
 
 use std::fs;
-use std::num::NonZeroUsize;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
-use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, bail, ensure};
 use odmoe_fs::gguf::GgmlType;
-use odmoe_fs::materialize::{Plan, Selection};
 use odmoe_fs::model::Model;
-use odmoe_fs::mounts::{Mount, Options, Signals, mount_table};
+use odmoe_fs::mounts::{Signals, mount_table};
 use serde_json::Value;
-use tempfile::TempDir;
 
 use super::toy::{ToyArgs, write_toy};
 use super::{exit_code, print, text};
@@ -67,14 +63,20 @@ fn demo() -> anyhow::Result<()> {
 
     let directory = folder.path().join("mnt");
     fs::create_dir(&directory)?;
-    // Asked first, because the answer decides what can be shown.
-    match Mount::prepare(Model::open(&toy.out)?, &directory, &Options::default()) {
-        Ok(_) => show_mounted(&toy.out, &directory)?,
-        Err(e) if e.is_no_fuse() => {
-            show_materialized(&toy.out, &folder)?;
-            bail!("this machine cannot mount: {e}");
+    print("$ odmoe-fs mount toy.gguf mnt\n")?;
+    match Mounted::new(&toy.out, &directory) {
+        Ok(mounted) => {
+            show(&toy.out, &directory)?;
+            print("\n$ odmoe-fs umount mnt\n")?;
+            mounted.unmount()?;
         }
-        Err(e) => return Err(e.into()),
+        Err(e) => {
+            print("\n$ odmoe-fs materialize toy.gguf out\n")?;
+            let out = folder.path().join("out");
+            run_self(&["materialize".as_ref(), toy.out.as_ref(), out.as_ref()])?;
+            show(&toy.out, &out)?;
+            bail!("mounting failed, so the same tree was shown as real files: {e:#}");
+        }
     }
     folder
         .close()
@@ -82,23 +84,9 @@ fn demo() -> anyhow::Result<()> {
     print("Everything was removed again. Next: odmoe-fs mount YOUR-MODEL.gguf DIRECTORY\n")
 }
 
-fn show_mounted(toy: &Path, directory: &Path) -> anyhow::Result<()> {
-    print("$ odmoe-fs mount toy.gguf mnt\n")?;
-    let mounted = Mounted::new(toy, directory)?;
-    show_tree(directory)?;
-    check_expert(toy, directory)?;
-    print("\n$ odmoe-fs umount mnt\n")?;
-    mounted.unmount()
-}
-
-fn show_materialized(toy: &Path, folder: &TempDir) -> anyhow::Result<()> {
-    print("$ odmoe-fs materialize toy.gguf out\n")?;
-    let out = folder.path().join("out");
-    let model = Model::open(toy)?;
-    let plan = Plan::new(&model, &out, &Selection::default())?;
-    plan.run(NonZeroUsize::MIN, &AtomicBool::new(false), &|_| {})?;
-    show_tree(&out)?;
-    check_expert(toy, &out)
+fn show(toy: &Path, root: &Path) -> anyhow::Result<()> {
+    show_tree(root)?;
+    check_expert(toy, root)
 }
 
 /// A mount that does not outlive the demo.

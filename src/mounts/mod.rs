@@ -112,16 +112,6 @@ pub enum MountError {
     DaemonDied(String),
 }
 
-impl MountError {
-    /// Whether this machine or user cannot mount at all, whatever the model and the directory.
-    pub fn is_no_fuse(&self) -> bool {
-        matches!(
-            self,
-            Self::NoDevice | Self::DeviceDenied | Self::Device(_) | Self::NoFusermount
-        )
-    }
-}
-
 /// A mount that can be made, as far as can be known before.
 #[derive(Debug)]
 pub struct Mount {
