@@ -59,17 +59,16 @@ pub fn run(args: &MaterializeArgs, quiet: bool) -> anyhow::Result<()> {
         0 => String::new(),
         done => format!(" ({} complete already)", text::count(done as u64)),
     };
-    let announcement = format!("{to_write}, {} to write{done}", text::size(plan.bytes()));
+    let announcement = format!("{to_write}, {}{done}", text::size(plan.bytes()));
+    plan.check_room()?;
     if args.dry_run {
-        plan.check_room()?;
         let incongruent = text::size(plan.incongruent_bytes());
         return print(&format!(
-            "{announcement}\n{incongruent} of them are not page-congruent with the model, so that no file system can share them\n"
+            "to write: {announcement}\n{incongruent} of them are not page-congruent with the model, so that no file system can share them\n"
         ));
     }
-    plan.check_room()?;
     if !quiet {
-        eprintln!("{announcement}");
+        eprintln!("to write: {announcement}");
     }
     let meter = Meter::new(plan.bytes(), quiet);
     let jobs = args.jobs.unwrap_or_else(default_jobs);
@@ -80,11 +79,11 @@ pub fn run(args: &MaterializeArgs, quiet: bool) -> anyhow::Result<()> {
         return Err(anyhow::anyhow!("{e}").context(Interrupted(*signal)));
     }
     result?;
-    print(&format!(
-        "wrote {to_write}, {} into {}\n",
-        text::size(plan.bytes()),
-        text::path(&args.directory)
-    ))
+    let directory = text::path(&args.directory);
+    print(&match plan.files() {
+        0 => format!("nothing to write: all files are complete in {directory}\n"),
+        _ => format!("wrote {announcement} into {directory}\n"),
+    })
 }
 
 /// Turns SIGINT and SIGTERM into a flag, so that nothing unfinished is left behind. A second one

@@ -13,6 +13,7 @@ mod write;
 
 use std::fs::{self, File};
 use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 pub use selection::{NotNumbers, Numbers, Selection};
@@ -80,6 +81,8 @@ pub struct Plan<'a> {
     missing: Vec<Ino>,
     /// Chosen files that are complete already.
     done: usize,
+    /// Of those, the ones that only need the tree's time.
+    touch: Vec<Ino>,
     /// By index in [`Layout::files`](crate::layout::Layout::files): is or will be there.
     present: Vec<bool>,
     bytes: u64,
@@ -100,31 +103,30 @@ impl<'a> Plan<'a> {
             target: target.to_owned(),
             missing: Vec::new(),
             done: 0,
+            touch: Vec::new(),
             present: vec![false; layout.files().len()],
             bytes: 0,
             incongruent_bytes: 0,
         };
-        let mut chosen = 0;
+        let mut chosen_experts = 0;
         for (index, file) in layout.files().iter().enumerate() {
             let ino = plan.find(&file.kind.path());
             let takes = selection.takes(file.kind);
-            plan.present[index] = match plan.state(ino)? {
-                State::Done => {
-                    plan.done += usize::from(takes);
-                    true
-                }
-                State::Missing if takes => {
-                    plan.add(ino);
+            plan.present[index] = if takes {
+                if plan.take(ino)? {
                     plan.incongruent_bytes += file.incongruent_bytes;
-                    true
                 }
-                State::Missing => false,
-                State::Foreign(reason) if takes => return Err(plan.foreign(ino, reason)),
-                State::Foreign(_) => false,
+                true
+            } else {
+                match plan.state(ino)? {
+                    State::Done => true,
+                    State::OtherTime => plan.has_its_payload(ino)?,
+                    State::Missing | State::Foreign(_) => false,
+                }
             };
-            chosen += usize::from(takes);
+            chosen_experts += usize::from(takes && matches!(file.kind, FileKind::Expert { .. }));
         }
-        if chosen == 0 && (selection.layers.is_some() || selection.experts.is_some()) {
+        if chosen_experts == 0 && (selection.layers.is_some() || selection.experts.is_some()) {
             let layers = layout.moe_layers().map(|n| n.to_string());
             let layers: Vec<_> = layers.collect();
             return Err(MaterializeError::NothingSelected {
@@ -132,12 +134,7 @@ impl<'a> Plan<'a> {
             });
         }
         if !selection.without_base {
-            let ino = plan.find(METADATA_GGUF_PATH);
-            match plan.state(ino)? {
-                State::Done => plan.done += 1,
-                State::Missing => plan.add(ino),
-                State::Foreign(reason) => return Err(plan.foreign(ino, reason)),
-            }
+            plan.take(plan.find(METADATA_GGUF_PATH))?;
         }
         for (path, doc) in DOCUMENTS {
             plan.check_document(path, doc)?;
@@ -193,9 +190,25 @@ impl<'a> Plan<'a> {
         found.expect("the layout's files are in the tree")
     }
 
-    fn add(&mut self, ino: Ino) {
-        self.bytes += self.model.tree().size(ino).unwrap_or(0);
-        self.missing.push(ino);
+    /// Puts a chosen file where it belongs in the plan; says whether it is to be written.
+    fn take(&mut self, ino: Ino) -> Result<bool, MaterializeError> {
+        match self.state(ino)? {
+            State::Done => self.done += 1,
+            State::OtherTime => {
+                if !self.has_its_payload(ino)? {
+                    return Err(self.foreign(ino, "holds other bytes"));
+                }
+                self.done += 1;
+                self.touch.push(ino);
+            }
+            State::Missing => {
+                self.bytes += self.model.tree().size(ino).unwrap_or(0);
+                self.missing.push(ino);
+                return Ok(true);
+            }
+            State::Foreign(reason) => return Err(self.foreign(ino, &reason)),
+        }
+        Ok(false)
     }
 
     fn path(&self, ino: Ino) -> PathBuf {
@@ -203,10 +216,10 @@ impl<'a> Plan<'a> {
         self.target.join(path)
     }
 
-    fn foreign(&self, ino: Ino, reason: String) -> MaterializeError {
+    fn foreign(&self, ino: Ino, reason: &str) -> MaterializeError {
         MaterializeError::Foreign {
             path: self.path(ino),
-            reason,
+            reason: reason.to_owned(),
         }
     }
 
@@ -227,10 +240,6 @@ impl<'a> Plan<'a> {
             let reason = format!("has {} bytes instead of {size}", metadata.len());
             return Ok(State::Foreign(reason));
         }
-        let modified = metadata.modified().map_err(io_error("look at", &path))?;
-        if modified != self.model.source().modified() {
-            return Ok(State::Foreign("has another time than the model".into()));
-        }
         let header = self.model.tree().extents(ino).first().map_or(0, |e| e.len);
         let mut found = vec![0; header as usize];
         File::open(&path)
@@ -238,11 +247,36 @@ impl<'a> Plan<'a> {
             .map_err(io_error("read", &path))?;
         let mut expected = vec![0; header as usize];
         self.model.read_at(ino, 0, &mut expected)?;
-        Ok(if found == expected {
+        if found != expected {
+            return Ok(State::Foreign("has another header".into()));
+        }
+        let modified = metadata.modified().map_err(io_error("look at", &path))?;
+        Ok(if modified == self.model.source().modified() {
             State::Done
         } else {
-            State::Foreign("has another header".into())
+            State::OtherTime
         })
+    }
+
+    /// Compares a whole file of the target with what would be written.
+    fn has_its_payload(&self, ino: Ino) -> Result<bool, MaterializeError> {
+        let path = self.path(ino);
+        let file = File::open(&path).map_err(io_error("read", &path))?;
+        let mut expected = vec![0; write::BUFFER_BYTES];
+        let mut found = vec![0; write::BUFFER_BYTES];
+        let mut offset = 0;
+        loop {
+            let read = self.model.read_at(ino, offset, &mut expected)?;
+            if read == 0 {
+                return Ok(true);
+            }
+            file.read_exact_at(&mut found[..read], offset)
+                .map_err(io_error("read", &path))?;
+            if found[..read] != expected[..read] {
+                return Ok(false);
+            }
+            offset += read as u64;
+        }
     }
 
     /// A document that is there will be replaced, so it must be one of this model.
@@ -285,6 +319,8 @@ const DIRECTORIES: [&str; 2] = [BASE_DIRECTORY, EXPERTS_DIRECTORY];
 enum State {
     Missing,
     Done,
+    /// Of the right size, with the right header, but with another time.
+    OtherTime,
     /// There, but not what would be written; the reason.
     Foreign(String),
 }

@@ -15,7 +15,7 @@ use crate::layout::{Doc, File as LayoutFile};
 use crate::tree::Ino;
 
 /// Model bytes are copied in pieces of this size.
-const BUFFER_BYTES: usize = 1 << 20;
+pub(super) const BUFFER_BYTES: usize = 1 << 20;
 /// Temporary files are named `.odmoe-RANDOM.tmp`: no loader takes them for a model.
 const TEMPORARY_PREFIX: &str = ".odmoe-";
 const TEMPORARY_SUFFIX: &str = ".tmp";
@@ -47,6 +47,12 @@ impl Plan<'_> {
         for directory in DIRECTORIES {
             let directory = self.target.join(directory);
             remove_leftovers(&directory).map_err(io_error("clean", &directory))?;
+        }
+        for &ino in &self.touch {
+            let path = self.path(ino);
+            File::open(&path)
+                .and_then(|file| file.set_times(self.times()))
+                .map_err(io_error("set the time of", &path))?;
         }
         self.write_files(jobs, stop, progress)?;
         for (path, doc) in DOCUMENTS {
@@ -157,12 +163,15 @@ impl Plan<'_> {
 
     /// Gives a file the tree's time and flushes it: from now on it may have its name.
     fn complete(&self, file: &NamedTempFile) -> io::Result<()> {
-        let modified = self.model.source().modified();
-        let times = FileTimes::new()
-            .set_modified(modified)
-            .set_accessed(modified);
-        file.as_file().set_times(times)?;
+        file.as_file().set_times(self.times())?;
         file.as_file().sync_all()
+    }
+
+    fn times(&self) -> FileTimes {
+        let modified = self.model.source().modified();
+        FileTimes::new()
+            .set_modified(modified)
+            .set_accessed(modified)
     }
 }
 

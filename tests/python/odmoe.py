@@ -1,0 +1,225 @@
+"""Running the binary as a user would, and mounts that never outlive a test."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+DATA = REPO / "tests" / "data"
+BINARY = Path(os.environ.get("ODMOE_FS") or REPO / "target/release/odmoe-fs").resolve()
+SPARSE_GGUF = BINARY.parent / "examples" / "sparse_gguf"
+
+# A Python that every user can run: the one of the tests may lie in a closed home.
+PYTHON = shutil.which("python3", path="/usr/local/bin:/usr/bin:/bin") or sys.executable
+
+# Long enough for a slow machine: nothing here is measured, but a hang must end.
+PATIENCE = 120
+
+
+@dataclasses.dataclass(frozen=True)
+class User:
+    """Who runs a command. The binary lies where that user can reach it, whatever the modes of the repository."""
+
+    uid: int
+    gid: int
+    binary: Path = BINARY
+
+    def switch(self):
+        """Arguments for `subprocess` that become this user."""
+        if self.uid == os.getuid():
+            return {}
+        return {"user": self.uid, "group": self.gid, "extra_groups": []}
+
+
+ME = User(os.getuid(), os.getgid())
+needs_root = pytest.mark.skipif(ME.uid != 0, reason="only root can become another user, or mount other file systems")
+
+
+def run(*command, user=ME, **options):
+    """Runs any command with its output captured, without raising."""
+    return subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, timeout=PATIENCE, **user.switch(), **options
+    )
+
+
+def odmoe(*arguments, user=ME, **options):
+    """Runs `odmoe-fs`, which must not panic, whatever it is given."""
+    done = run(user.binary, *arguments, user=user, **options)
+    assert "panicked" not in done.stderr, done.stderr
+    return done
+
+
+def succeed(*arguments, **options):
+    """Runs `odmoe-fs`, which must exit with status 0; returns its standard output."""
+    done = odmoe(*arguments, **options)
+    assert done.returncode == 0, f"odmoe-fs {' '.join(map(str, arguments))}: {done.returncode}\n{done.stderr}"
+    return done.stdout
+
+
+def fail(*arguments, status=1, naming=(), **options):
+    """Runs `odmoe-fs`, which must refuse and name each of `naming` on standard error; returns that text."""
+    done = odmoe(*arguments, **options)
+    assert done.returncode == status, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    reasons = done.stderr.strip().split(": ")
+    assert len(set(reasons)) == len(reasons), f"says something twice: {done.stderr}"
+    for word in naming:
+        assert str(word).lower() in done.stderr.lower(), f"{word!s} is not named in: {done.stderr}"
+    return done.stderr
+
+
+# Code for `ask` that lists the folder `root`.
+LISTING = "answer = sorted(os.listdir(root))"
+
+
+def ask(user, code, **names):
+    """Runs Python as that user, who alone may look into the user's mounts; returns what it sets `answer` to, or the errno."""
+    lines = ["import json, os, sys", "answer = 0", *(f"{name} = {str(value)!r}" for name, value in names.items())]
+    lines += ["try:", textwrap.indent(textwrap.dedent(code), "    "), "except OSError as e:", "    answer = e.errno"]
+    done = run(PYTHON, "-c", "\n".join([*lines, "json.dump(answer, sys.stdout)"]), user=user)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+# A folder /dev of its own, without a device for FUSE.
+NO_FUSE = """
+    mkdir "$1/dev" && mount -t tmpfs none "$1/dev" && touch "$1/dev/null" && mount --bind /dev/null "$1/dev/null"
+    mount --move "$1/dev" /dev
+"""
+
+
+def in_private_mounts(change, scratch, *arguments, user=ME, **options):
+    """Runs `odmoe-fs` where a shell script has changed the mounts for it alone; `$1` in the script is a scratch folder."""
+    become = ["setpriv", f"--reuid={user.uid}", f"--regid={user.gid}", "--clear-groups"] if user != ME else []
+    script = f'{change}\nshift\nexec "$@"'
+    return run("unshare", "-m", "sh", "-euc", script, "sh", scratch, *become, user.binary, *arguments, **options)
+
+
+def sparse_gguf(table, out, *flags):
+    """Writes a table of tests/data/models as a GGUF of full size whose payload is a hole; returns its parts in order."""
+    table = table if isinstance(table, Path) else DATA / "models" / f"{table}.json"
+    subprocess.run(
+        [str(word) for word in (SPARSE_GGUF, table, out, *flags)], check=True, capture_output=True, timeout=PATIENCE
+    )
+    return [out] if out.exists() else sorted(out.parent.glob(f"{out.name.removesuffix('.gguf')}-*-of-*.gguf"))
+
+
+# --- mounts ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class MountLine:
+    """One line of /proc/self/mountinfo."""
+
+    at: str
+    kind: str
+    source: str
+    options: str
+
+
+def mounts():
+    def plain(text):
+        return re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), text)
+
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        left, right = line.split(" - ")
+        kind, source, options = right.split(" ", 2)
+        yield MountLine(plain(left.split()[4]), kind, plain(source), options)
+
+
+def mount_at(where):
+    """The topmost mount at a folder, or None."""
+    return next((m for m in reversed(list(mounts())) if m.at == str(where)), None)
+
+
+def detach(where):
+    """Removes every mount at or below a folder, alive or dead: for cleaning up, not for testing `umount`."""
+    for m in reversed(list(mounts())):
+        if m.at == str(where) or m.at.startswith(f"{where}/"):
+            tool = ["umount", "-l"] if os.getuid() == 0 else ["fusermount3", "-uz"]
+            subprocess.run([*tool, m.at], capture_output=True, timeout=PATIENCE, check=False)
+
+
+@contextlib.contextmanager
+def mounted(model, where, *flags, user=ME, **options):
+    """A background mount, which must live until the end; then `odmoe-fs umount` removes it, or force if a test failed."""
+    where = Path(where)
+    if not where.exists():
+        where.mkdir()
+        os.chown(where, user.uid, user.gid)
+    try:
+        succeed("mount", model, where, *flags, user=user, **options)
+        yield where
+        assert mount_at(where), "the mount went away by itself"
+        succeed("umount", where, user=user)
+        assert mount_at(where) is None
+    finally:
+        detach(where)
+
+
+@contextlib.contextmanager
+def foreground(model, where, *flags, user=ME):
+    """Mounts with `-f`; yields the process once the tree answers."""
+    where.mkdir(exist_ok=True)
+    command = [str(word) for word in (user.binary, "mount", "-f", model, where, *flags)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **user.switch())
+    try:
+        wait_for(lambda: mount_at(where) or process.poll() is not None)
+        assert process.poll() is None, process.stderr.read()
+        yield process
+    finally:
+        detach(where)
+        process.kill()
+        process.communicate()
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.01)
+
+
+def daemon_of(where):
+    """The process id of the daemon that serves a mount."""
+
+    def words(pid):
+        with contextlib.suppress(OSError):  # processes come and go
+            return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        return []
+
+    mine = os.fsencode(where)
+    (pid,) = [int(p) for p in os.listdir("/proc") if p.isdigit() and mine in words(p) and b"mount" in words(p)]
+    return pid
+
+
+# --- trees ----------------------------------------------------------------------------------------------------------
+
+
+# What a tree holds besides safetensors files.
+DOCUMENTS = {"base_model/metadata.json", "base_model/metadata.gguf", "experts/registry.json"}
+
+
+def files_of(root):
+    """Every file of a tree by its path within it, in sorted order."""
+    root = Path(root)
+    return {str(p.relative_to(root)): p for p in sorted(root.rglob("*")) if not p.is_dir()}
+
+
+def contents(root):
+    """Every byte of a small tree."""
+    return {name: path.read_bytes() for name, path in files_of(root).items()}
+
+
+def public_copy(folder):
+    """Copies the binary to where everybody may run it."""
+    return Path(shutil.copy(BINARY, folder))

@@ -1,0 +1,117 @@
+"""Ways of reading: whatever calls a program makes, it gets the same bytes, all that it asked for and that the file has."""
+
+import mmap
+import os
+import random
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+import models
+from odmoe import DOCUMENTS, mounted
+from reference import Shown, read_header
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """Experts of a megabyte, in two parts: large enough for reads that the kernel cuts up."""
+    folder = tmp_path_factory.mktemp("large")
+    paths = models.write_small(folder, rows=1201, split_max_tensors=6)
+    with mounted(paths[0], folder / "mnt") as root:
+        yield Shown(paths, root)
+
+
+def expected(shown, name):
+    """What a file must hold: its own header, then the model's bytes."""
+    path = shown.root / name
+    header = path.read_bytes()[: read_header(path).start]
+    return header + b"".join(shown.bytes[e.part][e.offset : e.offset + e.nbytes] for e in shown.layout[name])
+
+
+def one_expert(shown):
+    return next(iter(shown.expert_files()))
+
+
+def read_direct(path):
+    """The whole file past the page cache, into a page-aligned buffer."""
+    size = path.stat().st_size
+    buffer = mmap.mmap(-1, -(-size // 4096) * 4096)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    try:
+        done = 0
+        while done < size:
+            n = os.preadv(fd, [memoryview(buffer)[done : done + (1 << 20)]], done)
+            assert n > 0
+            done += n
+        return buffer[:size]
+    finally:
+        os.close(fd)
+
+
+def read_on(path, chunk):
+    with open(path, "rb", buffering=0) as file:
+        return b"".join(iter(lambda: file.read(chunk), b""))
+
+
+def test_maps_direct_reads_and_plain_reads_agree_on_every_file(shown):
+    for name in shown.layout:
+        path = shown.root / name
+        whole = expected(shown, name)
+        assert np.memmap(path, mode="r").tobytes() == whole, f"{name}: shared map"
+        assert read_direct(path) == whole, f"{name}: direct"
+        assert read_on(path, 4099) == whole, f"{name}: read"
+
+
+def test_direct_reads_of_an_uncached_file_agree(large):
+    for name in large.expert_files():
+        assert read_direct(large.root / name) == expected(large, name), name
+
+
+def test_odd_sized_reads_get_all_they_ask_for(large):
+    name = one_expert(large)
+    path = large.root / name
+    whole, start, size = expected(large, name), read_header(path).start, path.stat().st_size
+    joints = [start + end for info in read_header(path).tensors.values() for end in info["data_offsets"]]
+    reads = [
+        (0, 70_000),  # across the header's end and several pages
+        (start - 1, 2),
+        (start, 70_000),
+        *((joint - 35_001, 70_000) for joint in joints if 35_001 < joint < size),  # across two tensors
+        (4095, 2),
+        (12_345, 1),
+        (size - 1, 70_000),  # short because the file ends
+        (size, 70_000),
+        (size + 4096, 1),
+        (0, 0),
+        (1, size),
+    ]
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        for offset, length in reads:
+            assert os.pread(fd, length, offset) == whole[offset : offset + length], f"{length} bytes at {offset}"
+    finally:
+        os.close(fd)
+
+
+def test_scattered_reads_of_many_threads_get_their_own_bytes(large):
+    names = list(large.expert_files())
+    wholes = {name: expected(large, name) for name in names}
+
+    def reader(seed):
+        rng = random.Random(seed)
+        for _ in range(200):
+            name = rng.choice(names)
+            offset, length = rng.randrange(len(wholes[name])), rng.choice([1, 511, 70_000, 1 << 20])
+            with open(large.root / name, "rb", buffering=0) as file:
+                assert os.pread(file.fileno(), length, offset) == wholes[name][offset : offset + length]
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(reader, range(8)))
+
+
+def test_documents_read_the_same_in_pieces_and_whole(shown):
+    for name in DOCUMENTS:
+        path = shown.root / name
+        assert read_on(path, 1000) == path.read_bytes(), name
+        assert len(path.read_bytes()) == path.stat().st_size, name

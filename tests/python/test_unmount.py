@@ -1,0 +1,197 @@
+"""How mounts end: by `umount`, by a signal, by force; and what they leave to others."""
+
+import contextlib
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import models
+from odmoe import (
+    LISTING,
+    PYTHON,
+    ask,
+    daemon_of,
+    detach,
+    fail,
+    foreground,
+    mount_at,
+    needs_root,
+    succeed,
+    wait_for,
+)
+
+EXPERT = "experts/layer_00_expert_000.safetensors"
+
+
+@pytest.fixture
+def model(public):
+    return models.write_small(public)[0]
+
+
+def is_running(pid):
+    """A daemon whose new parent does not wait for it leaves a zombie, which runs no more."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def holding(person, path):
+    """A process of the user that has opened a file; yields a function that makes it read the file and returns its size."""
+    code = f"""
+import sys
+with open({str(path)!r}, "rb") as file:
+    print("open", flush=True)
+    for _ in sys.stdin:
+        print(len(file.read()), flush=True)
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([PYTHON, "-c", code], text=True, bufsize=1, **pipes, **person.switch()) as process:
+
+        def read():
+            process.stdin.write("read\n")
+            return int(process.stdout.readline())
+
+        assert process.stdout.readline() == "open\n"
+        yield read
+
+
+# --- by `umount` ----------------------------------------------------------------------------------------------------
+
+
+def test_nothing_runs_on_after_an_unmount(person, model, folder):
+    succeed("mount", model, folder, user=person)
+    daemon = daemon_of(folder)
+    succeed("umount", folder, user=person)
+    assert mount_at(folder) is None
+    wait_for(lambda: not is_running(daemon))
+
+
+def test_unmount_is_another_name(person, model, folder):
+    succeed("mount", model, folder, user=person)
+    succeed("unmount", folder, user=person)
+    assert mount_at(folder) is None
+
+
+def test_a_busy_mount_stays_unless_lazily_unmounted_and_then_serves_to_the_end(person, model, folder):
+    succeed("mount", model, folder, user=person)
+    daemon = daemon_of(folder)
+    size = ask(person, "answer = os.stat(path).st_size", path=folder / EXPERT)
+    with holding(person, folder / EXPERT) as read:
+        fail("umount", folder, user=person, naming=[folder, "--lazy"])
+        assert ask(person, LISTING, root=folder) == ["base_model", "experts"]
+        succeed("umount", "--lazy", folder, user=person)
+        assert mount_at(folder) is None
+        assert read() == size
+        assert is_running(daemon)
+    wait_for(lambda: not is_running(daemon))
+
+
+def test_a_mount_whose_daemon_was_killed_can_be_unmounted_and_is_not_mounted_over(person, model, folder):
+    succeed("mount", model, folder, user=person)
+    os.kill(daemon_of(folder), signal.SIGKILL)
+    wait_for(lambda: ask(person, "os.listdir(root)", root=folder) != 0)
+    fail("mount", model, folder, user=person, naming=[folder, "umount"])
+    succeed("umount", folder, user=person)
+    assert mount_at(folder) is None
+
+
+@needs_root
+def test_only_our_own_mounts_are_unmounted(public, person):
+    plain, other = public / "plain", public / "other"
+    for path in (plain, other):
+        path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", other], check=True)
+    try:
+        for where in (plain, other, public / "missing"):
+            for flags in ((), ("--lazy",)):
+                fail("umount", *flags, where, user=person, naming=[where])
+        assert mount_at(other).kind == "tmpfs"
+    finally:
+        subprocess.run(["umount", other], check=True)
+
+
+def test_a_folder_of_the_tree_is_no_mount(person, model, folder):
+    succeed("mount", model, folder, user=person)
+    fail("umount", folder / "experts", user=person, naming=[folder / "experts"])
+    assert mount_at(folder)
+
+
+# --- by a signal ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_foreground_mount_stays_until_it_is_told_to_end(person, model, folder, how):
+    with foreground(model, folder, user=person) as process:
+        assert ask(person, LISTING, root=folder) == ["base_model", "experts"]
+        process.send_signal(how)
+        assert process.wait(60) == 0
+        assert mount_at(folder) is None
+
+
+def test_a_busy_foreground_mount_that_is_told_to_end_serves_its_readers_first(person, model, folder):
+    with foreground(model, folder, user=person) as process:
+        size = ask(person, "answer = os.stat(path).st_size", path=folder / EXPERT)
+        with holding(person, folder / EXPERT) as read:
+            process.send_signal(signal.SIGTERM)
+            wait_for(lambda: mount_at(folder) is None)
+            assert read() == size
+        assert process.wait(60) == 0
+
+
+def test_a_foreground_mount_ends_when_it_is_unmounted(person, model, folder):
+    with foreground(model, folder, user=person) as process:
+        succeed("umount", folder, user=person)
+        assert process.wait(60) == 0
+
+
+def test_a_background_daemon_that_is_told_to_end_takes_the_mount_with_it(person, model, folder):
+    succeed("mount", model, folder, user=person)
+    daemon = daemon_of(folder)
+    os.kill(daemon, signal.SIGTERM)
+    wait_for(lambda: mount_at(folder) is None and not is_running(daemon))
+
+
+# --- and what is left alone -----------------------------------------------------------------------------------------
+
+
+def by_umount(folder):
+    succeed("umount", folder)
+
+
+def by_signal(folder):
+    os.kill(daemon_of(folder), signal.SIGTERM)
+
+
+@needs_root
+@pytest.mark.parametrize("end", [by_umount, by_signal])
+def test_a_mount_takes_nothing_with_it_that_lay_below(model, public, end):
+    """The daemon must not unmount by path what the kernel has already unmounted: there may be something else now."""
+    folder = public / "mnt"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "below", folder], check=True)
+    try:
+        (folder / "file").touch()
+        succeed("mount", model, folder, "--nonempty")
+        daemon = daemon_of(folder)
+        end(folder)
+        wait_for(lambda: not is_running(daemon))
+        assert mount_at(folder) and mount_at(folder).source == "below"
+        assert os.listdir(folder) == ["file"]
+    finally:
+        detach(folder)
+
+
+def test_the_end_of_an_old_daemon_leaves_a_new_mount_alone(person, model, folder):
+    daemons = []
+    for _ in range(10):
+        succeed("mount", model, folder, user=person)
+        daemons.append(daemon_of(folder))
+        succeed("umount", folder, user=person)
+    succeed("mount", model, folder, user=person)
+    wait_for(lambda: not any(is_running(daemon) for daemon in daemons))
+    assert ask(person, LISTING, root=folder) == ["base_model", "experts"]

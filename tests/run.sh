@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Every check of the project, in one command.
+#
+#   tests/run.sh                    all of it
+#   tests/run.sh rust               formatting, lints, documentation, Rust tests, builds
+#   tests/run.sh python [ARGS...]   the tests on real mounts, which need the builds; ARGS go to pytest, such as -k NAME
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+target=${CARGO_TARGET_DIR:-target}
+mac=aarch64-apple-darwin
+
+step() {
+    echo "==> $*" >&2
+    "$@"
+}
+
+need() { # need COMMAND... -- WHAT, PACKAGE
+    local check=()
+    while [ "$1" != -- ]; do check+=("$1") && shift; done
+    "${check[@]}" >/dev/null 2>&1 && return
+    echo "tests/run.sh: $2 is missing; on Debian: apt install $3" >&2
+    exit 1
+}
+
+rust() {
+    step cargo fmt --check
+    step cargo clippy --all-targets -- -D warnings
+    RUSTDOCFLAGS="-D warnings" step cargo doc --no-deps
+    step cargo test
+    if [ -d "$(rustc --print target-libdir --target $mac)" ] || rustup target add $mac; then
+        step cargo check --target $mac --features macos
+    else
+        echo "==> NOT CHECKED: macOS, whose target $mac cannot be installed here" >&2
+    fi
+    step cargo build --release --bins --examples
+}
+
+python() {
+    local venv=$target/test-venv wanted
+    need command -v python3 -- python3 python3
+    need python3 -c "import ensurepip, venv" -- "Python's venv module" python3-venv
+    need command -v fusermount3 -- fusermount3 fuse3
+    # Made anew only when the interpreter or the requirements change.
+    wanted=$(python3 -VV && cat tests/python/requirements.txt)
+    if [ "$(cat "$venv/made-from" 2>/dev/null)" != "$wanted" ]; then
+        step python3 -m venv --clear "$venv"
+        step "$venv/bin/pip" install --quiet --disable-pip-version-check -r tests/python/requirements.txt
+        echo "$wanted" >"$venv/made-from"
+    fi
+    export PYTHONDONTWRITEBYTECODE=1 ODMOE_FS=${ODMOE_FS:-$target/release/odmoe-fs}
+    step "$venv/bin/python" -m pytest tests/python "$@"
+}
+
+case "${1:-all}" in
+all)
+    rust
+    python
+    ;;
+rust) rust ;;
+python)
+    shift
+    python "$@"
+    ;;
+*)
+    sed -n '2,6s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+    ;;
+esac
