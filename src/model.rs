@@ -48,6 +48,12 @@ impl Model {
             cause,
         })?;
         let kept = Kept::of(&tree);
+        tracing::info!(
+            "{path:?} opened: parts {}, tensors {}, files {}",
+            source.paths().len(),
+            layout.model().tensors.len(),
+            tree.files().count()
+        );
         Ok(Self {
             layout,
             tree,

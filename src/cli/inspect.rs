@@ -206,7 +206,7 @@ impl<'a> Report<'a> {
         }
         writeln!(
             out,
-            "  tree        {}, {}; {} of the payload not page-congruent with the model",
+            "  tree        {}, {}; {} of it cannot share disk blocks with the model (not page-congruent)",
             text::counted(self.tree.files, "file"),
             text::size(self.tree.bytes),
             text::size(self.tree.incongruent_bytes),

@@ -1,18 +1,19 @@
 //! `materialize`: the tree as real files.
 
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write};
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use anyhow::bail;
 use indicatif::{ProgressBar, ProgressStyle};
 use odmoe_fs::materialize::{Numbers, Plan, Progress, Selection};
 use odmoe_fs::model::Model;
-use odmoe_fs::mounts::Signals;
+use odmoe_fs::mounts::{MountEntry, Signals, mount_of};
 
-use super::{Interrupted, ModelArg, print, text};
+use super::{Diagnostics, Interrupted, ModelArg, print, say, text};
 
 /// Write the tree of a model as real files
 ///
@@ -41,8 +42,8 @@ pub struct MaterializeArgs {
     #[arg(long)]
     dry_run: bool,
     /// Files to write at the same time [default: the processors, at most 8]
-    #[arg(long, value_name = "N")]
-    jobs: Option<NonZeroUsize>,
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    jobs: Option<u16>,
 }
 
 pub fn run(args: &MaterializeArgs, quiet: bool) -> anyhow::Result<()> {
@@ -53,6 +54,7 @@ pub fn run(args: &MaterializeArgs, quiet: bool) -> anyhow::Result<()> {
         layers: args.layers.clone(),
         experts: args.experts.clone(),
     };
+    refuse_mounts(&args.directory)?;
     let plan = Plan::new(&model, &args.directory, &selection)?;
     let to_write = text::counted(plan.files(), "file");
     let done = match plan.files_done() {
@@ -60,18 +62,20 @@ pub fn run(args: &MaterializeArgs, quiet: bool) -> anyhow::Result<()> {
         done => format!(" ({} complete already)", text::count(done as u64)),
     };
     let announcement = format!("{to_write}, {}{done}", text::size(plan.bytes()));
-    plan.check_room()?;
     if args.dry_run {
-        let incongruent = text::size(plan.incongruent_bytes());
-        return print(&format!(
-            "to write: {announcement}\n{incongruent} of them are not page-congruent with the model, so that no file system can share them\n"
-        ));
+        let copied = text::size(plan.incongruent_bytes());
+        print(&format!(
+            "to write: {announcement}\nof which {copied} cannot share disk blocks with the model (not page-congruent)\n"
+        ))?;
+        return Ok(plan.check_room()?);
     }
+    plan.check_room()?;
     if !quiet {
-        eprintln!("to write: {announcement}");
+        let _ = writeln!(Diagnostics, "to write: {announcement}");
     }
     let meter = Meter::new(plan.bytes(), quiet);
-    let jobs = args.jobs.unwrap_or_else(default_jobs);
+    let jobs = args.jobs.and_then(|n| NonZeroUsize::new(n.into()));
+    let jobs = jobs.unwrap_or_else(default_jobs);
     let stop = Stop::on_signals()?;
     let result = plan.run(jobs, &stop.flag, &|progress| meter.add(progress));
     meter.finish();
@@ -80,13 +84,30 @@ pub fn run(args: &MaterializeArgs, quiet: bool) -> anyhow::Result<()> {
     }
     result?;
     let directory = text::path(&args.directory);
-    print(&match plan.files() {
+    say(&match plan.files() {
         0 => format!("nothing to write: all files are complete in {directory}\n"),
         _ => format!("wrote {announcement} into {directory}\n"),
-    })
+    });
+    Ok(())
 }
 
-/// Turns SIGINT and SIGTERM into a flag, so that nothing unfinished is left behind. A second one
+/// A mounted tree is there already, and cannot be written to.
+fn refuse_mounts(directory: &Path) -> anyhow::Result<()> {
+    let absolute = std::path::absolute(directory)?;
+    let existing = absolute.ancestors().find_map(|a| a.canonicalize().ok());
+    if let Some(mount) = existing
+        .and_then(|path| mount_of(&path))
+        .filter(MountEntry::is_odmoe)
+    {
+        bail!(
+            "{directory:?} lies in the odmoe-fs mount on {:?}, which is read-only; choose another directory",
+            mount.directory
+        );
+    }
+    Ok(())
+}
+
+/// Turns SIGINT, SIGTERM and SIGHUP into a flag, so that nothing unfinished is left behind. A second one
 /// finds nobody waiting and nothing to lose: it changes nothing, the first is being obeyed.
 struct Stop {
     flag: Arc<AtomicBool>,
@@ -95,7 +116,7 @@ struct Stop {
 
 impl Stop {
     fn on_signals() -> anyhow::Result<Self> {
-        let signals = Signals::block(&[libc::SIGINT, libc::SIGTERM])?;
+        let signals = Signals::block(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP])?;
         let (flag, signal) = <(Arc<AtomicBool>, Arc<OnceLock<i32>>)>::default();
         let stop = Self {
             flag: flag.clone(),
@@ -167,7 +188,8 @@ impl Meter {
             && self.tenths.fetch_max(tenth, Ordering::Relaxed) < tenth
         {
             let rate = bytes as f64 / elapsed.as_secs_f64();
-            eprintln!(
+            let _ = writeln!(
+                Diagnostics,
                 "{}0 %: {} of {}, {} files, {}/s",
                 tenth,
                 text::size(bytes),

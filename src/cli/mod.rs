@@ -12,6 +12,7 @@ use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use anyhow::Context;
 use clap::{Parser, Subcommand};
 use tracing::Level;
 
@@ -21,10 +22,16 @@ use tracing::Level;
 #[command(name = "odmoe-fs", version, max_term_width = 100)]
 struct Cli {
     /// Say more on stderr; twice for everything
-    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    #[arg(short, long, global = true, action = clap::ArgAction::Count, help_heading = "Messages")]
     verbose: u8,
     /// Say only errors on stderr
-    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    #[arg(
+        short,
+        long,
+        global = true,
+        conflicts_with = "verbose",
+        help_heading = "Messages"
+    )]
     quiet: bool,
     #[command(subcommand)]
     command: Command,
@@ -70,8 +77,8 @@ fn exit_code(result: anyhow::Result<()>) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) if is_broken_pipe(&e) => ExitCode::SUCCESS,
         Err(e) => {
-            // Not eprintln!, which panics when stderr is gone.
-            let _ = writeln!(io::stderr(), "error: {e:#}");
+            // In one piece, whatever else writes there.
+            let _ = Diagnostics.write_all(format!("error: {e:#}\n").as_bytes());
             match e.downcast_ref::<Interrupted>() {
                 Some(Interrupted(signal)) => ExitCode::from(128 + *signal as u8),
                 None => ExitCode::FAILURE,
@@ -93,30 +100,61 @@ impl std::fmt::Display for Interrupted {
 /// Whether the reader of our output has seen enough, as `head` does.
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error
-        .downcast_ref::<io::Error>()
-        .is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe)
+        .chain()
+        .filter_map(|e| e.downcast_ref::<io::Error>())
+        .any(|e| e.kind() == io::ErrorKind::BrokenPipe)
 }
 
 /// Prints a result.
 fn print(text: &str) -> anyhow::Result<()> {
-    io::stdout().write_all(text.as_bytes())?;
-    io::stdout().flush()?;
-    Ok(())
+    let mut stdout = io::stdout();
+    stdout
+        .write_all(text.as_bytes())
+        .and_then(|()| stdout.flush())
+        .context("cannot write to the standard output")
+}
+
+/// Says what was done. It is done even if nobody can be told.
+fn say(text: &str) {
+    if let Err(e) = print(text)
+        && !is_broken_pipe(&e)
+    {
+        tracing::warn!("{e:#}");
+    }
+}
+
+/// The standard error, where a message that cannot be written is lost: it must not stop the work.
+struct Diagnostics;
+
+impl Write for Diagnostics {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let _ = io::stderr().write_all(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 fn start_diagnostics(cli: &Cli) {
+    let to_log = matches!(&cli.command, Command::Mount(args) if args.log_file.is_some());
     let level = match (cli.quiet, cli.verbose) {
         (true, _) => Level::ERROR,
-        (false, 0) => Level::WARN,
+        (false, 0) if !to_log => Level::WARN,
+        (false, 0) => Level::INFO,
         (false, 1) => Level::INFO,
         (false, _) => Level::DEBUG,
     };
     let colours = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    tracing_subscriber::fmt()
-        .with_writer(io::stderr)
+    let diagnostics = tracing_subscriber::fmt()
+        .with_writer(|| Diagnostics)
         .with_max_level(level)
         .with_target(false)
-        .without_time()
-        .with_ansi(colours)
-        .init();
+        .with_ansi(colours && !to_log);
+    if to_log {
+        diagnostics.init(); // with the time
+    } else {
+        diagnostics.without_time().init();
+    }
 }

@@ -1,13 +1,13 @@
 //! `mount`: the tree on a directory, from the background or the foreground.
 
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use odmoe_fs::model::Model;
 use odmoe_fs::mounts::{Mount, Options, close_inherited_descriptors};
 
-use super::{ModelArg, print, text};
+use super::{ModelArg, say, text};
 
 /// Show a model as base_model/ and experts/ on a directory
 ///
@@ -37,9 +37,9 @@ pub struct MountArgs {
     /// Worker threads [default: twice the processors, 4 to 16]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     threads: Option<u16>,
-    /// Append the messages of the background process to a file
+    /// Append the messages of the background process to a file; without it they are lost
     #[arg(long, value_name = "FILE", conflicts_with = "foreground")]
-    log_file: Option<PathBuf>,
+    pub log_file: Option<PathBuf>,
 }
 
 pub fn run(args: &MountArgs) -> anyhow::Result<()> {
@@ -53,17 +53,6 @@ pub fn run(args: &MountArgs) -> anyhow::Result<()> {
             args.model.model
         );
     }
-    let log = args
-        .log_file
-        .as_ref()
-        .map(|path| {
-            File::options()
-                .append(true)
-                .create(true)
-                .open(path)
-                .with_context(|| format!("cannot open the log {path:?}"))
-        })
-        .transpose()?;
     let options = Options {
         nonempty: args.nonempty,
         allow_other: args.allow_other,
@@ -72,19 +61,37 @@ pub fn run(args: &MountArgs) -> anyhow::Result<()> {
         threads: args.threads.map(usize::from),
     };
     let mount = Mount::prepare(model, &args.directory, &options)?;
+    let log = match &args.log_file {
+        Some(path) => Some(open_log(path, mount.directory())?),
+        None => None,
+    };
     let summary = summary(&mount);
     if args.foreground {
-        // A closed stdout is no reason to end a mount.
-        let said = || drop(print(&format!("{summary}unmount with Ctrl-C\n")));
-        mount.serve(said)?;
+        mount.serve(|| say(&format!("{summary}unmount with Ctrl-C\n")))?;
     } else {
         let directory = text::shell(mount.directory());
         mount.serve_in_background(log.as_ref())?;
-        print(&format!(
+        say(&format!(
             "{summary}unmount with: odmoe-fs umount {directory}\n"
-        ))?;
+        ));
     }
     Ok(())
+}
+
+fn open_log(path: &Path, directory: &Path) -> anyhow::Result<File> {
+    let folder = std::path::absolute(path)?;
+    let folder = folder
+        .parent()
+        .and_then(|folder| folder.canonicalize().ok());
+    ensure!(
+        !folder.is_some_and(|folder| folder.starts_with(directory)),
+        "the log {path:?} would lie below the mount, where nobody could read it; choose another place"
+    );
+    File::options()
+        .append(true)
+        .create(true)
+        .open(path)
+        .with_context(|| format!("cannot open the log {path:?}"))
 }
 
 fn summary(mount: &Mount) -> String {

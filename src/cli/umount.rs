@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use odmoe_fs::mounts::unmount;
 
-use super::{print, text};
+use super::{say, text};
 
 /// Unmount a directory that odmoe-fs has mounted, also one whose process is dead
 #[derive(clap::Args)]
@@ -20,5 +20,6 @@ pub struct UmountArgs {
 
 pub fn run(args: &UmountArgs) -> anyhow::Result<()> {
     let directory = unmount(&args.directory, args.lazy)?;
-    print(&format!("unmounted {}\n", text::path(&directory)))
+    say(&format!("unmounted {}\n", text::path(&directory)));
+    Ok(())
 }

@@ -20,7 +20,7 @@ pub struct HeaderError {
 /// What can be wrong with a field of a header.
 #[derive(Debug, thiserror::Error)]
 pub enum Problem {
-    #[error("found {0:?} instead of \"GGUF\"; this is no GGUF file")]
+    #[error("found \"{0}\" instead of \"GGUF\"; this is no GGUF file")]
     Magic(String),
     #[error("this is a big-endian GGUF; convert it with gguf-py's gguf_convert_endian.py")]
     BigEndian,
@@ -34,7 +34,9 @@ pub enum Problem {
     Truncated { needed: u64, left: u64 },
     #[error("the header goes beyond {MAX_HEADER_BYTES} bytes; no real model has such a header")]
     HeaderTooLarge,
-    #[error("{count} is more than the {left} bytes left in the file can hold; the file is corrupt")]
+    #[error(
+        "{count} is more than the {left} bytes left in the file can hold; it is truncated or corrupt, download it again"
+    )]
     Count { count: u64, left: u64 },
     #[error("{count} is above the limit of {limit}")]
     AboveLimit { count: u64, limit: u64 },

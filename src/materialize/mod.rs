@@ -16,6 +16,7 @@ use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use indicatif::HumanBytes;
 pub use selection::{NotNumbers, Numbers, Selection};
 pub use write::Progress;
 
@@ -47,7 +48,8 @@ pub enum MaterializeError {
     #[error("another odmoe-fs is writing to {0:?}; wait until it has finished")]
     Locked(PathBuf),
     #[error(
-        "{target:?} has room for {available} bytes, but {needed} are needed; free some, or choose fewer files with --layers, --experts, --base-only or --experts-only"
+        "{target:?} has room for {}, but {} are needed; free some, or choose fewer files with --layers, --experts, --base-only or --experts-only",
+        HumanBytes(*available), HumanBytes(*needed)
     )]
     NoRoom {
         target: PathBuf,

@@ -46,7 +46,7 @@ impl Numbers {
 
 /// Text that is no set of numbers.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("{0:?} is no list of numbers and ranges such as 0-3,7")]
+#[error("{0:?} is no list of numbers and ranges such as 0-3,7, smaller numbers first")]
 pub struct NotNumbers(String);
 
 impl FromStr for Numbers {

@@ -13,14 +13,16 @@ mod preflight;
 mod table;
 mod unmount;
 
+use std::fs::File;
 use std::io;
 use std::mem::ManuallyDrop;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use fuser::{Config, MountOption, Session, SessionACL};
 
 pub use background::close_inherited_descriptors;
-pub use table::{MountEntry, mount_table};
+pub use table::{MountEntry, mount_of, mount_table};
 pub use unmount::{UnmountError, unmount};
 
 use crate::fuse::{OdmoeFs, Owner};
@@ -117,13 +119,15 @@ pub enum MountError {
 pub struct Mount {
     file_system: OdmoeFs,
     directory: PathBuf,
+    /// Keeps others from mounting on the same directory meanwhile.
+    lock: File,
     config: Config,
 }
 
 impl Mount {
     /// Checks that `model` can be mounted on `directory`, and with which options.
     pub fn prepare(model: Model, directory: &Path, options: &Options) -> Result<Self, MountError> {
-        let directory = preflight::check(&model, directory, options)?;
+        let (directory, lock) = preflight::check(&model, directory, options)?;
         let (uid, gid) = effective_ids();
         let owner = Owner {
             uid: options.uid.unwrap_or(uid),
@@ -139,6 +143,7 @@ impl Mount {
         Ok(Self {
             file_system: OdmoeFs::new(model, owner),
             directory,
+            lock,
             config,
         })
     }
@@ -167,6 +172,7 @@ impl Mount {
                 reason: preflight::explain(&e),
             }
         })?;
+        drop(self.lock);
         let attached = Attached {
             entry: table::mounted_on(&directory),
             directory: directory.clone(),
@@ -184,10 +190,13 @@ impl Mount {
         // and another file system there by then. So it never drops its mount; we end it.
         let mut session = ManuallyDrop::new(session.spawn().map_err(&fail)?);
         let serving = std::mem::replace(&mut session.guard, std::thread::spawn(|| Ok(())));
+        let threads = self.config.n_threads.unwrap_or(1);
+        tracing::info!("mounted on {directory:?}, {threads} worker threads");
         ready();
         let served = serving
             .join()
             .unwrap_or_else(|_| Err(io::Error::other("the workers panicked")));
+        tracing::info!("the mount on {directory:?} has ended");
         served.map_err(|cause| {
             // Not ended by the kernel, so the mount may still be there, and nobody serves it.
             if let Err(e) = attached.detach() {
@@ -213,7 +222,6 @@ impl Attached {
         let here = table::mounted_on(&self.directory);
         if here.is_some() && here == self.entry {
             unmount::detach(&self.directory)?;
-            tracing::info!("unmounted {:?}", self.directory);
         }
         Ok(())
     }
@@ -227,7 +235,12 @@ fn stop_on_signal(mount: &Attached, signals: Signals) {
     if let Err(e) = mount.detach() {
         tracing::error!("{e}");
     }
-    tracing::info!("waiting for open files; a second signal ends the process now");
+    // Usually the session ends at once, and the process with it.
+    std::thread::sleep(Duration::from_millis(300));
+    tracing::warn!(
+        "unmounted {:?}, but files of it are still open: waiting for them; a second signal ends the process now",
+        mount.directory
+    );
     if let Ok(second) = signals.wait() {
         std::process::exit(128 + second);
     }

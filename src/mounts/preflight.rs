@@ -4,20 +4,24 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::{MountError, Options, table, unmount};
+use super::{MountEntry, MountError, Options, table, unmount};
 use crate::model::Model;
 use crate::sys::process::effective_ids;
 
 const DEVICE: &str = "/dev/fuse";
 const FUSE_CONF: &str = "/etc/fuse.conf";
 
-/// Checks a mount, and returns the directory without links.
+/// Checks a mount, and returns the directory without links, and the lock on it that keeps others
+/// from mounting there until this mount is made.
 pub(super) fn check(
     model: &Model,
     directory: &Path,
     options: &Options,
-) -> Result<PathBuf, MountError> {
+) -> Result<(PathBuf, File), MountError> {
     let directory = usable_directory(directory)?;
+    let lock = lock(&directory)?;
+    // Again: somebody else may have mounted there before we had the lock.
+    not_mounted(&directory)?;
     for part in model.source().paths() {
         let part = part.canonicalize().unwrap_or_else(|_| part.to_owned());
         if part.starts_with(&directory) {
@@ -28,7 +32,18 @@ pub(super) fn check(
         return Err(MountError::NotEmpty(directory));
     }
     usable_fuse(options)?;
-    Ok(directory)
+    Ok((directory, lock))
+}
+
+fn lock(directory: &Path) -> Result<File, MountError> {
+    let locked = File::open(directory).and_then(|folder| {
+        folder.lock()?;
+        Ok(folder)
+    });
+    locked.map_err(|cause| MountError::Directory {
+        directory: directory.to_owned(),
+        cause,
+    })
 }
 
 fn usable_directory(given: &Path) -> Result<PathBuf, MountError> {
@@ -40,25 +55,27 @@ fn usable_directory(given: &Path) -> Result<PathBuf, MountError> {
         },
     };
     let directory = table::resolved(given).map_err(fail)?;
-    if let Some(mount) = table::mount_of(&directory)
-        && mount.is_odmoe()
-    {
-        return Err(if mount.directory == directory {
-            MountError::AlreadyMounted {
-                directory,
-                source_name: mount.source.to_string_lossy().into_owned(),
-            }
-        } else {
-            MountError::InsideMount {
-                directory,
-                mount: mount.directory,
-            }
-        });
-    }
+    not_mounted(&directory)?;
     if !directory.metadata().map_err(fail)?.is_dir() {
         return Err(MountError::NotADirectory(directory));
     }
     Ok(directory)
+}
+
+/// Fails if one of our mounts is on the directory, or around it.
+fn not_mounted(directory: &Path) -> Result<(), MountError> {
+    let directory = directory.to_owned();
+    match table::mount_of(&directory).filter(MountEntry::is_odmoe) {
+        None => Ok(()),
+        Some(mount) if mount.directory == directory => Err(MountError::AlreadyMounted {
+            directory,
+            source_name: mount.source.to_string_lossy().into_owned(),
+        }),
+        Some(mount) => Err(MountError::InsideMount {
+            directory,
+            mount: mount.directory,
+        }),
+    }
 }
 
 fn is_empty(directory: &Path) -> Result<bool, MountError> {

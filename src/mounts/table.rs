@@ -75,7 +75,7 @@ pub(super) fn mounted_on(directory: &Path) -> Option<MountEntry> {
 }
 
 /// The mount that a path (absolute, without links) lies in.
-pub(super) fn mount_of(path: &Path) -> Option<MountEntry> {
+pub fn mount_of(path: &Path) -> Option<MountEntry> {
     let table = mount_table();
     path.ancestors()
         .find_map(|ancestor| topmost(table.clone(), ancestor))

@@ -78,6 +78,11 @@ fn run(directory: &Path, lazy: bool) -> Result<(), UnmountError> {
     if said.contains("busy") {
         return Err(UnmountError::Busy(directory.to_owned()));
     }
+    // The helper keeps a list of who mounted what.
+    if said.contains("not found in") {
+        let reason = "another user has mounted it; only that user or root can unmount it";
+        return Err(refused(reason.to_owned()));
+    }
     Err(refused(said.trim().to_owned()))
 }
 

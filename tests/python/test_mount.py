@@ -24,6 +24,7 @@ from odmoe import (
     needs_root,
     odmoe,
     succeed,
+    wait_for,
 )
 
 
@@ -54,6 +55,37 @@ def test_a_background_mount_keeps_nothing_of_its_caller(person, model, folder):
         assert [os.readlink(process / "fd" / fd) for fd in "012"] == ["/dev/null"] * 3
         assert os.readlink(process / "cwd") == "/"
         assert os.getsid(int(process.name)) != os.getsid(0)
+
+
+def test_of_many_mounts_on_one_folder_at_once_one_wins(person, model, folder):
+    arguments = [person.binary, "mount", model, folder]
+    rivals = [subprocess.Popen(arguments, stdout=-3, stderr=subprocess.PIPE, **person.switch()) for _ in range(8)]
+    answers = [rival.communicate()[1].decode() for rival in rivals]
+    assert sorted(rival.returncode for rival in rivals) == [0] + [1] * 7
+    assert all("already mounted" in answer for answer in answers if answer)
+    succeed("umount", folder, user=person)
+    assert mount_at(folder) is None
+
+
+def test_what_cannot_be_said_does_not_undo_what_was_done(model, public):
+    (public / "mnt").mkdir()
+    with open("/dev/full", "w") as full:
+        subprocess.run([BINARY, "mount", model, public / "mnt"], stdout=full, stderr=full, check=True)
+        try:
+            assert sorted(os.listdir(public / "mnt")) == ["base_model", "experts"]
+        finally:
+            subprocess.run([BINARY, "umount", public / "mnt"], stdout=full, stderr=full, check=True)
+        subprocess.run([BINARY, "materialize", model, public / "out"], stdout=full, stderr=full, check=True)
+
+
+def test_the_log_tells_of_the_mount_and_must_not_lie_below_it(model, public):
+    folder, log = public / "mnt", public / "log"
+    folder.mkdir()
+    fail("mount", model, folder, "--log-file", folder / "log", naming=["log"])
+    assert os.listdir(folder) == []
+    with mounted(model, folder, "--log-file", log):
+        pass
+    wait_for(lambda: "has ended" in log.read_text())
 
 
 def test_a_mount_needs_no_open_descriptors(model, public):

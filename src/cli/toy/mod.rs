@@ -22,7 +22,7 @@ use odmoe_fs::gguf::{GGML_TYPES, GgmlType, PartName};
 
 use self::plan::Plan;
 use self::weights::Elements;
-use super::{print, text};
+use super::{say, text};
 
 /// Write a small Mixture-of-Experts GGUF with made-up weights
 ///
@@ -118,11 +118,12 @@ pub fn run(args: &ToyArgs) -> anyhow::Result<()> {
         [] => String::new(),
         [.., last] => format!(" to {}", text::path(last)),
     };
-    print(&format!(
+    say(&format!(
         "wrote {first}{last}, {}\nmount it with: odmoe-fs mount {} DIR\n",
         text::size(bytes),
         text::shell(&files[0]),
-    ))
+    ));
+    Ok(())
 }
 
 /// Writes the model and returns its files, in the order of the parts.
