@@ -140,7 +140,9 @@ pub fn write_header_json<'a>(
     metadata: &[(&str, &str)],
     tensors: impl Iterator<Item = TensorView<'a>> + Clone,
 ) -> io::Result<()> {
-    out.write_all(b"{\"__metadata__\":{")?;
+    out.write_all(b"{")?;
+    write_json(out, METADATA_KEY)?;
+    out.write_all(b":{")?;
     for (key, value) in metadata {
         write_json(out, key)?;
         out.write_all(b":")?;

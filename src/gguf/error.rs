@@ -2,7 +2,7 @@
 
 use std::io;
 
-use super::header::{MAX_ARRAY_DEPTH, MAX_HEADER_BYTES};
+use super::limits::{MAX_ARRAY_DEPTH, MAX_HEADER_BYTES};
 use super::types::GgmlType;
 use super::value::ValueType;
 

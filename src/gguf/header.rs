@@ -9,29 +9,10 @@ use std::io::{BufRead, Seek, SeekFrom};
 use std::ops::Range;
 
 use super::error::{HeaderError, Problem};
+use super::limits::*;
 use super::types::{self, GgmlType};
 use super::value::{KeyValue, Value, ValueType};
 use super::{DEFAULT_ALIGNMENT, FIXED_HEADER_BYTES, MAGIC};
-
-/// Our own ceilings, far above any published model (Kimi-K2.5: 6.85 MB, 1,096 tensors); what is
-/// above them is an attack or a broken file, and would cost memory before it is found out.
-pub(super) const MAX_HEADER_BYTES: u64 = 1 << 30;
-const MAX_TENSORS: u64 = 1 << 20;
-const MAX_KEY_VALUES: u64 = 1 << 20;
-/// `docs/gguf.md`: keys are at most 65535 bytes long.
-const MAX_KEY_BYTES: u64 = 65_535;
-/// llama.cpp: `GGML_MAX_NAME` is 64 with the terminating NUL.
-const MAX_NAME_BYTES: u64 = 63;
-/// Longer strings are skipped; only their length is kept.
-const MAX_KEPT_STRING_BYTES: u64 = 64 << 10;
-/// Longer arrays are skipped; only their type and length are kept.
-const MAX_KEPT_ITEMS: u64 = 64;
-/// How deep arrays of arrays may go (huggingface.js draws the line there, too).
-pub(super) const MAX_ARRAY_DEPTH: u32 = 4;
-/// The smallest key/value: empty-most key (8 + 1), type (4), one byte.
-const MIN_KEY_VALUE_BYTES: u64 = 14;
-/// The smallest tensor info: name (8 + 1), n_dims (4), type (4), offset (8).
-const MIN_TENSOR_INFO_BYTES: u64 = 25;
 
 /// What the header of one GGUF file says, checked against the file's size.
 #[derive(Debug)]

@@ -12,6 +12,7 @@
 
 mod error;
 mod header;
+mod limits;
 mod split;
 mod types;
 mod value;
