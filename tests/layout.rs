@@ -154,6 +154,22 @@ fn a_file_is_ordered_by_dtype_width_only_where_alignment_needs_it() {
 }
 
 #[test]
+fn experts_times_suffixes_cannot_eat_the_memory() {
+    let names: Vec<String> = (0..100)
+        .map(|n| format!("blk.7.ffn_up_exps.x{n}"))
+        .collect();
+    let mut tensors: Vec<Tensor> = names
+        .iter()
+        .map(|n| (&n[..], &[65_536][..], "I8"))
+        .collect();
+    tensors.push(("blk.7.ffn_up_exps.weight", &[1, 1, 65_536], "I8"));
+    assert_eq!(
+        refusal(&tensors),
+        "the experts up to layer 7 hold 6619136 tensors together; no real model has so many"
+    );
+}
+
+#[test]
 fn models_without_a_layout_are_refused_with_their_tensors_named() {
     for (tensors, expected) in [
         (

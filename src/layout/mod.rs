@@ -36,6 +36,9 @@ pub const EXPERTS_DIRECTORY: &str = "experts";
 
 /// The page size that payloads are aligned to; that of the file systems that share blocks.
 const PAGE_BYTES: u64 = 4096;
+/// Tensors of all expert files together: 60 times those of Kimi-K2.5. Each costs memory and the time
+/// to describe it, so a hostile model must not multiply experts and suffixes.
+const MAX_EXPERT_TENSORS: usize = 1 << 22;
 /// Payloads start at multiples of this, the widest dtype.
 const PAYLOAD_ALIGNMENT: u64 = 8;
 
@@ -155,6 +158,10 @@ pub enum LayoutError {
         experts: u64,
         total: u64,
     },
+    #[error(
+        "the experts up to layer {layer} hold {tensors} tensors together; no real model has so many"
+    )]
+    TooManyExpertTensors { layer: u32, tensors: usize },
     #[error("a tensor is called {METADATA_KEY:?}, which safetensors reserves; rename it")]
     ReservedName,
     #[error(
@@ -298,6 +305,10 @@ impl Layout {
         self.views.append(&mut content.stacks);
         let stacks = first_stack..self.views.len() as u32;
         let numbers: Vec<u32> = content.experts().collect();
+        let tensors = self.pieces.len() + stacks.len() * content.stacked as usize;
+        if tensors > MAX_EXPERT_TENSORS {
+            return Err(LayoutError::TooManyExpertTensors { layer, tensors });
+        }
         for expert in numbers {
             let first = self.pieces.len() as u32;
             if expert < content.stacked {
