@@ -131,10 +131,19 @@ impl OdmoeFs {
         let children = tree.children(directory).ok_or(Errno::ENOTDIR)?;
         let parent = tree.parent(directory).unwrap_or(ROOT);
         let dots = [(directory, "."), (parent, "..")];
-        let named = children.map(|ino| (ino, tree.name(ino).unwrap_or_default()));
-        let entries = (1u64..).zip(dots.into_iter().chain(named));
-        for (next, (ino, name)) in entries.skip(usize::try_from(offset).unwrap_or(usize::MAX)) {
-            if add(ino, next, name).is_break() {
+        let mut next = offset;
+        let mut add = |ino, name| {
+            next += 1;
+            add(ino, next, name)
+        };
+        for (ino, name) in dots.into_iter().skip(offset.min(2) as usize) {
+            if add(ino, name).is_break() {
+                return Ok(());
+            }
+        }
+        // Inode numbers count up, so that skipping those listed before costs nothing.
+        for ino in children.start.saturating_add(offset.saturating_sub(2))..children.end {
+            if add(ino, tree.name(ino).unwrap_or_default()).is_break() {
                 break;
             }
         }
@@ -162,8 +171,8 @@ fn guarded(operation: &str, ino: INodeNo, callback: impl FnOnce()) {
 fn errno(error: &ReadError) -> Errno {
     match error {
         // Said once, by the source.
-        ReadError::Changed { .. } => {}
-        ReadError::Reopen { .. } | ReadError::Read { .. } => tracing::error!("{error}"),
+        ReadError::Changed { .. } | ReadError::Reopen { .. } => {}
+        ReadError::Read { .. } => tracing::error!("{error}"),
     }
     Errno::EIO
 }

@@ -184,7 +184,7 @@ fn models_without_a_layout_are_refused_with_their_tensors_named() {
                 ("blk.3.ffn_up_exps.weight", &[8, 4, 2], "F32"),
                 ("blk.3.ffn_up.1.weight", &[8, 4], "F32"),
             ],
-            r#"w3.weight of the same expert comes from both tensor "blk.3.ffn_up.1.weight" [8, 4] F32 and tensor "blk.3.ffn_up_exps.weight" [8, 4, 2] F32"#,
+            r#"w3.weight of the same expert comes from both tensor "blk.3.ffn_up_exps.weight" [8, 4, 2] F32 and tensor "blk.3.ffn_up.1.weight" [8, 4] F32"#,
         ),
         (
             &[

@@ -7,6 +7,7 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, bail, ensure};
 use odmoe_fs::gguf::GgmlType;
@@ -54,7 +55,7 @@ fn demo() -> anyhow::Result<()> {
         ggml_type: GgmlType::from_name("Q4_K").context("Q4_K is a type")?,
         ..ToyArgs::new(&folder.path().join("toy.gguf"))
     };
-    write_toy(&toy)?;
+    write_toy(&toy, &AtomicBool::new(false))?;
     let bytes = toy.out.metadata()?.len();
     print(&format!(
         "A toy model of 2 layers with 4 experts each, in Q4_K: toy.gguf, {}\n\n",
@@ -96,10 +97,11 @@ struct Mounted {
 
 impl Mounted {
     fn new(model: &Path, directory: &Path) -> anyhow::Result<Self> {
-        run_self(&["mount".as_ref(), model.as_ref(), directory.as_ref()])?;
-        Ok(Self {
+        let mounted = Self {
             directory: directory.to_owned(),
-        })
+        };
+        run_self(&["mount".as_ref(), model.as_ref(), directory.as_ref()])?;
+        Ok(mounted)
     }
 
     fn unmount(self) -> anyhow::Result<()> {

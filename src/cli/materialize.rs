@@ -3,17 +3,16 @@
 use std::io::{self, IsTerminal, Write};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::bail;
 use indicatif::{ProgressBar, ProgressStyle};
 use odmoe_fs::materialize::{Numbers, Plan, Progress, Selection};
 use odmoe_fs::model::Model;
-use odmoe_fs::mounts::{MountEntry, Signals, mount_of};
+use odmoe_fs::mounts::{MountEntry, mount_of};
 
-use super::{Diagnostics, Interrupted, ModelArg, print, say, text};
+use super::{Diagnostics, ModelArg, Stop, print, say, text};
 
 /// Write the tree of a model as real files
 ///
@@ -79,10 +78,7 @@ pub fn run(args: &MaterializeArgs, quiet: bool) -> anyhow::Result<()> {
     let stop = Stop::on_signals()?;
     let result = plan.run(jobs, &stop.flag, &|progress| meter.add(progress));
     meter.finish();
-    if let (Err(e), Some(signal)) = (&result, stop.signal.get()) {
-        return Err(anyhow::anyhow!("{e}").context(Interrupted(*signal)));
-    }
-    result?;
+    stop.explain(result)?;
     let directory = text::path(&args.directory);
     say(&match plan.files() {
         0 => format!("nothing to write: all files are complete in {directory}\n"),
@@ -105,31 +101,6 @@ fn refuse_mounts(directory: &Path) -> anyhow::Result<()> {
         );
     }
     Ok(())
-}
-
-/// Turns SIGINT, SIGTERM and SIGHUP into a flag, so that nothing unfinished is left behind. A second one
-/// finds nobody waiting and nothing to lose: it changes nothing, the first is being obeyed.
-struct Stop {
-    flag: Arc<AtomicBool>,
-    signal: Arc<OnceLock<i32>>,
-}
-
-impl Stop {
-    fn on_signals() -> anyhow::Result<Self> {
-        let signals = Signals::block(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP])?;
-        let (flag, signal) = <(Arc<AtomicBool>, Arc<OnceLock<i32>>)>::default();
-        let stop = Self {
-            flag: flag.clone(),
-            signal: signal.clone(),
-        };
-        std::thread::spawn(move || {
-            if let Ok(first) = signals.wait() {
-                let _ = signal.set(first);
-                flag.store(true, Ordering::Relaxed);
-            }
-        });
-        Ok(stop)
-    }
 }
 
 fn default_jobs() -> NonZeroUsize {

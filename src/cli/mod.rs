@@ -4,6 +4,7 @@ mod demo;
 mod inspect;
 mod materialize;
 mod mount;
+mod stop;
 mod text;
 mod toy;
 mod umount;
@@ -15,6 +16,8 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::{Parser, Subcommand};
 use tracing::Level;
+
+use self::stop::{Interrupted, Stop};
 
 /// Mount a Mixture-of-Experts GGUF model as one small safetensors file per expert, without
 /// converting it.
@@ -87,16 +90,6 @@ fn exit_code(result: anyhow::Result<()>) -> ExitCode {
     }
 }
 
-/// The context of an error when a signal ended the work: the exit status is 128 and its number.
-#[derive(Debug)]
-struct Interrupted(i32);
-
-impl std::fmt::Display for Interrupted {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "interrupted by signal {}", self.0)
-    }
-}
-
 /// Whether the reader of our output has seen enough, as `head` does.
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error
@@ -146,7 +139,8 @@ fn start_diagnostics(cli: &Cli) {
         (false, 1) => Level::INFO,
         (false, _) => Level::DEBUG,
     };
-    let colours = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    let colours =
+        io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty());
     let diagnostics = tracing_subscriber::fmt()
         .with_writer(|| Diagnostics)
         .with_max_level(level)

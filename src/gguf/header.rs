@@ -419,7 +419,8 @@ impl<R: BufRead + Seek> Cursor<R> {
         }
         let short = len <= MAX_KEPT_ITEMS && of != ValueType::Array;
         let keep = short || self.keep == Keep::Everything;
-        let mut items = keep.then(|| Vec::with_capacity(len as usize));
+        // Items take more memory than their bytes in the file, so not all of it is taken at once.
+        let mut items = keep.then(|| Vec::with_capacity(len.min(1 << 16) as usize));
         match (of, of.fixed_bytes()) {
             (_, Some(bytes)) if !keep => self.skip(len * bytes, field)?,
             (ValueType::String, _) if !keep => {

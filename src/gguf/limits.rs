@@ -3,8 +3,13 @@
 //! The ceilings are far above any published model (Kimi-K2.5: 6.85 MB, 1,096 tensors). What is above
 //! them is an attack or a broken file, and would cost memory before it is found out.
 
-pub(super) const MAX_HEADER_BYTES: u64 = 1 << 30;
-pub(super) const MAX_TENSORS: u64 = 1 << 20;
+pub(super) const MAX_HEADER_BYTES: u64 = 1 << 28;
+/// Tensors of a model, in all of its parts together.
+pub const MAX_TENSORS: u64 = 1 << 20;
+/// `split.count` is a u16.
+pub(super) const MAX_PARTS: u64 = 65_535;
+/// Offsets in files are signed 64-bit numbers; what we put in front of tensors needs some room.
+pub(super) const MAX_MODEL_BYTES: u64 = i64::MAX as u64 - (1 << 50);
 pub(super) const MAX_KEY_VALUES: u64 = 1 << 20;
 /// `docs/gguf.md`: keys are at most 65535 bytes long.
 pub(super) const MAX_KEY_BYTES: u64 = 65_535;

@@ -20,6 +20,7 @@ pub mod write;
 
 pub use error::{HeaderError, Problem};
 pub use header::{Header, TensorInfo};
+pub use limits::MAX_TENSORS;
 pub use split::{ModelHeader, Part, PartName, SplitError, SplitKeys, Tensor, looks_like_raw_cut};
 pub use types::{GGML_TYPES, GgmlType};
 pub use value::{KeyValue, Value, ValueType};

@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use super::header::{Header, TensorInfo};
+use super::limits::{MAX_MODEL_BYTES, MAX_PARTS, MAX_TENSORS};
 use super::value::KeyValue;
 
 /// What a part says of the set it belongs to.
@@ -34,6 +35,9 @@ impl SplitKeys {
         let count = number("split.count")?.unwrap_or(0);
         if count <= 1 {
             return Ok(None);
+        }
+        if count > MAX_PARTS {
+            return Err(SplitError::TooManyParts { count });
         }
         let required = |key| number(key)?.ok_or(SplitError::MissingKey { key, count });
         let keys = Self {
@@ -108,6 +112,14 @@ pub enum SplitError {
     BadKey { key: &'static str },
     #[error("split.count is {count}, but {key} is missing")]
     MissingKey { key: &'static str, count: u64 },
+    #[error(
+        "split.count is {count}, but at most {MAX_PARTS} parts fit the format; the file is corrupt"
+    )]
+    TooManyParts { count: u64 },
+    #[error("the parts are larger together than any file system can show")]
+    TooLarge,
+    #[error("the parts hold {0} tensors together; no real model has so many")]
+    TooManyTensors(u64),
     #[error("split.no is {no}, but split.count is {count}")]
     NumberBeyondCount { no: u64, count: u64 },
     #[error("this is no part of a split set, but part {number} of {count} was expected here")]
@@ -167,7 +179,11 @@ pub struct Tensor {
 impl ModelHeader {
     /// Joins the headers of all parts, each with its file's size, in order. An error comes with
     /// the index of the part it was found in.
+    ///
+    /// # Panics
+    /// If there is no part.
     pub fn join(headers: Vec<(Header, u64)>) -> Result<Self, (usize, SplitError)> {
+        check_totals(&headers).map_err(|e| (0, e))?;
         let split = check_keys(&headers)?;
         let mut parts = Vec::with_capacity(headers.len());
         let mut tensors = Vec::with_capacity(headers.iter().map(|(h, _)| h.tensors.len()).sum());
@@ -247,6 +263,20 @@ fn check_keys(headers: &[(Header, u64)]) -> Result<Option<SplitKeys>, (usize, Sp
     Ok(first)
 }
 
+/// What holds for each part must hold for all together, since trees are made of all of them.
+fn check_totals(headers: &[(Header, u64)]) -> Result<(), SplitError> {
+    headers
+        .iter()
+        .try_fold(0u64, |sum, (_, bytes)| sum.checked_add(*bytes))
+        .filter(|&sum| sum <= MAX_MODEL_BYTES)
+        .ok_or(SplitError::TooLarge)?;
+    let tensors = headers.iter().map(|(h, _)| h.tensors.len() as u64).sum();
+    if tensors > MAX_TENSORS {
+        return Err(SplitError::TooManyTensors(tensors));
+    }
+    Ok(())
+}
+
 fn check_tensors(tensors: &[Tensor], split: Option<SplitKeys>) -> Result<(), (usize, SplitError)> {
     let Some(split) = split else {
         return Ok(()); // one file, whose names Header::read compared
@@ -272,6 +302,8 @@ fn check_tensors(tensors: &[Tensor], split: Option<SplitKeys>) -> Result<(), (us
 
 #[cfg(test)]
 mod tests {
+    use super::super::value::Value;
+    use super::super::write::Writer;
     use super::*;
 
     #[test]
@@ -291,6 +323,32 @@ mod tests {
         ] {
             assert_eq!(PartName::parse(name), None, "{name}");
         }
+    }
+
+    fn part(count: Value, tensors: i32) -> Header {
+        let mut writer = Writer::new();
+        writer.key_value("split.no", &Value::U16(0));
+        writer.key_value("split.count", &count);
+        writer.key_value("split.tensors.count", &Value::I32(tensors));
+        let file = writer.header();
+        Header::read(std::io::Cursor::new(&file.bytes), file.file_bytes).unwrap()
+    }
+
+    #[test]
+    fn a_count_that_no_set_can_have_is_refused_before_anybody_counts_to_it() {
+        let count = 1 << 40;
+        assert_eq!(
+            SplitKeys::of(&part(Value::U64(count), 0)),
+            Err(SplitError::TooManyParts { count })
+        );
+    }
+
+    #[test]
+    fn parts_whose_sizes_add_up_beyond_all_file_systems_are_refused() {
+        let size = i64::MAX as u64 / 2;
+        let parts = [(); 3].map(|()| (part(Value::U16(3), 0), size));
+        let error = ModelHeader::join(parts.into()).unwrap_err();
+        assert_eq!(error, (0, SplitError::TooLarge));
     }
 
     #[test]

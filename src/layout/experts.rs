@@ -13,7 +13,7 @@ use crate::safetensors::Shape;
 /// llama.cpp stops at 1,024 experts; the ceilings keep a hostile file from asking for a tree that
 /// does not fit memory.
 const MAX_EXPERTS_PER_LAYER: u64 = 1 << 16;
-const MAX_EXPERTS: u64 = 1 << 20;
+const MAX_EXPERTS: u64 = 1 << 19;
 
 /// The routed experts of one layer.
 #[derive(Debug, Default)]
@@ -106,25 +106,28 @@ fn layer(
 
 /// Two tensors must not claim the same name in the same expert.
 fn check_sources(tensors: &[Tensor], layer: &Layer) -> Result<(), LayoutError> {
-    let check = |views: &mut Vec<&View>| {
+    let two_sources = |first: &View, second: &View| LayoutError::TwoSources {
+        name: first.name.as_deref().unwrap_or_default().to_owned(),
+        first: described(&tensors[first.tensor.min(second.tensor) as usize]),
+        second: described(&tensors[first.tensor.max(second.tensor) as usize]),
+    };
+    let sorted = |views: &[View]| -> Result<Vec<View>, LayoutError> {
+        let mut views = views.to_vec();
         views.sort_by(|a, b| a.name.cmp(&b.name));
         match views.windows(2).find(|pair| pair[0].name == pair[1].name) {
-            Some(pair) => Err(LayoutError::TwoSources {
-                name: pair[0].name.as_deref().unwrap_or_default().to_owned(),
-                first: described(&tensors[pair[0].tensor as usize]),
-                second: described(&tensors[pair[1].tensor as usize]),
-            }),
-            None => Ok(()),
+            Some(pair) => Err(two_sources(&pair[0], &pair[1])),
+            None => Ok(views),
         }
     };
-    let stacks: Vec<&View> = layer.stacks.iter().collect();
-    check(&mut stacks.clone())?;
+    let stacks = sorted(&layer.stacks)?;
     for (&expert, singles) in &layer.singles {
-        let mut views: Vec<&View> = singles.iter().collect();
-        if expert < layer.stacked {
-            views.extend(&stacks);
+        for single in sorted(singles)? {
+            if expert < layer.stacked
+                && let Ok(at) = stacks.binary_search_by(|stack| stack.name.cmp(&single.name))
+            {
+                return Err(two_sources(&single, &stacks[at]));
+            }
         }
-        check(&mut views)?;
     }
     Ok(())
 }

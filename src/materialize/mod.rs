@@ -12,7 +12,7 @@ mod selection;
 mod write;
 
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -85,8 +85,9 @@ pub struct Plan<'a> {
     done: usize,
     /// Of those, the ones that only need the tree's time.
     touch: Vec<Ino>,
-    /// By index in [`Layout::files`](crate::layout::Layout::files): is or will be there.
-    present: Vec<bool>,
+    /// By index in [`Layout::files`](crate::layout::Layout::files): is chosen, so that it will be
+    /// there when the plan has been run.
+    chosen: Vec<bool>,
     bytes: u64,
     incongruent_bytes: u64,
 }
@@ -106,27 +107,19 @@ impl<'a> Plan<'a> {
             missing: Vec::new(),
             done: 0,
             touch: Vec::new(),
-            present: vec![false; layout.files().len()],
+            chosen: vec![false; layout.files().len()],
             bytes: 0,
             incongruent_bytes: 0,
         };
         let mut chosen_experts = 0;
         for (index, file) in layout.files().iter().enumerate() {
-            let ino = plan.find(&file.kind.path());
-            let takes = selection.takes(file.kind);
-            plan.present[index] = if takes {
-                if plan.take(ino)? {
+            if selection.takes(file.kind) {
+                if plan.take(plan.find(&file.kind.path()))? {
                     plan.incongruent_bytes += file.incongruent_bytes;
                 }
-                true
-            } else {
-                match plan.state(ino)? {
-                    State::Done => true,
-                    State::OtherTime => plan.has_its_payload(ino)?,
-                    State::Missing | State::Foreign(_) => false,
-                }
-            };
-            chosen_experts += usize::from(takes && matches!(file.kind, FileKind::Expert { .. }));
+                plan.chosen[index] = true;
+                chosen_experts += usize::from(matches!(file.kind, FileKind::Expert { .. }));
+            }
         }
         if chosen_experts == 0 && (selection.layers.is_some() || selection.experts.is_some()) {
             let layers = layout.moe_layers().map(|n| n.to_string());
@@ -197,7 +190,8 @@ impl<'a> Plan<'a> {
         match self.state(ino)? {
             State::Done => self.done += 1,
             State::OtherTime => {
-                if !self.has_its_payload(ino)? {
+                let size = self.model.tree().size(ino).unwrap_or(0);
+                if !self.starts_as_in_the_tree(ino, size)? {
                     return Err(self.foreign(ino, "holds other bytes"));
                 }
                 self.done += 1;
@@ -242,14 +236,12 @@ impl<'a> Plan<'a> {
             let reason = format!("has {} bytes instead of {size}", metadata.len());
             return Ok(State::Foreign(reason));
         }
-        let header = self.model.tree().extents(ino).first().map_or(0, |e| e.len);
-        let mut found = vec![0; header as usize];
-        File::open(&path)
-            .and_then(|mut file| file.read_exact(&mut found))
-            .map_err(io_error("read", &path))?;
-        let mut expected = vec![0; header as usize];
-        self.model.read_at(ino, 0, &mut expected)?;
-        if found != expected {
+        // Of a file without tensors, which is small, all of it.
+        let header = match self.model.tree().extents(ino).first() {
+            Some(first) if path.extension() == Some("safetensors".as_ref()) => first.len,
+            _ => size,
+        };
+        if !self.starts_as_in_the_tree(ino, header)? {
             return Ok(State::Foreign("has another header".into()));
         }
         let modified = metadata.modified().map_err(io_error("look at", &path))?;
@@ -260,15 +252,17 @@ impl<'a> Plan<'a> {
         })
     }
 
-    /// Compares a whole file of the target with what would be written.
-    fn has_its_payload(&self, ino: Ino) -> Result<bool, MaterializeError> {
+    /// Compares the first `bytes` bytes of a file of the target with what would be written.
+    fn starts_as_in_the_tree(&self, ino: Ino, bytes: u64) -> Result<bool, MaterializeError> {
         let path = self.path(ino);
         let file = File::open(&path).map_err(io_error("read", &path))?;
-        let mut expected = vec![0; write::BUFFER_BYTES];
-        let mut found = vec![0; write::BUFFER_BYTES];
+        let piece = bytes.min(write::BUFFER_BYTES as u64) as usize;
+        let mut expected = vec![0; piece];
+        let mut found = vec![0; piece];
         let mut offset = 0;
         loop {
-            let read = self.model.read_at(ino, offset, &mut expected)?;
+            let wanted = (bytes - offset).min(piece as u64) as usize;
+            let read = self.model.read_at(ino, offset, &mut expected[..wanted])?;
             if read == 0 {
                 return Ok(true);
             }
@@ -301,12 +295,19 @@ impl<'a> Plan<'a> {
         })
     }
 
-    /// Whether the documents shall list a file.
-    fn lists(&self, kind: FileKind) -> bool {
-        let files = self.model.layout().files();
+    /// Which files the documents shall list, by index in `Layout::files`: those that were chosen, and
+    /// those that other runs have left there.
+    fn present(&self) -> Result<Vec<bool>, MaterializeError> {
+        let files = self.model.layout().files().iter().zip(&self.chosen);
         files
-            .binary_search_by_key(&kind, |file| file.kind)
-            .is_ok_and(|index| self.present[index])
+            .map(|(file, &chosen)| {
+                Ok(chosen
+                    || matches!(
+                        self.state(self.find(&file.kind.path()))?,
+                        State::Done | State::OtherTime
+                    ))
+            })
+            .collect()
     }
 }
 

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use parking_lot::Mutex;
 use tempfile::NamedTempFile;
 
-use super::{DIRECTORIES, DOCUMENTS, MaterializeError, Plan, io_error};
+use super::{DIRECTORIES, DOCUMENTS, MaterializeError, Plan, State, io_error};
 use crate::layout::{Doc, File as LayoutFile};
 use crate::tree::Ino;
 
@@ -55,8 +55,9 @@ impl Plan<'_> {
                 .map_err(io_error("set the time of", &path))?;
         }
         self.write_files(jobs, stop, progress)?;
+        let present = self.present()?;
         for (path, doc) in DOCUMENTS {
-            self.write_document(path, doc)?;
+            self.write_document(path, doc, &present)?;
         }
         for directory in DIRECTORIES.into_iter().chain([""]) {
             let directory = self.target.join(directory);
@@ -134,18 +135,32 @@ impl Plan<'_> {
             });
         }
         self.complete(&file).map_err(io_error("flush", &path))?;
-        // Not over a file that has appeared since the plan was made.
-        file.persist_noclobber(&path)
-            .map_err(|e| io_error("name", &path)(e.error))?;
+        // Not over a file that has appeared since the plan was made; another run may have made it.
+        match file.persist_noclobber(&path) {
+            Err(e) if e.error.kind() == io::ErrorKind::AlreadyExists => match self.state(ino)? {
+                State::Done => {}
+                _ => return Err(self.foreign(ino, "was put there meanwhile")),
+            },
+            Err(e) => return Err(io_error("name", &path)(e.error)),
+            Ok(_) => {}
+        }
         progress(Progress { bytes: 0, files: 1 });
         Ok(())
     }
 
     /// Replaces a document by one that lists what is there.
-    fn write_document(&self, path: &str, doc: Doc) -> Result<(), MaterializeError> {
+    fn write_document(
+        &self,
+        path: &str,
+        doc: Doc,
+        present: &[bool],
+    ) -> Result<(), MaterializeError> {
         let path = self.target.join(path);
         let layout = self.model.layout();
-        let present = |file: &LayoutFile| self.lists(file.kind);
+        let present = |file: &LayoutFile| {
+            let found = layout.files().binary_search_by_key(&file.kind, |f| f.kind);
+            found.is_ok_and(|index| present[index])
+        };
         let mut bytes = Vec::new();
         match doc {
             Doc::Registry => layout.render_registry(&present, &mut bytes),

@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::path::PathBuf;
+use std::path::Path;
 
 use super::{Mount, MountError};
 use crate::sys::process::{Forked, fork, leave_caller, wait_for};
@@ -38,7 +38,10 @@ impl Mount {
                 told.read_to_end(&mut said)
                     .map_err(MountError::Background)?;
                 match said.first() {
-                    Some(&READY) => wait_until_it_answers(directory),
+                    Some(&READY) => wait_until_it_answers(&directory).inspect_err(|_| {
+                        // Better none than one that does not answer.
+                        let _ = super::unmount(&directory, true);
+                    }),
                     Some(_) => Err(MountError::Daemon(
                         String::from_utf8_lossy(&said).into_owned(),
                     )),
@@ -70,13 +73,16 @@ fn run_daemon(mount: Mount, log: Option<&File>, teller: io::PipeWriter) -> i32 {
     }
 }
 
-fn wait_until_it_answers(directory: PathBuf) -> Result<(), MountError> {
+fn wait_until_it_answers(directory: &Path) -> Result<(), MountError> {
     match directory
         .join(crate::layout::EXPERTS_DIRECTORY)
         .symlink_metadata()
     {
         Ok(_) => Ok(()),
-        Err(cause) => Err(MountError::Session { directory, cause }),
+        Err(cause) => Err(MountError::Session {
+            directory: directory.to_owned(),
+            cause,
+        }),
     }
 }
 

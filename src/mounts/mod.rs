@@ -68,6 +68,10 @@ pub enum MountError {
         source_name: String,
     },
     #[error(
+        "{0:?} is locked by another program, perhaps another mount that is being made; try again"
+    )]
+    DirectoryLocked(PathBuf),
+    #[error(
         "{directory:?} lies inside the odmoe-fs mount on {mount:?}; choose a directory elsewhere"
     )]
     InsideMount { directory: PathBuf, mount: PathBuf },
@@ -120,7 +124,7 @@ pub struct Mount {
     file_system: OdmoeFs,
     directory: PathBuf,
     /// Keeps others from mounting on the same directory meanwhile.
-    lock: File,
+    lock: Option<File>,
     config: Config,
 }
 
@@ -161,6 +165,9 @@ impl Mount {
     /// Mounts, calls `ready`, and serves until somebody unmounts, or until SIGINT, SIGTERM or
     /// SIGHUP: then the mount is taken out of the tree at once, readers finish, and this returns
     /// when the last has left. A second signal ends the process.
+    ///
+    /// It is for a process that does nothing else, and ends when this returns: the calling thread
+    /// receives those signals no more.
     pub fn serve(self, ready: impl FnOnce()) -> Result<(), MountError> {
         // Before any thread starts, so that all of them leave the signals to the one that waits.
         let signals = Signals::block(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP])
@@ -220,7 +227,8 @@ impl Attached {
     /// Takes the mount out of the tree if it is still there. Only while the session lives.
     fn detach(&self) -> Result<(), UnmountError> {
         let here = table::mounted_on(&self.directory);
-        if here.is_some() && here == self.entry {
+        // Only Linux has a table to look at.
+        if !cfg!(target_os = "linux") || (here.is_some() && here == self.entry) {
             unmount::detach(&self.directory)?;
         }
         Ok(())
@@ -232,15 +240,17 @@ fn stop_on_signal(mount: &Attached, signals: Signals) {
     if signals.wait().is_err() {
         return;
     }
-    if let Err(e) = mount.detach() {
-        tracing::error!("{e}");
+    match mount.detach() {
+        // Usually the session ends at once, and the process with it.
+        Ok(()) => {
+            std::thread::sleep(Duration::from_millis(300));
+            tracing::warn!(
+                "unmounted {:?}, but files of it are still open: waiting for them; a second signal ends the process now",
+                mount.directory
+            );
+        }
+        Err(e) => tracing::error!("{e}; a second signal ends the process now"),
     }
-    // Usually the session ends at once, and the process with it.
-    std::thread::sleep(Duration::from_millis(300));
-    tracing::warn!(
-        "unmounted {:?}, but files of it are still open: waiting for them; a second signal ends the process now",
-        mount.directory
-    );
     if let Ok(second) = signals.wait() {
         std::process::exit(128 + second);
     }

@@ -1,8 +1,9 @@
 //! Everything that can be known to go wrong before a mount is tried, each with its own words.
 
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use super::{MountEntry, MountError, Options, table, unmount};
 use crate::model::Model;
@@ -10,6 +11,8 @@ use crate::sys::process::effective_ids;
 
 const DEVICE: &str = "/dev/fuse";
 const FUSE_CONF: &str = "/etc/fuse.conf";
+/// How long to wait for another mount on the same directory to be made, or refused.
+const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Checks a mount, and returns the directory without links, and the lock on it that keeps others
 /// from mounting there until this mount is made.
@@ -17,14 +20,13 @@ pub(super) fn check(
     model: &Model,
     directory: &Path,
     options: &Options,
-) -> Result<(PathBuf, File), MountError> {
+) -> Result<(PathBuf, Option<File>), MountError> {
     let directory = usable_directory(directory)?;
     let lock = lock(&directory)?;
     // Again: somebody else may have mounted there before we had the lock.
     not_mounted(&directory)?;
     for part in model.source().paths() {
-        let part = part.canonicalize().unwrap_or_else(|_| part.to_owned());
-        if part.starts_with(&directory) {
+        if let Some(part) = hidden_by(&directory, part) {
             return Err(MountError::HidesModel { directory, part });
         }
     }
@@ -35,15 +37,37 @@ pub(super) fn check(
     Ok((directory, lock))
 }
 
-fn lock(directory: &Path) -> Result<File, MountError> {
-    let locked = File::open(directory).and_then(|folder| {
-        folder.lock()?;
-        Ok(folder)
-    });
-    locked.map_err(|cause| MountError::Directory {
+/// The path of a part that lies in the directory: its name, which may be a link, or what that
+/// leads to. Parts may have to be opened again by name, and a daemon must not wait for itself.
+fn hidden_by(directory: &Path, part: &Path) -> Option<PathBuf> {
+    let name = part.parent().and_then(|folder| folder.canonicalize().ok());
+    let name = name
+        .zip(part.file_name())
+        .map(|(folder, name)| folder.join(name));
+    [name, part.canonicalize().ok()]
+        .into_iter()
+        .flatten()
+        .find(|path| path.starts_with(directory))
+}
+
+/// Locks a directory against rivals, each of which is done within a moment. Where locks do not
+/// exist, as on some network file systems, there is none.
+fn lock(directory: &Path) -> Result<Option<File>, MountError> {
+    let folder = File::open(directory).map_err(|cause| MountError::Directory {
         directory: directory.to_owned(),
         cause,
-    })
+    })?;
+    let give_up = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match folder.try_lock() {
+            Ok(()) => return Ok(Some(folder)),
+            Err(TryLockError::Error(_)) => return Ok(None),
+            Err(TryLockError::WouldBlock) if Instant::now() > give_up => {
+                return Err(MountError::DirectoryLocked(directory.to_owned()));
+            }
+            Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(5)),
+        }
+    }
 }
 
 fn usable_directory(given: &Path) -> Result<PathBuf, MountError> {
@@ -110,11 +134,12 @@ fn usable_fuse(options: &Options) -> Result<(), MountError> {
     Ok(())
 }
 
-/// Whether `fuse.conf` lets users say `allow_other`: a line of its own, as fusermount3 wants it.
+/// Whether `fuse.conf` lets users say `allow_other`: a line of its own, comments aside.
 fn user_allow_other() -> bool {
     std::fs::read_to_string(FUSE_CONF)
         .unwrap_or_default()
         .lines()
+        .filter_map(|line| line.split('#').next())
         .any(|line| line.trim() == "user_allow_other")
 }
 

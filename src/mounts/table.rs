@@ -71,20 +71,19 @@ pub fn mount_table() -> Vec<MountEntry> {
 
 /// What is mounted on exactly this directory (absolute, without links); the topmost of several.
 pub(super) fn mounted_on(directory: &Path) -> Option<MountEntry> {
-    topmost(mount_table(), directory)
+    topmost(&mount_table(), directory).cloned()
 }
 
 /// The mount that a path (absolute, without links) lies in.
 pub fn mount_of(path: &Path) -> Option<MountEntry> {
     let table = mount_table();
     path.ancestors()
-        .find_map(|ancestor| topmost(table.clone(), ancestor))
+        .find_map(|ancestor| topmost(&table, ancestor))
+        .cloned()
 }
 
-fn topmost(table: Vec<MountEntry>, directory: &Path) -> Option<MountEntry> {
-    table
-        .into_iter()
-        .rfind(|entry| entry.directory == directory)
+fn topmost<'a>(table: &'a [MountEntry], directory: &Path) -> Option<&'a MountEntry> {
+    table.iter().rfind(|entry| entry.directory == directory)
 }
 
 /// A directory's absolute path without links, found without asking a file system that may be

@@ -42,6 +42,8 @@ struct PartFile {
     file: Option<File>,
     /// Set for good when the part was seen to have changed.
     changed: AtomicBool,
+    /// Whether it was said that the part cannot be opened again.
+    missed: AtomicBool,
 }
 
 /// What tells one state of one file from every other.
@@ -167,16 +169,21 @@ impl PartFile {
     }
 
     fn reopen(&self) -> Result<File, ReadError> {
-        let reopened = open_regular(&self.path).map_err(|cause| ReadError::Reopen {
-            path: self.path.clone(),
-            cause,
-        })?;
-        // Another inode under the name is not a change of ours: it may be moved back.
-        if Identity::of(&reopened.1) == self.identity {
-            Ok(reopened.0)
-        } else {
-            Err(self.changed_error())
+        let fail = |cause| {
+            let path = self.path.clone();
+            let error = ReadError::Reopen { path, cause };
+            if !self.missed.swap(true, Ordering::Relaxed) {
+                tracing::error!("{error}; reads of it fail until it is back");
+            }
+            error
+        };
+        let (file, metadata) = open_regular(&self.path).map_err(fail)?;
+        let found = Identity::of(&metadata);
+        if (found.device, found.inode) != (self.identity.device, self.identity.inode) {
+            return Err(fail(io::Error::other("another file has taken its place")));
         }
+        self.check(&file)?;
+        Ok(file)
     }
 
     fn changed_error(&self) -> ReadError {

@@ -182,6 +182,7 @@ fn join(parts: Vec<Opened>, given: usize) -> Result<(ModelHeader, Source), OpenE
             identity: part.identity,
             file: part.file,
             changed: AtomicBool::new(false),
+            missed: AtomicBool::new(false),
         });
     }
     let header = ModelHeader::join(headers).map_err(|(part, cause)| OpenError::Split {

@@ -123,20 +123,23 @@ pub fn close_inherited() -> io::Result<()> {
 pub struct Signals(libc::sigset_t);
 
 impl Signals {
-    /// Blocks signals for the calling thread, and for the threads that it starts from now on.
+    /// Blocks signals for the calling thread, and for the threads that it starts from now on. Those
+    /// that the caller of this process has told it to ignore, as `nohup` does, stay ignored.
     pub fn block(signals: &[i32]) -> io::Result<Self> {
         // SAFETY: sigset_t is plain data, which sigemptyset then initialises.
         let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
-        // SAFETY: the pointers are to a sigset_t; a null old set is allowed.
-        unsafe {
-            check(libc::sigemptyset(&mut set))?;
-            for &signal in signals {
-                check(libc::sigaddset(&mut set, signal))?;
+        // SAFETY: the pointer is to a sigset_t.
+        check(unsafe { libc::sigemptyset(&mut set) })?;
+        for &signal in signals {
+            if !is_ignored(signal)? {
+                // SAFETY: the pointer is to an initialised sigset_t.
+                check(unsafe { libc::sigaddset(&mut set, signal) })?;
             }
-            match libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()) {
-                0 => Ok(Self(set)),
-                error => Err(io::Error::from_raw_os_error(error)),
-            }
+        }
+        // SAFETY: the pointer is to a sigset_t; a null old set is allowed.
+        match unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()) } {
+            0 => Ok(Self(set)),
+            error => Err(io::Error::from_raw_os_error(error)),
         }
     }
 
@@ -164,4 +167,12 @@ impl Signals {
             });
         if any { self.wait().map(Some) } else { Ok(None) }
     }
+}
+
+fn is_ignored(signal: i32) -> io::Result<bool> {
+    // SAFETY: sigaction is plain data, for which zeros are a value.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    // SAFETY: a null new action only asks; the pointer is to a sigaction.
+    check(unsafe { libc::sigaction(signal, std::ptr::null(), &mut action) })?;
+    Ok(action.sa_sigaction == libc::SIG_IGN)
 }

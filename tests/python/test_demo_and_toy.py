@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 
 import gguf
@@ -10,7 +11,19 @@ import pytest
 from safetensors import safe_open
 
 from models import TYPES
-from odmoe import BINARY, DATA, NO_FUSE, fail, files_of, in_private_mounts, mounted, mounts, needs_root, succeed
+from odmoe import (
+    BINARY,
+    DATA,
+    NO_FUSE,
+    fail,
+    files_of,
+    in_private_mounts,
+    mounted,
+    mounts,
+    needs_root,
+    succeed,
+    wait_for,
+)
 from reference import PLAIN, Shown
 
 TINY = ("--layers", 1, "--experts", 2, "--dim", 256, "--ffn-dim", 256, "--vocab", 32)
@@ -40,6 +53,15 @@ def test_demo_without_fuse_names_the_cure_and_shows_the_tree_materialized(public
     assert "layer_00_expert_000.safetensors" in done.stdout
     assert "/dev/fuse" in done.stderr
     assert os.listdir(public / "tmp") == []
+
+
+def test_a_toy_that_is_interrupted_leaves_nothing_behind(tmp_path):
+    process = subprocess.Popen([BINARY, "toy", tmp_path / "toy.gguf", "--layers", "40"], stderr=subprocess.PIPE)
+    wait_for(lambda: os.listdir(tmp_path))
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    process.stderr.close()
+    assert os.listdir(tmp_path) == []
 
 
 # --- toy ------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """`mount`: what it promises, and what it says when it cannot."""
 
+import fcntl
 import os
 import select
 import subprocess
@@ -65,6 +66,25 @@ def test_of_many_mounts_on_one_folder_at_once_one_wins(person, model, folder):
     assert all("already mounted" in answer for answer in answers if answer)
     succeed("umount", folder, user=person)
     assert mount_at(folder) is None
+
+
+def test_a_folder_that_somebody_else_has_locked_is_not_waited_for_for_ever(model, folder):
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        fail("mount", model, folder, naming=[folder, "locked"])
+    finally:
+        os.close(lock)
+
+
+def test_links_to_parts_are_not_hidden_by_the_mount(public):
+    """Else a daemon that opens a part again by its name would wait for its own answer."""
+    (public / "store").mkdir()
+    (public / "hub").mkdir()
+    parts = models.write_small(public / "store", split_max_tensors=2)
+    for part in parts:
+        (public / "hub" / part.name).symlink_to(part)
+    fail("mount", public / "hub" / parts[0].name, public / "hub", "--nonempty", naming=["hide", parts[0].name])
 
 
 def test_what_cannot_be_said_does_not_undo_what_was_done(model, public):

@@ -14,15 +14,16 @@ use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, ensure};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, FromArgMatches};
-use odmoe_fs::gguf::{GGML_TYPES, GgmlType, PartName};
+use odmoe_fs::gguf::{GGML_TYPES, GgmlType, MAX_TENSORS, PartName};
 
 use self::plan::Plan;
 use self::weights::Elements;
-use super::{say, text};
+use super::{Stop, say, text};
 
 /// Write a small Mixture-of-Experts GGUF with made-up weights
 ///
@@ -108,7 +109,8 @@ fn type_parser() -> impl TypedValueParser<Value = &'static GgmlType> {
 }
 
 pub fn run(args: &ToyArgs) -> anyhow::Result<()> {
-    let files = write_toy(args)?;
+    let stop = Stop::on_signals()?;
+    let files = stop.explain(write_toy(args, &stop.flag))?;
     let mut bytes = 0;
     for file in &files {
         bytes += fs::metadata(file)?.len();
@@ -128,14 +130,19 @@ pub fn run(args: &ToyArgs) -> anyhow::Result<()> {
 
 /// Writes the model and returns its files, in the order of the parts.
 ///
-/// Either all of them appear, or none; no existing file is overwritten.
-pub fn write_toy(args: &ToyArgs) -> anyhow::Result<Vec<PathBuf>> {
+/// Either all of them appear, or none; no existing file is overwritten. Once `stop` is set, it ends
+/// early and leaves nothing behind.
+pub fn write_toy(args: &ToyArgs, stop: &AtomicBool) -> anyhow::Result<Vec<PathBuf>> {
     let plan = Plan::new(args)?;
     let count = usize::from(args.split);
     let tensors = plan.tensors.len();
     ensure!(
         count <= tensors,
         "cannot split {tensors} tensors into {count} parts; use --split {tensors} or less"
+    );
+    ensure!(
+        tensors as u64 <= MAX_TENSORS,
+        "{tensors} tensors are more than a model may have ({MAX_TENSORS}); use fewer --layers or --experts"
     );
     let paths = part_paths(&args.out, args.split);
     for path in &paths {
@@ -146,7 +153,7 @@ pub fn write_toy(args: &ToyArgs) -> anyhow::Result<Vec<PathBuf>> {
     let mut written = Vec::with_capacity(count);
     for ((no, range), path) in (0..).zip(plan.parts(count)).zip(&paths) {
         let part = plan
-            .write_part(no, args.split, range, args.seed, path)
+            .write_part(no, args.split, range, args.seed, path, stop)
             .with_context(|| format!("cannot write {path:?}"))?;
         written.push(part);
     }

@@ -5,6 +5,7 @@ use std::io::{self, BufWriter, Write};
 use std::ops::Range;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::bail;
 use odmoe_fs::gguf::write::{Writer, Written};
@@ -81,6 +82,7 @@ impl Plan {
         tensors: Range<usize>,
         seed: u64,
         path: &Path,
+        stop: &AtomicBool,
     ) -> anyhow::Result<TempPath> {
         let tensors = &self.tensors[tensors];
         let header = self.header(no, count, tensors);
@@ -97,7 +99,7 @@ impl Plan {
         let mut at = header.bytes.len() as u64;
         for (tensor, &(offset, bytes)) in tensors.iter().zip(&header.data) {
             pad(&mut out, offset - at)?;
-            tensor.write_data(seed, &mut out)?;
+            tensor.write_data(seed, &mut out, stop)?;
             at = offset + bytes;
         }
         pad(&mut out, header.file_bytes - at)?;
@@ -327,13 +329,16 @@ impl Tensor {
         row_bytes.expect("rows are whole blocks") * rows
     }
 
-    fn write_data(&self, seed: u64, out: &mut impl Write) -> io::Result<()> {
+    fn write_data(&self, seed: u64, out: &mut impl Write, stop: &AtomicBool) -> io::Result<()> {
         let elements = Elements::of(self.ggml_type).expect("a toy is made of such types");
         // Norms scale what passes through them, so they are about 1.
         let mean = if self.name.contains("norm") { 1.0 } else { 0.0 };
         let mut random = SplitMix64::of_tensor(seed, &self.name);
         let mut block = vec![0; self.ggml_type.block_bytes as usize];
         for _ in 0..self.bytes() / block.len() as u64 {
+            if stop.load(Ordering::Relaxed) {
+                return Err(io::Error::other("stopped; nothing was kept"));
+            }
             elements.fill(&mut block, mean, &mut random);
             out.write_all(&block)?;
         }

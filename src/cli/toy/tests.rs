@@ -7,6 +7,10 @@ use super::plan::Tensor;
 use super::weights::{SplitMix64, f16_bits};
 use super::*;
 
+fn write_toy(args: &ToyArgs) -> anyhow::Result<Vec<PathBuf>> {
+    super::write_toy(args, &AtomicBool::new(false))
+}
+
 /// A toy of a few hundred kilobytes at most.
 fn tiny(folder: &Path) -> ToyArgs {
     ToyArgs {

@@ -1,0 +1,84 @@
+//! What only a program that uses the library can do to a target.
+
+use std::fs;
+use std::num::NonZeroUsize;
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+
+use odmoe_fs::gguf::GgmlType;
+use odmoe_fs::gguf::write::Writer;
+use odmoe_fs::materialize::{MaterializeError, Plan, Selection};
+use odmoe_fs::model::Model;
+use tempfile::TempDir;
+
+/// A model of two layers with two experts each.
+fn model(folder: &Path) -> Model {
+    let mut writer = Writer::new();
+    for layer in 0..2 {
+        let name = format!("blk.{layer}.ffn_up_exps.weight");
+        writer.tensor(&name, &[32, 4, 2], GgmlType::from_name("Q8_0").unwrap());
+    }
+    let written = writer.header();
+    let path = folder.join("model.gguf");
+    let mut bytes = written.bytes;
+    bytes.resize(written.file_bytes as usize, 7);
+    fs::write(&path, bytes).unwrap();
+    Model::open(&path).unwrap()
+}
+
+fn layer(layers: &str) -> Selection {
+    Selection {
+        layers: Some(layers.parse().unwrap()),
+        ..Selection::default()
+    }
+}
+
+fn run(plan: &Plan) -> Result<(), MaterializeError> {
+    plan.run(NonZeroUsize::MIN, &AtomicBool::new(false), &|_| {})
+}
+
+#[test]
+fn the_documents_list_what_another_run_has_written_since_the_plan_was_made() {
+    let folder = TempDir::new().unwrap();
+    let (model, out) = (model(folder.path()), folder.path().join("out"));
+    let first = Plan::new(&model, &out, &layer("0")).unwrap();
+    let second = Plan::new(&model, &out, &layer("1")).unwrap();
+    run(&first).unwrap();
+    run(&second).unwrap();
+    let registry = model.tree().find("experts/registry.json").unwrap();
+    let written = fs::read(out.join("experts/registry.json")).unwrap();
+    assert_eq!(written, model.read(registry).unwrap());
+}
+
+#[test]
+fn two_plans_of_the_same_files_both_succeed() {
+    let folder = TempDir::new().unwrap();
+    let (model, out) = (model(folder.path()), folder.path().join("out"));
+    let plans = [(); 2].map(|()| Plan::new(&model, &out, &Selection::default()).unwrap());
+    plans.iter().for_each(|plan| run(plan).unwrap());
+}
+
+#[test]
+fn a_file_that_appears_after_the_plan_was_made_is_not_overwritten() {
+    let folder = TempDir::new().unwrap();
+    let (model, out) = (model(folder.path()), folder.path().join("out"));
+    let plan = Plan::new(&model, &out, &Selection::default()).unwrap();
+    let path = out.join("experts/layer_01_expert_001.safetensors");
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    fs::write(&path, "mine").unwrap();
+    let error = run(&plan).unwrap_err().to_string();
+    assert!(error.contains("layer_01_expert_001.safetensors"), "{error}");
+    assert_eq!(fs::read(&path).unwrap(), b"mine");
+}
+
+#[test]
+fn a_run_that_is_stopped_leaves_no_unfinished_file() {
+    let folder = TempDir::new().unwrap();
+    let (model, out) = (model(folder.path()), folder.path().join("out"));
+    let plan = Plan::new(&model, &out, &Selection::default()).unwrap();
+    let stopped = plan.run(NonZeroUsize::MIN, &AtomicBool::new(true), &|_| {});
+    assert!(matches!(stopped, Err(MaterializeError::Stopped)));
+    for directory in ["base_model", "experts"] {
+        assert_eq!(out.join(directory).read_dir().unwrap().count(), 0);
+    }
+}
