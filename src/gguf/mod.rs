@@ -10,6 +10,7 @@
 //! Format: `docs/gguf.md` of ggml-org/ggml; where that is silent, what `gguf.cpp` and the model
 //! loader of llama.cpp accept.
 
+mod cursor;
 mod error;
 mod header;
 mod limits;
