@@ -6,17 +6,17 @@
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
-use std::sync::atomic::AtomicBool;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, bail, ensure};
 use odmoe_fs::gguf::GgmlType;
 use odmoe_fs::model::Model;
-use odmoe_fs::mounts::{Signals, mount_table};
+use odmoe_fs::mounts::{UnmountError, unmount};
 use serde_json::Value;
 
 use super::toy::{ToyArgs, write_toy};
-use super::{exit_code, print, text};
+use super::{Stop, print, text};
 
 /// Show the whole way on a toy model: mount, list, read one expert, check it, unmount
 ///
@@ -29,19 +29,12 @@ const EXPERT_FILE: &str = "layer_01_expert_002";
 const LAYER: u64 = 1;
 const EXPERT: u64 = 2;
 
-pub fn run(_: &DemoArgs) -> ExitCode {
-    // A Ctrl-C waits until the folder is clean again.
-    let signals = Signals::block(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP]);
-    let result = demo();
-    if let Ok(signals) = signals
-        && let Ok(Some(signal)) = signals.take_pending()
-    {
-        return ExitCode::from(128 + signal as u8);
-    }
-    exit_code(result)
+pub fn run(_: &DemoArgs) -> anyhow::Result<()> {
+    let stop = Stop::on_signals()?;
+    stop.explain(demo(&stop.flag))
 }
 
-fn demo() -> anyhow::Result<()> {
+fn demo(stop: &AtomicBool) -> anyhow::Result<()> {
     let folder = tempfile::Builder::new()
         .prefix("odmoe-demo-")
         .tempdir()
@@ -55,7 +48,7 @@ fn demo() -> anyhow::Result<()> {
         ggml_type: GgmlType::from_name("Q4_K").context("Q4_K is a type")?,
         ..ToyArgs::new(&folder.path().join("toy.gguf"))
     };
-    write_toy(&toy, &AtomicBool::new(false))?;
+    write_toy(&toy, stop)?;
     let bytes = toy.out.metadata()?.len();
     print(&format!(
         "A toy model of 2 layers with 4 experts each, in Q4_K: toy.gguf, {}\n\n",
@@ -82,6 +75,11 @@ fn demo() -> anyhow::Result<()> {
     folder
         .close()
         .context("cannot remove the temporary folder")?;
+    // A Ctrl-C waits until here, where all is clean again.
+    ensure!(
+        !stop.load(Ordering::Relaxed),
+        "everything was removed again"
+    );
     print("Everything was removed again. Next: odmoe-fs mount YOUR-MODEL.gguf DIRECTORY\n")
 }
 
@@ -111,16 +109,10 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        let resolved = self.directory.canonicalize();
-        let directory = resolved.as_ref().unwrap_or(&self.directory);
-        if mount_table()
-            .iter()
-            .any(|entry| entry.directory == *directory)
-        {
-            let arguments = ["umount".as_ref(), "--lazy".as_ref(), directory.as_ref()];
-            if let Err(e) = run_self(&arguments) {
-                tracing::error!("{e:#}");
-            }
+        match unmount(&self.directory, true) {
+            // It was unmounted, or never mounted.
+            Ok(_) | Err(UnmountError::NotOurs(_)) => {}
+            Err(e) => tracing::error!("{e}"),
         }
     }
 }

@@ -70,7 +70,7 @@ pub fn run() -> ExitCode {
         Command::Materialize(args) => materialize::run(args, cli.quiet),
         Command::Inspect(args) => inspect::run(args),
         Command::Toy(args) => toy::run(args),
-        Command::Demo(args) => return demo::run(args),
+        Command::Demo(args) => demo::run(args),
     };
     exit_code(result)
 }

@@ -5,8 +5,8 @@ use std::sync::{Arc, OnceLock};
 
 use odmoe_fs::mounts::Signals;
 
-/// Turns SIGINT, SIGTERM and SIGHUP into a flag, so that nothing unfinished is left behind. A second one
-/// finds nobody waiting and nothing to lose: it changes nothing, the first is being obeyed.
+/// Turns SIGINT, SIGTERM and SIGHUP into a flag, so that nothing unfinished is left behind. A second
+/// one changes nothing: the first is being obeyed.
 pub struct Stop {
     /// Set when the work shall end.
     pub flag: Arc<AtomicBool>,

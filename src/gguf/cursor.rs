@@ -79,10 +79,7 @@ impl<R: BufRead + Seek> Cursor<R> {
     fn bytes<const N: usize>(&mut self, field: &impl Display) -> Result<[u8; N], HeaderError> {
         self.need(N as u64, field)?;
         let mut bytes = [0; N];
-        self.reader
-            .read_exact(&mut bytes)
-            .map_err(|e| self.fail(field, e.into()))?;
-        self.position += N as u64;
+        self.fill(&mut bytes, field)?;
         Ok(bytes)
     }
 
@@ -169,11 +166,17 @@ impl<R: BufRead + Seek> Cursor<R> {
     fn vec(&mut self, count: u64, field: &impl Display) -> Result<Vec<u8>, HeaderError> {
         self.need(count, field)?;
         let mut bytes = vec![0; count as usize];
-        self.reader
-            .read_exact(&mut bytes)
-            .map_err(|e| self.fail(field, e.into()))?;
-        self.position += count;
+        self.fill(&mut bytes, field)?;
         Ok(bytes)
+    }
+
+    /// Reads bytes that `need` has found to exist.
+    fn fill(&mut self, bytes: &mut [u8], field: &impl Display) -> Result<(), HeaderError> {
+        self.reader
+            .read_exact(bytes)
+            .map_err(|e| self.fail(field, e.into()))?;
+        self.position += bytes.len() as u64;
+        Ok(())
     }
 
     pub(super) fn key_values(&mut self, count: u64) -> Result<Vec<KeyValue>, HeaderError> {

@@ -10,12 +10,6 @@ use std::path::Path;
 use super::{Mount, MountError};
 use crate::sys::process::{Forked, fork, leave_caller, wait_for};
 
-/// Closes the descriptors that this process was started with, but for stdin, stdout and stderr. To
-/// be called before it has opened anything: a daemon must not hold its caller's pipes and locks.
-pub fn close_inherited_descriptors() -> io::Result<()> {
-    crate::sys::process::close_inherited()
-}
-
 /// What the daemon says when it serves; no error message starts with it.
 const READY: u8 = 0;
 

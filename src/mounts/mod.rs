@@ -21,14 +21,13 @@ use std::time::Duration;
 
 use fuser::{Config, MountOption, Session, SessionACL};
 
-pub use background::close_inherited_descriptors;
 pub use table::{MountEntry, mount_of, mount_table};
 pub use unmount::{UnmountError, unmount};
 
 use crate::fuse::{OdmoeFs, Owner};
 use crate::model::Model;
-pub use crate::sys::process::Signals;
 use crate::sys::process::effective_ids;
+pub use crate::sys::process::{Signals, close_inherited_descriptors};
 
 /// The file system type in mount tables.
 pub const FS_TYPE: &str = "fuse.odmoe";

@@ -99,7 +99,7 @@ pub fn leave_caller(output: Option<&File>) -> io::Result<()> {
 /// Closes every descriptor but stdin, stdout and stderr: a daemon must not hold what it inherited,
 /// since its caller may wait for the end of a pipe or for a lock. To be called before this
 /// process has opened anything of its own.
-pub fn close_inherited() -> io::Result<()> {
+pub fn close_inherited_descriptors() -> io::Result<()> {
     let listing = if cfg!(target_os = "linux") {
         "/proc/self/fd"
     } else {
@@ -151,21 +151,6 @@ impl Signals {
             0 => Ok(signal),
             error => Err(io::Error::from_raw_os_error(error)),
         }
-    }
-
-    /// Takes one of the signals if it is pending; returns at once.
-    pub fn take_pending(&self) -> io::Result<Option<i32>> {
-        // SAFETY: sigset_t is plain data, which sigpending then fills.
-        let mut pending: libc::sigset_t = unsafe { std::mem::zeroed() };
-        // SAFETY: the pointer is to a sigset_t.
-        check(unsafe { libc::sigpending(&mut pending) })?;
-        let any = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP]
-            .into_iter()
-            // SAFETY: the pointers are to sets, the numbers are signals.
-            .any(|s| unsafe {
-                libc::sigismember(&pending, s) == 1 && libc::sigismember(&self.0, s) == 1
-            });
-        if any { self.wait().map(Some) } else { Ok(None) }
     }
 }
 
