@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 
 use odmoe_fs::gguf::GgmlType;
 use odmoe_fs::gguf::write::Writer;
-use odmoe_fs::materialize::{MaterializeError, Plan, Selection};
+use odmoe_fs::materialize::{MaterializeError, Options, Plan, Selection};
 use odmoe_fs::model::Model;
 use tempfile::TempDir;
 
@@ -26,10 +26,13 @@ fn model(folder: &Path) -> Model {
     Model::open(&path).unwrap()
 }
 
-fn layer(layers: &str) -> Selection {
-    Selection {
-        layers: Some(layers.parse().unwrap()),
-        ..Selection::default()
+fn layer(layers: &str) -> Options {
+    Options {
+        selection: Selection {
+            layers: Some(layers.parse().unwrap()),
+            ..Selection::default()
+        },
+        ..Options::default()
     }
 }
 
@@ -54,7 +57,7 @@ fn the_documents_list_what_another_run_has_written_since_the_plan_was_made() {
 fn two_plans_of_the_same_files_both_succeed() {
     let folder = TempDir::new().unwrap();
     let (model, out) = (model(folder.path()), folder.path().join("out"));
-    let plans = [(); 2].map(|()| Plan::new(&model, &out, &Selection::default()).unwrap());
+    let plans = [(); 2].map(|()| Plan::new(&model, &out, &Options::default()).unwrap());
     plans.iter().for_each(|plan| run(plan).unwrap());
 }
 
@@ -62,7 +65,7 @@ fn two_plans_of_the_same_files_both_succeed() {
 fn a_file_that_appears_after_the_plan_was_made_is_not_overwritten() {
     let folder = TempDir::new().unwrap();
     let (model, out) = (model(folder.path()), folder.path().join("out"));
-    let plan = Plan::new(&model, &out, &Selection::default()).unwrap();
+    let plan = Plan::new(&model, &out, &Options::default()).unwrap();
     let path = out.join("experts/layer_01_expert_001.safetensors");
     fs::create_dir_all(path.parent().unwrap()).unwrap();
     fs::write(&path, "mine").unwrap();
@@ -75,7 +78,7 @@ fn a_file_that_appears_after_the_plan_was_made_is_not_overwritten() {
 fn a_run_that_is_stopped_leaves_no_unfinished_file() {
     let folder = TempDir::new().unwrap();
     let (model, out) = (model(folder.path()), folder.path().join("out"));
-    let plan = Plan::new(&model, &out, &Selection::default()).unwrap();
+    let plan = Plan::new(&model, &out, &Options::default()).unwrap();
     let stopped = plan.run(NonZeroUsize::MIN, &AtomicBool::new(true), &|_| {});
     assert!(matches!(stopped, Err(MaterializeError::Stopped)));
     for directory in ["base_model", "experts"] {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::bail;
 use indicatif::{ProgressBar, ProgressStyle};
-use odmoe_fs::materialize::{Numbers, Plan, Progress, Selection};
+use odmoe_fs::materialize::{Numbers, Options, Plan, Progress, Reflink, Selection};
 use odmoe_fs::model::Model;
 use odmoe_fs::mounts::{MountEntry, mount_of};
 
@@ -38,11 +38,41 @@ pub struct MaterializeArgs {
     #[arg(long, value_name = "LIST")]
     experts: Option<Numbers>,
     /// Say what would be written, and stop
-    #[arg(long)]
+    #[arg(long, conflicts_with = "verify")]
     dry_run: bool,
+    /// Share disk blocks with the model instead of copying them (on XFS and btrfs)
+    #[arg(long, value_name = "WHEN", value_enum, default_value_t)]
+    reflink: When,
+    /// Replace files that are there but are not what would be written
+    #[arg(long)]
+    force: bool,
+    /// When all is written, read every file back and compare it with the model
+    #[arg(long)]
+    verify: bool,
     /// Files to write at the same time [default: the processors, at most 8]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     jobs: Option<u16>,
+}
+
+#[derive(Clone, Copy, Default, clap::ValueEnum)]
+enum When {
+    /// Where it is possible
+    #[default]
+    Auto,
+    /// Fail where it is not possible
+    Always,
+    /// Copy, so that the files do not depend on the model's blocks
+    Never,
+}
+
+impl From<When> for Reflink {
+    fn from(when: When) -> Self {
+        match when {
+            When::Auto => Self::Auto,
+            When::Always => Self::Always,
+            When::Never => Self::Never,
+        }
+    }
 }
 
 pub fn run(args: &MaterializeArgs, quiet: bool) -> anyhow::Result<()> {
@@ -54,7 +84,12 @@ pub fn run(args: &MaterializeArgs, quiet: bool) -> anyhow::Result<()> {
         experts: args.experts.clone(),
     };
     refuse_mounts(&args.directory)?;
-    let plan = Plan::new(&model, &args.directory, &selection)?;
+    let options = Options {
+        selection,
+        reflink: args.reflink.into(),
+        force: args.force,
+    };
+    let plan = Plan::new(&model, &args.directory, &options)?;
     let to_write = text::counted(plan.files(), "file");
     let done = match plan.files_done() {
         0 => String::new(),
@@ -62,10 +97,7 @@ pub fn run(args: &MaterializeArgs, quiet: bool) -> anyhow::Result<()> {
     };
     let announcement = format!("{to_write}, {}{done}", text::size(plan.bytes()));
     if args.dry_run {
-        let copied = text::size(plan.incongruent_bytes());
-        print(&format!(
-            "to write: {announcement}\nof which {copied} cannot share disk blocks with the model (not page-congruent)\n"
-        ))?;
+        print(&format!("to write: {announcement}\n{}", costs(&plan)))?;
         return Ok(plan.check_room()?);
     }
     plan.check_room()?;
@@ -84,7 +116,40 @@ pub fn run(args: &MaterializeArgs, quiet: bool) -> anyhow::Result<()> {
         0 => format!("nothing to write: all files are complete in {directory}\n"),
         _ => format!("wrote {announcement} into {directory}\n"),
     });
+    if args.verify {
+        let meter = Meter::new(plan.chosen_bytes(), quiet);
+        let result = plan.verify(jobs, &stop.flag, &|progress| meter.add(progress));
+        meter.finish();
+        stop.explain(result)?;
+        let bytes = text::size(plan.chosen_bytes());
+        say(&format!("verified: {bytes} are those of the model\n"));
+    }
     Ok(())
+}
+
+/// What a plan costs, line by line.
+fn costs(plan: &Plan) -> String {
+    let cost = plan.cost();
+    let shared = match plan.refusal() {
+        Some(reason) => format!(" (sharing: {reason})"),
+        None => String::new(),
+    };
+    let lines = [
+        (
+            cost.shared,
+            format!("share disk blocks with the model{shared}"),
+        ),
+        (cost.copied, "are copied".to_owned()),
+        (cost.holes, "are holes, and stay so".to_owned()),
+        (
+            plan.incongruent_bytes(),
+            "could be shared on no file system (not page-congruent)".to_owned(),
+        ),
+        (cost.room, "of room are needed".to_owned()),
+        (plan.available_bytes(), "of room are available".to_owned()),
+    ];
+    let line = |(bytes, what): (u64, String)| format!("{:>12} {what}\n", text::size(bytes));
+    lines.into_iter().map(line).collect()
 }
 
 /// A mounted tree is there already, and cannot be written to.

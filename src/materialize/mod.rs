@@ -2,23 +2,31 @@
 //!
 //! The problem: hundreds of gigabytes that must never look finished when they are not.
 //!
-//! The plan: [`Plan::new`] compares the target with the tree, and refuses before anything is
-//! written; [`Plan::run`] writes every missing file under a temporary name, gives it the tree's
-//! time, flushes it, and only then its name. So a file that has its name is complete, and the
-//! same command finishes what was interrupted. At the end the documents are made anew from the
-//! files that are there.
+//! The plan: [`Plan::new`] compares the target with the tree (`compare`), finds out which bytes can
+//! be shared, skipped or must be copied (`ways`), and refuses before anything is written.
+//! [`Plan::run`] writes every missing file (`copy`) under a temporary name, gives it the tree's
+//! time, flushes a group of such files together, and only then gives them their names (`write`).
+//! So a file that has its name is complete, and the same command finishes what was interrupted.
+//! At the end the documents are made anew from the files that are there.
 
+mod compare;
+mod copy;
 mod selection;
+mod ways;
 mod write;
 
-use std::fs::{self, File};
+use std::collections::HashSet;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 
 use indicatif::HumanBytes;
 pub use selection::{NotNumbers, Numbers, Selection};
+pub use ways::{Cost, Reflink};
 pub use write::Progress;
+
+use self::compare::{State, is_folder};
+use self::ways::Ways;
 
 use crate::layout::{
     BASE_DIRECTORY, Doc, EXPERTS_DIRECTORY, FileKind, METADATA_GGUF_PATH, METADATA_PATH,
@@ -26,11 +34,7 @@ use crate::layout::{
 };
 use crate::model::Model;
 use crate::source::ReadError;
-use crate::sys;
 use crate::tree::Ino;
-
-/// What a file system takes for a file beside its bytes is counted as one block of this size.
-const BLOCK_BYTES: u64 = 4096;
 
 /// Why a tree cannot be written. What is complete stays, and the same command goes on from there.
 #[derive(Debug, thiserror::Error)]
@@ -42,7 +46,7 @@ pub enum MaterializeError {
         cause: io::Error,
     },
     #[error(
-        "{path:?} exists, but {reason}; it was not made from this model as it is now. Remove it, or choose another directory"
+        "{path:?} exists, but {reason}; it was not made from this model as it is now. Remove it, replace such files with --force, or choose another directory"
     )]
     Foreign { path: PathBuf, reason: String },
     #[error("another odmoe-fs is writing to {0:?}; wait until it has finished")]
@@ -55,6 +59,18 @@ pub enum MaterializeError {
         target: PathBuf,
         needed: u64,
         available: u64,
+    },
+    #[error(
+        "{target:?} cannot share disk blocks with the model: {reason}; with --reflink auto they are copied"
+    )]
+    CannotShare { target: PathBuf, reason: String },
+    #[error(
+        "{path:?} differs from the model at byte {offset}, in {what}; remove it, and the same command writes it again"
+    )]
+    Differs {
+        path: PathBuf,
+        what: String,
+        offset: u64,
     },
     #[error("nothing to write: the model has no such experts (its layers with experts: {layers})")]
     NothingSelected { layers: String },
@@ -74,6 +90,17 @@ fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Mate
     }
 }
 
+/// How a tree is to be written.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// Which files.
+    pub selection: Selection,
+    /// Whether to share blocks with the model.
+    pub reflink: Reflink,
+    /// Replace files that are there but are not what would be written.
+    pub force: bool,
+}
+
 /// What is to be written to a target, and what is there already.
 #[derive(Debug)]
 pub struct Plan<'a> {
@@ -81,34 +108,49 @@ pub struct Plan<'a> {
     target: PathBuf,
     /// Files to write, in the order of the model.
     missing: Vec<Ino>,
+    /// Of those, the ones to write over what has their name, whatever that is.
+    replaced: HashSet<Ino>,
     /// Chosen files that are complete already.
-    done: usize,
+    done: Vec<Ino>,
     /// Of those, the ones that only need the tree's time.
     touch: Vec<Ino>,
     /// By index in [`Layout::files`](crate::layout::Layout::files): is chosen, so that it will be
     /// there when the plan has been run.
     chosen: Vec<bool>,
-    bytes: u64,
+    options: Options,
+    ways: Ways,
+    cost: Cost,
     incongruent_bytes: u64,
 }
 
+/// The folder of the target that exists: its file system is the one to be written to.
+fn existing_folder(target: &Path) -> &Path {
+    let folder = target.ancestors().find(|folder| folder.is_dir());
+    let folder = folder.filter(|folder| !folder.as_os_str().is_empty());
+    folder.unwrap_or(Path::new("."))
+}
+
 impl<'a> Plan<'a> {
-    /// Compares a target, which need not exist, with the chosen part of a model's tree. Nothing is
-    /// written.
+    /// Compares a target, which need not exist, with the chosen part of a model's tree, and finds
+    /// out what the work will cost. Leaves nothing behind.
     pub fn new(
         model: &'a Model,
         target: &Path,
-        selection: &Selection,
+        options: &Options,
     ) -> Result<Self, MaterializeError> {
         let layout = model.layout();
+        let selection = &options.selection;
         let mut plan = Self {
             model,
             target: target.to_owned(),
             missing: Vec::new(),
-            done: 0,
+            replaced: HashSet::new(),
+            done: Vec::new(),
             touch: Vec::new(),
             chosen: vec![false; layout.files().len()],
-            bytes: 0,
+            options: options.clone(),
+            ways: Ways::probe(model, existing_folder(target), options.reflink)?,
+            cost: Cost::default(),
             incongruent_bytes: 0,
         };
         let mut chosen_experts = 0;
@@ -132,9 +174,14 @@ impl<'a> Plan<'a> {
             plan.take(plan.find(METADATA_GGUF_PATH))?;
         }
         for (path, doc) in DOCUMENTS {
-            plan.check_document(path, doc)?;
-            plan.bytes += model.tree().size(plan.find(path)).unwrap_or(0);
+            if !plan.options.force {
+                plan.check_document(path, doc)?;
+            }
+            let bytes = model.tree().size(plan.find(path)).unwrap_or(0);
+            plan.cost.copied += bytes;
+            plan.cost.room += bytes.next_multiple_of(plan.ways.block);
         }
+        plan.check_sharing()?;
         Ok(plan)
     }
 
@@ -145,12 +192,34 @@ impl<'a> Plan<'a> {
 
     /// The number of chosen files that are complete already.
     pub fn files_done(&self) -> usize {
-        self.done
+        self.done.len()
     }
 
-    /// Bytes to write.
+    /// Bytes of the files to write.
     pub fn bytes(&self) -> u64 {
-        self.bytes
+        self.cost.shared + self.cost.copied + self.cost.holes
+    }
+
+    /// How many of them will be shared, copied and left out.
+    pub fn cost(&self) -> Cost {
+        self.cost
+    }
+
+    /// Bytes of all chosen files, which is what [`verify`](Self::verify) reads.
+    pub fn chosen_bytes(&self) -> u64 {
+        let files = self.missing.iter().chain(&self.done);
+        let bytes = files.map(|&ino| self.model.tree().size(ino).unwrap_or(0));
+        bytes.sum()
+    }
+
+    /// Bytes that may still be written to the target's file system.
+    pub fn available_bytes(&self) -> u64 {
+        self.ways.available
+    }
+
+    /// Why blocks of the model, or of some of its parts, will not be shared.
+    pub fn refusal(&self) -> Option<&str> {
+        self.ways.refusal.as_deref()
     }
 
     /// Of the bytes to write, those of tensors that are at another place modulo 4096 than in the
@@ -161,15 +230,7 @@ impl<'a> Plan<'a> {
 
     /// Fails if the target's file system has less room than the plan needs.
     pub fn check_room(&self) -> Result<(), MaterializeError> {
-        let folder = self
-            .target
-            .ancestors()
-            .find(|folder| folder.exists())
-            .filter(|folder| !folder.as_os_str().is_empty())
-            .unwrap_or(Path::new("."));
-        let available =
-            sys::available_bytes(folder).map_err(io_error("ask for room in", folder))?;
-        let needed = self.bytes + self.missing.len() as u64 * BLOCK_BYTES;
+        let (needed, available) = (self.cost.room, self.ways.available);
         if needed > available {
             return Err(MaterializeError::NoRoom {
                 target: self.target.clone(),
@@ -180,6 +241,18 @@ impl<'a> Plan<'a> {
         Ok(())
     }
 
+    fn check_sharing(&self) -> Result<(), MaterializeError> {
+        match &self.ways.refusal {
+            Some(reason) if self.options.reflink == Reflink::Always && !self.missing.is_empty() => {
+                Err(MaterializeError::CannotShare {
+                    target: self.target.clone(),
+                    reason: reason.clone(),
+                })
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn find(&self, path: &str) -> Ino {
         let found = self.model.tree().find(path);
         found.expect("the layout's files are in the tree")
@@ -187,24 +260,41 @@ impl<'a> Plan<'a> {
 
     /// Puts a chosen file where it belongs in the plan; says whether it is to be written.
     fn take(&mut self, ino: Ino) -> Result<bool, MaterializeError> {
-        match self.state(ino)? {
-            State::Done => self.done += 1,
+        let mut state = self.state(ino)?;
+        if matches!(state, State::OtherTime) {
+            let mut buffer = copy::buffer(1);
+            let stop = AtomicBool::new(false);
+            if self
+                .payload_difference(ino, &mut buffer, &stop, &|_| {})?
+                .is_some()
+            {
+                state = State::Foreign("holds other bytes".into());
+            }
+        }
+        match state {
+            State::Done => self.done.push(ino),
             State::OtherTime => {
-                let size = self.model.tree().size(ino).unwrap_or(0);
-                if !self.starts_as_in_the_tree(ino, size)? {
-                    return Err(self.foreign(ino, "holds other bytes"));
-                }
-                self.done += 1;
+                self.done.push(ino);
                 self.touch.push(ino);
             }
-            State::Missing => {
-                self.bytes += self.model.tree().size(ino).unwrap_or(0);
-                self.missing.push(ino);
+            State::Foreign(_) if self.options.force && !is_folder(&self.path(ino)) => {
+                self.replaced.insert(ino);
+                self.plan_to_write(ino)?;
                 return Ok(true);
             }
             State::Foreign(reason) => return Err(self.foreign(ino, &reason)),
+            State::Missing => {
+                self.plan_to_write(ino)?;
+                return Ok(true);
+            }
         }
         Ok(false)
+    }
+
+    fn plan_to_write(&mut self, ino: Ino) -> Result<(), MaterializeError> {
+        self.ways.add_cost(self.model, ino, &mut self.cost)?;
+        self.missing.push(ino);
+        Ok(())
     }
 
     fn path(&self, ino: Ino) -> PathBuf {
@@ -217,82 +307,6 @@ impl<'a> Plan<'a> {
             path: self.path(ino),
             reason: reason.to_owned(),
         }
-    }
-
-    /// Compares a file of the target with what would be written: size, time and header, which
-    /// holds every tensor's name, shape and place. Reads no payload.
-    fn state(&self, ino: Ino) -> Result<State, MaterializeError> {
-        let path = self.path(ino);
-        let metadata = match fs::symlink_metadata(&path) {
-            Ok(metadata) => metadata,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(State::Missing),
-            Err(e) => return Err(io_error("look at", &path)(e)),
-        };
-        if !metadata.is_file() {
-            return Ok(State::Foreign("is no regular file".into()));
-        }
-        let size = self.model.tree().size(ino).unwrap_or(0);
-        if metadata.len() != size {
-            let reason = format!("has {} bytes instead of {size}", metadata.len());
-            return Ok(State::Foreign(reason));
-        }
-        // Of a file without tensors, which is small, all of it.
-        let header = match self.model.tree().extents(ino).first() {
-            Some(first) if path.extension() == Some("safetensors".as_ref()) => first.len,
-            _ => size,
-        };
-        if !self.starts_as_in_the_tree(ino, header)? {
-            return Ok(State::Foreign("has another header".into()));
-        }
-        let modified = metadata.modified().map_err(io_error("look at", &path))?;
-        Ok(if modified == self.model.source().modified() {
-            State::Done
-        } else {
-            State::OtherTime
-        })
-    }
-
-    /// Compares the first `bytes` bytes of a file of the target with what would be written.
-    fn starts_as_in_the_tree(&self, ino: Ino, bytes: u64) -> Result<bool, MaterializeError> {
-        let path = self.path(ino);
-        let file = File::open(&path).map_err(io_error("read", &path))?;
-        let piece = bytes.min(write::BUFFER_BYTES as u64) as usize;
-        let mut expected = vec![0; piece];
-        let mut found = vec![0; piece];
-        let mut offset = 0;
-        loop {
-            let wanted = (bytes - offset).min(piece as u64) as usize;
-            let read = self.model.read_at(ino, offset, &mut expected[..wanted])?;
-            if read == 0 {
-                return Ok(true);
-            }
-            file.read_exact_at(&mut found[..read], offset)
-                .map_err(io_error("read", &path))?;
-            if found[..read] != expected[..read] {
-                return Ok(false);
-            }
-            offset += read as u64;
-        }
-    }
-
-    /// A document that is there will be replaced, so it must be one of this model.
-    fn check_document(&self, path: &str, doc: Doc) -> Result<(), MaterializeError> {
-        let full_path = self.target.join(path);
-        let found = match fs::read(&full_path) {
-            Ok(found) => found,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-            Err(e) => return Err(io_error("read", &full_path)(e)),
-        };
-        let mut whole = Vec::new();
-        let rendered = self.model.layout().render(doc, &mut whole);
-        rendered.expect("writing to memory cannot fail");
-        if found == whole || is_part_of(doc, &found, &whole) {
-            return Ok(());
-        }
-        Err(MaterializeError::Foreign {
-            path: full_path,
-            reason: "describes something else".into(),
-        })
     }
 
     /// Which files the documents shall list, by index in `Layout::files`: those that were chosen, and
@@ -317,32 +331,5 @@ const DOCUMENTS: [(&str, Doc); 2] = [
     (METADATA_PATH, Doc::Metadata),
 ];
 
+/// Both folders of the tree.
 const DIRECTORIES: [&str; 2] = [BASE_DIRECTORY, EXPERTS_DIRECTORY];
-
-enum State {
-    Missing,
-    Done,
-    /// Of the right size, with the right header, but with another time.
-    OtherTime,
-    /// There, but not what would be written; the reason.
-    Foreign(String),
-}
-
-/// Whether a document can be of a part of the tree that `whole` describes.
-fn is_part_of(doc: Doc, found: &[u8], whole: &[u8]) -> bool {
-    let parse = |bytes| match serde_json::from_slice(bytes) {
-        Ok(serde_json::Value::Object(map)) => Some(map),
-        _ => None,
-    };
-    let (Some(found), Some(whole)) = (parse(found), parse(whole)) else {
-        return false;
-    };
-    match doc {
-        Doc::Registry => found
-            .iter()
-            .all(|(key, entry)| whole.get(key) == Some(entry)),
-        _ => ["architecture", "ggml_types", "parts", "gguf"]
-            .iter()
-            .all(|key| found.get(*key).is_some() && found.get(*key) == whole.get(*key)),
-    }
-}

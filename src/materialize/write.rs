@@ -1,21 +1,33 @@
-//! Writing: temporary names, workers, the documents at the end.
+//! Writing: temporary names, workers, groups that are flushed together, the documents at the end.
+//!
+//! The problem: a flush of each of 23,040 files costs minutes, and a name on bytes that are not on
+//! the disk is a lie after the next power cut.
+//!
+//! The plan: workers complete files under temporary names. Once enough are complete, one call
+//! flushes the whole file system, and then each of them gets its name. The flush is short: most of
+//! the bytes went to the disk while they were written (`copy`).
 
 use std::fs::{self, File, FileTimes, Permissions, TryLockError};
 use std::io::{self, Write};
 use std::num::NonZeroUsize;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
-use tempfile::NamedTempFile;
+use tempfile::{NamedTempFile, TempPath};
 
-use super::{DIRECTORIES, DOCUMENTS, MaterializeError, Plan, State, io_error};
+use super::compare::State;
+use super::copy::{self, Copier, Target};
+use super::{DIRECTORIES, DOCUMENTS, MaterializeError, Plan, io_error};
 use crate::layout::{Doc, File as LayoutFile};
+use crate::sys;
 use crate::tree::Ino;
 
-/// Model bytes are copied in pieces of this size.
-pub(super) const BUFFER_BYTES: usize = 1 << 20;
+/// Complete files that are flushed together: so many, or so many bytes of them. What is killed
+/// before its flush is written again by the next run.
+const GROUP_FILES: usize = 256;
+const GROUP_BYTES: u64 = 2 << 30;
 /// Temporary files are named `.odmoe-RANDOM.tmp`: no loader takes them for a model.
 const TEMPORARY_PREFIX: &str = ".odmoe-";
 const TEMPORARY_SUFFIX: &str = ".tmp";
@@ -55,9 +67,8 @@ impl Plan<'_> {
                 .map_err(io_error("set the time of", &path))?;
         }
         self.write_files(jobs, stop, progress)?;
-        let present = self.present()?;
-        for (path, doc) in DOCUMENTS {
-            self.write_document(path, doc, &present)?;
+        for (path, bytes) in self.documents()? {
+            self.write_document(path, &bytes)?;
         }
         for directory in DIRECTORIES.into_iter().chain([""]) {
             let directory = self.target.join(directory);
@@ -84,102 +95,106 @@ impl Plan<'_> {
         stop: &AtomicBool,
         progress: &(dyn Fn(Progress) + Sync),
     ) -> Result<(), MaterializeError> {
-        let next = AtomicUsize::new(0);
-        let failed = AtomicBool::new(false);
-        let first_error = Mutex::new(None);
-        let work = || {
-            let mut buffer = vec![0; BUFFER_BYTES];
-            while !failed.load(Ordering::Relaxed) {
-                let index = next.fetch_add(1, Ordering::Relaxed);
-                let Some(&ino) = self.missing.get(index) else {
-                    break;
-                };
-                if let Err(e) = self.write_file(ino, &mut buffer, stop, progress) {
-                    failed.store(true, Ordering::Relaxed);
-                    first_error.lock().get_or_insert(e);
-                }
-            }
+        let copier = Copier {
+            model: self.model,
+            ways: &self.ways,
+            reflink: self.options.reflink,
+            stop,
+            progress,
+            in_kernel: AtomicBool::new(self.ways.in_kernel),
         };
-        std::thread::scope(|scope| {
-            for _ in 0..jobs.get().min(self.missing.len()) {
-                scope.spawn(work);
-            }
+        let publisher = Publisher::new(self, progress)?;
+        let written = in_parallel(jobs, &self.missing, |ino, buffer| {
+            let path = self.path(ino);
+            let file = temporary_beside(&path).map_err(io_error("create a file beside", &path))?;
+            let target = Target {
+                ino,
+                file: file.as_file(),
+                path: &path,
+            };
+            copier.write(target, buffer)?;
+            self.complete(file.as_file())
+                .map_err(io_error("write", &path))?;
+            publisher.take(ino, file.into_temp_path())
         });
-        first_error.into_inner().map_or(Ok(()), Err)
+        // What is complete stays, also if another file failed.
+        publisher.finish().and(written)
     }
 
-    fn write_file(
+    /// Reads all chosen files back, and fails at the first byte that is not the model's. Reads from
+    /// the disk where the kernel can do that.
+    pub fn verify(
         &self,
-        ino: Ino,
-        buffer: &mut [u8],
+        jobs: NonZeroUsize,
         stop: &AtomicBool,
         progress: &(dyn Fn(Progress) + Sync),
     ) -> Result<(), MaterializeError> {
-        let path = self.path(ino);
-        let mut file = temporary_beside(&path).map_err(io_error("create a file beside", &path))?;
-        let mut offset = 0;
-        loop {
-            let read = self.model.read_at(ino, offset, buffer)?;
-            if read == 0 {
-                break;
+        let chosen: Vec<Ino> = self.done.iter().chain(&self.missing).copied().collect();
+        in_parallel(jobs, &chosen, |ino, buffer| {
+            match self.payload_difference(ino, buffer, stop, progress)? {
+                None => Ok(()),
+                Some(offset) => Err(MaterializeError::Differs {
+                    path: self.path(ino),
+                    what: self.described(ino, offset),
+                    offset,
+                }),
             }
-            if stop.load(Ordering::Relaxed) {
-                return Err(MaterializeError::Stopped);
+        })?;
+        for (path, bytes) in self.documents()? {
+            let path = self.target.join(path);
+            let found = fs::read(&path).map_err(io_error("read", &path))?;
+            if found != bytes {
+                let same = found.iter().zip(&bytes).take_while(|(a, b)| a == b);
+                return Err(MaterializeError::Differs {
+                    offset: same.count() as u64,
+                    what: "the list of what is there".into(),
+                    path,
+                });
             }
-            file.write_all(&buffer[..read])
-                .map_err(io_error("write", &path))?;
-            offset += read as u64;
-            progress(Progress {
-                bytes: read as u64,
-                files: 0,
-            });
         }
-        self.complete(&file).map_err(io_error("flush", &path))?;
-        // Not over a file that has appeared since the plan was made; another run may have made it.
-        match file.persist_noclobber(&path) {
-            Err(e) if e.error.kind() == io::ErrorKind::AlreadyExists => match self.state(ino)? {
-                State::Done => {}
-                _ => return Err(self.foreign(ino, "was put there meanwhile")),
-            },
-            Err(e) => return Err(io_error("name", &path)(e.error)),
-            Ok(_) => {}
-        }
-        progress(Progress { bytes: 0, files: 1 });
         Ok(())
     }
 
-    /// Replaces a document by one that lists what is there.
-    fn write_document(
-        &self,
-        path: &str,
-        doc: Doc,
-        present: &[bool],
-    ) -> Result<(), MaterializeError> {
-        let path = self.target.join(path);
+    /// The documents that describe what is there, and their paths in the tree.
+    fn documents(&self) -> Result<Vec<(&'static str, Vec<u8>)>, MaterializeError> {
+        let chosen = self.present()?;
         let layout = self.model.layout();
         let present = |file: &LayoutFile| {
             let found = layout.files().binary_search_by_key(&file.kind, |f| f.kind);
-            found.is_ok_and(|index| present[index])
+            found.is_ok_and(|index| chosen[index])
         };
-        let mut bytes = Vec::new();
-        match doc {
-            Doc::Registry => layout.render_registry(&present, &mut bytes),
-            _ => layout.render_metadata(&present, &mut bytes),
-        }
-        .expect("writing to memory cannot fail");
+        let render = |(path, doc)| {
+            let mut bytes = Vec::new();
+            match doc {
+                Doc::Registry => layout.render_registry(&present, &mut bytes),
+                _ => layout.render_metadata(&present, &mut bytes),
+            }
+            .expect("writing to memory cannot fail");
+            (path, bytes)
+        };
+        Ok(DOCUMENTS.into_iter().map(render).collect())
+    }
+
+    fn write_document(&self, path: &str, bytes: &[u8]) -> Result<(), MaterializeError> {
+        let path = self.target.join(path);
         let mut file = temporary_beside(&path).map_err(io_error("create a file beside", &path))?;
-        file.write_all(&bytes)
-            .and_then(|()| self.complete(&file))
+        file.write_all(bytes)
+            .and_then(|()| self.complete(file.as_file()))
+            .and_then(|()| file.as_file().sync_all())
             .map_err(io_error("write", &path))?;
         file.persist(&path)
             .map_err(|e| io_error("name", &path)(e.error))?;
         Ok(())
     }
 
-    /// Gives a file the tree's time and flushes it: from now on it may have its name.
-    fn complete(&self, file: &NamedTempFile) -> io::Result<()> {
-        file.as_file().set_times(self.times())?;
-        file.as_file().sync_all()
+    /// Gives a file the tree's time; once it has been flushed, it may have its name.
+    fn complete(&self, file: &File) -> io::Result<()> {
+        file.set_times(self.times())?;
+        if cfg!(not(target_os = "linux")) {
+            // There a file system cannot be flushed as a whole.
+            file.sync_all()?;
+        }
+        Ok(())
     }
 
     fn times(&self) -> FileTimes {
@@ -188,6 +203,154 @@ impl Plan<'_> {
             .set_modified(modified)
             .set_accessed(modified)
     }
+}
+
+/// Gives complete files their names, in groups.
+struct Publisher<'a> {
+    plan: &'a Plan<'a>,
+    progress: &'a (dyn Fn(Progress) + Sync),
+    /// Both folders, opened before anything is written: a flush reports what was lost since.
+    folders: Vec<File>,
+    pending: Mutex<Group>,
+    /// Held during a flush; set when one failed. Of whose bytes were lost then, nobody knows, so
+    /// nothing gets a name any more.
+    failed: Mutex<bool>,
+}
+
+/// Files that are complete, but not flushed.
+#[derive(Default)]
+struct Group {
+    files: Vec<(Ino, TempPath)>,
+    bytes: u64,
+}
+
+impl<'a> Publisher<'a> {
+    fn new(
+        plan: &'a Plan<'a>,
+        progress: &'a (dyn Fn(Progress) + Sync),
+    ) -> Result<Self, MaterializeError> {
+        let open = |name| {
+            let path = plan.target.join(name);
+            File::open(&path).map_err(io_error("open", &path))
+        };
+        Ok(Self {
+            plan,
+            progress,
+            folders: DIRECTORIES
+                .into_iter()
+                .map(open)
+                .collect::<Result<_, _>>()?,
+            pending: Mutex::default(),
+            failed: Mutex::new(false),
+        })
+    }
+
+    /// Takes a complete file; publishes the group that it fills.
+    fn take(&self, ino: Ino, file: TempPath) -> Result<(), MaterializeError> {
+        let full = {
+            let mut group = self.pending.lock();
+            group.files.push((ino, file));
+            group.bytes += self.plan.model.tree().size(ino).unwrap_or(0);
+            if group.files.len() < GROUP_FILES && group.bytes < GROUP_BYTES {
+                return Ok(());
+            }
+            std::mem::take(&mut *group)
+        };
+        self.publish(full)
+    }
+
+    fn finish(self) -> Result<(), MaterializeError> {
+        let rest = std::mem::take(&mut *self.pending.lock());
+        self.publish(rest)
+    }
+
+    fn publish(&self, group: Group) -> Result<(), MaterializeError> {
+        if group.files.is_empty() {
+            return Ok(());
+        }
+        let mut failed = self.failed.lock();
+        if *failed {
+            return Ok(());
+        }
+        let target = &self.plan.target;
+        if let Err(e) = self.flush() {
+            *failed = true;
+            return Err(io_error("flush what was written to", target)(e));
+        }
+        for (ino, file) in group.files {
+            self.name(ino, file)?;
+        }
+        for folder in &self.folders {
+            folder.sync_all().map_err(io_error("flush", target))?;
+        }
+        Ok(())
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        let mut flushed = None;
+        for folder in &self.folders {
+            let file_system = Some(folder.metadata()?.dev());
+            if flushed != file_system {
+                sys::copy::flush_file_system(folder)?;
+                flushed = file_system;
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives a file its name, but not over a file that has appeared since the plan was made; another
+    /// run may have made it.
+    fn name(&self, ino: Ino, file: TempPath) -> Result<(), MaterializeError> {
+        let path = self.plan.path(ino);
+        let named = if self.plan.replaced.contains(&ino) {
+            file.persist(&path)
+        } else {
+            file.persist_noclobber(&path)
+        };
+        match named {
+            Err(e) if e.error.kind() == io::ErrorKind::AlreadyExists => {
+                match self.plan.state(ino)? {
+                    State::Done => {}
+                    _ => return Err(self.plan.foreign(ino, "was put there meanwhile")),
+                }
+            }
+            Err(e) => return Err(io_error("name", &path)(e.error)),
+            Ok(()) => {}
+        }
+        (self.progress)(Progress { bytes: 0, files: 1 });
+        Ok(())
+    }
+}
+
+/// Deals with each file in one of `jobs` threads, which have a buffer each, until one fails.
+fn in_parallel(
+    jobs: NonZeroUsize,
+    files: &[Ino],
+    work: impl Fn(Ino, &mut [u8]) -> Result<(), MaterializeError> + Sync,
+) -> Result<(), MaterializeError> {
+    let next = AtomicUsize::new(0);
+    let failed = AtomicBool::new(false);
+    let first_error = Mutex::new(None);
+    let jobs = jobs.get().min(files.len());
+    let worker = || {
+        let mut buffer = copy::buffer(jobs);
+        while !failed.load(Ordering::Relaxed) {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            let Some(&ino) = files.get(index) else {
+                break;
+            };
+            if let Err(e) = work(ino, &mut buffer) {
+                failed.store(true, Ordering::Relaxed);
+                first_error.lock().get_or_insert(e);
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 0..jobs {
+            scope.spawn(worker);
+        }
+    });
+    first_error.into_inner().map_or(Ok(()), Err)
 }
 
 fn temporary_beside(path: &Path) -> io::Result<NamedTempFile> {

@@ -10,6 +10,7 @@
 //! opened for each read, which must find the same inode.
 
 mod open;
+mod share;
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io;

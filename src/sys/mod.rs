@@ -2,6 +2,7 @@
 //! here.
 #![allow(unsafe_code)]
 
+pub mod copy;
 pub mod mount;
 pub mod process;
 
@@ -26,8 +27,17 @@ fn c_path(path: &Path) -> io::Result<CString> {
     CString::new(path.as_os_str().as_bytes()).map_err(io::Error::from)
 }
 
-/// Bytes that an unprivileged user may still write to the file system of `path`.
-pub fn available_bytes(path: &Path) -> io::Result<u64> {
+/// Room on a file system.
+#[derive(Debug, Clone, Copy)]
+pub struct Room {
+    /// Bytes that an unprivileged user may still write.
+    pub available: u64,
+    /// Bytes of the unit that it allocates, and shares, by.
+    pub block: u64,
+}
+
+/// The room on the file system of `path`.
+pub fn room(path: &Path) -> io::Result<Room> {
     let path = c_path(path)?;
     // SAFETY: statvfs is plain data, for which zeros are a value.
     let mut stats: libc::statvfs = unsafe { std::mem::zeroed() };
@@ -35,7 +45,11 @@ pub fn available_bytes(path: &Path) -> io::Result<u64> {
     check(unsafe { libc::statvfs(path.as_ptr(), &mut stats) })?;
     // The widths of the fields differ between platforms.
     #[allow(clippy::unnecessary_cast)]
-    Ok((stats.f_bavail as u64).saturating_mul(stats.f_frsize as u64))
+    let (block, blocks) = (stats.f_frsize as u64, stats.f_bavail as u64);
+    Ok(Room {
+        available: blocks.saturating_mul(block),
+        block: block.max(1),
+    })
 }
 
 /// Maps a whole file for reading.

@@ -1,0 +1,204 @@
+//! How the bytes of each file get to the target: left out, shared, or copied.
+//!
+//! A file of the tree is a list of extents, but blocks are shared, and holes left out, in whole
+//! blocks: [`Ways::segments`] cuts a file into runs that are dealt with alike, so that the same cut
+//! says what a plan costs and does the work.
+
+use std::fs::File;
+use std::io;
+use std::path::Path;
+
+use super::{MaterializeError, io_error};
+use crate::model::Model;
+use crate::source::ReadError;
+use crate::sys::{self, copy};
+use crate::tree::{Content, Extent, Ino};
+
+/// What a file system takes for a file beside its bytes is counted as this much.
+const FILE_OVERHEAD_BYTES: u64 = 4096;
+
+/// Whether files shall share disk blocks with the model.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Reflink {
+    /// Where the file system can.
+    #[default]
+    Auto,
+    /// Wherever a whole block of a file is one of the model; if the file system cannot, fail.
+    Always,
+    /// Never: the files are independent of the model even on a failing disk.
+    Never,
+}
+
+/// What the target's file system can do with this model.
+#[derive(Debug)]
+pub(super) struct Ways {
+    /// Bytes of its block.
+    pub block: u64,
+    /// Bytes that may still be written to it.
+    pub available: u64,
+    /// By part of the model: its blocks can be shared. Tried, not guessed.
+    shares: Vec<bool>,
+    /// Why the first part of which they cannot be shared cannot.
+    pub refusal: Option<String>,
+    /// Copying inside the kernel is worth trying.
+    pub in_kernel: bool,
+}
+
+/// A run of bytes of a file that get there in one way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Segment {
+    /// First byte in the file.
+    pub start: u64,
+    /// Bytes.
+    pub len: u64,
+    pub way: Way,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Way {
+    /// Nothing is stored in the model, so nothing is stored here.
+    Hole,
+    /// Whole blocks of the part (0-based) from this byte of it on.
+    Share {
+        part: u32,
+        offset: u64,
+    },
+    Copy,
+}
+
+/// What a plan costs, in bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Cost {
+    /// That will be shared with the model instead of being written.
+    pub shared: u64,
+    /// That will be written.
+    pub copied: u64,
+    /// Of holes of the model, which stay holes.
+    pub holes: u64,
+    /// Of room that will be newly taken.
+    pub room: u64,
+}
+
+impl Ways {
+    /// Finds out what is possible in a folder, by a file without a name, which leaves no trace.
+    pub fn probe(model: &Model, folder: &Path, reflink: Reflink) -> Result<Self, MaterializeError> {
+        let room = sys::room(folder).map_err(io_error("ask for room in", folder))?;
+        let mut ways = Self {
+            block: room.block,
+            available: room.available,
+            shares: vec![false; model.source().paths().len()],
+            refusal: None,
+            in_kernel: false,
+        };
+        let probe = match tempfile::tempfile_in(folder) {
+            Ok(probe) => probe,
+            // The work will say so, if there is any.
+            Err(e) => {
+                ways.refusal = Some(format!("no file can be made in {folder:?}: {e}"));
+                return Ok(ways);
+            }
+        };
+        if reflink == Reflink::Never {
+            ways.refusal = Some("not wanted".into());
+            return Ok(ways);
+        }
+        for (part, path) in model.source().paths().enumerate() {
+            // The header of a part is never a hole.
+            let len = room.block.min(model.source().part_bytes(part as u32));
+            let clone = |file: &File| copy::clone_range(file, 0, len, &probe, 0);
+            match model.source().with_part(part as u32, clone)? {
+                Ok(()) => ways.shares[part] = true,
+                Err(e) if ways.refusal.is_none() => ways.refusal = Some(refusal(&e, path)),
+                Err(_) => {}
+            }
+        }
+        // On a disk, read and write past the cache are as fast and disturb nobody. Without them,
+        // a network file system may copy on its server.
+        ways.in_kernel = !copy::takes_uncached_writes(&probe);
+        Ok(ways)
+    }
+
+    /// Cuts a file of the tree into runs, in order.
+    pub fn segments(&self, model: &Model, ino: Ino) -> Result<Vec<Segment>, ReadError> {
+        let mut cut = Cut(Vec::new());
+        for extent in model.tree().extents(ino) {
+            match extent.content {
+                Content::Made(_) => cut.push(extent.len, Way::Copy),
+                Content::Model { part, offset } => {
+                    let mut place = offset;
+                    for run in model.source().data(part, offset..offset + extent.len)? {
+                        cut.push(run.start - place, Way::Hole);
+                        self.cut_data(extent, part, run.start, run.end, &mut cut);
+                        place = run.end;
+                    }
+                    cut.push(offset + extent.len - place, Way::Hole);
+                }
+            }
+        }
+        Ok(cut.0)
+    }
+
+    /// Cuts a run of data of a part: whole blocks that are at the same place within a block in the
+    /// file can be shared, the edges cannot.
+    fn cut_data(&self, extent: &Extent, part: u32, start: u64, end: u64, cut: &mut Cut) {
+        let first = start.next_multiple_of(self.block);
+        let last = end - end % self.block;
+        let congruent = cut.end() % self.block == start % self.block;
+        debug_assert!(cut.end() >= extent.start);
+        if self.shares[part as usize] && congruent && first < last {
+            cut.push(first - start, Way::Copy);
+            let offset = first;
+            cut.push(last - first, Way::Share { part, offset });
+            cut.push(end - last, Way::Copy);
+        } else {
+            cut.push(end - start, Way::Copy);
+        }
+    }
+
+    /// Adds the cost of a file.
+    pub fn add_cost(&self, model: &Model, ino: Ino, cost: &mut Cost) -> Result<(), ReadError> {
+        for segment in self.segments(model, ino)? {
+            match segment.way {
+                Way::Hole => cost.holes += segment.len,
+                Way::Share { .. } => cost.shared += segment.len,
+                Way::Copy => {
+                    cost.copied += segment.len;
+                    let end = (segment.start + segment.len).next_multiple_of(self.block);
+                    cost.room += end - (segment.start - segment.start % self.block);
+                }
+            }
+        }
+        cost.room += FILE_OVERHEAD_BYTES;
+        Ok(())
+    }
+}
+
+/// The runs so far, side by side; those of the same way become one, but shared ones, whose source
+/// may be elsewhere.
+struct Cut(Vec<Segment>);
+
+impl Cut {
+    fn end(&self) -> u64 {
+        self.0.last().map_or(0, |last| last.start + last.len)
+    }
+
+    fn push(&mut self, len: u64, way: Way) {
+        let start = self.end();
+        match self.0.last_mut() {
+            _ if len == 0 => {}
+            Some(last) if last.way == way => last.len += len,
+            _ => self.0.push(Segment { start, len, way }),
+        }
+    }
+}
+
+/// Why blocks of a part cannot be shared, in words.
+pub(super) fn refusal(error: &io::Error, part: &Path) -> String {
+    match error.raw_os_error() {
+        Some(libc::EXDEV) => format!("{part:?} lies on another file system"),
+        Some(libc::EOPNOTSUPP | libc::ENOTTY | libc::EINVAL | libc::ENOSYS) => {
+            "its file system cannot share blocks (XFS and btrfs can)".into()
+        }
+        _ => format!("sharing those of {part:?} fails: {error}"),
+    }
+}

@@ -1,0 +1,81 @@
+//! Parts lent to system calls that copy or share ranges of files, and reads that leave no trace
+//! in the page cache.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
+use std::sync::atomic::Ordering;
+
+use super::{PartFile, ReadError, Source};
+use crate::sys::copy;
+
+/// The unit of `st_blocks`, whatever the file system allocates by.
+const STAT_BLOCK_BYTES: u64 = 512;
+
+impl Source {
+    /// Lends the descriptor of a part (0-based), and checks afterwards that the part is as it was
+    /// when it was opened: what was done with it before holds only then.
+    pub fn with_part<T>(&self, part: u32, borrow: impl FnOnce(&File) -> T) -> Result<T, ReadError> {
+        let part = &self.parts[part as usize];
+        if part.changed.load(Ordering::Relaxed) {
+            return Err(part.changed_error());
+        }
+        let reopened;
+        let file = match &part.file {
+            Some(file) => file,
+            None => {
+                reopened = part.reopen()?;
+                &reopened
+            }
+        };
+        let result = borrow(file);
+        part.check(file)?;
+        Ok(result)
+    }
+
+    /// As [`read_at`](Self::read_at), for bytes that are needed once: what was not cached of the
+    /// part is not cached afterwards, where the kernel can do that.
+    pub fn read_once(&self, part: u32, offset: u64, buffer: &mut [u8]) -> Result<(), ReadError> {
+        let read = |file: &File| copy::read_exact_uncached(file, buffer, offset);
+        let done = self.with_part(part, read)?;
+        done.map_err(|cause| self.part(part).read_error(offset, cause))
+    }
+
+    /// The runs of data in a byte range of a part, in order; between them are holes. Reads nothing.
+    pub fn data(&self, part: u32, range: Range<u64>) -> Result<Vec<Range<u64>>, ReadError> {
+        let found = self.with_part(part, |file| data_of(file, &range))?;
+        found.map_err(|cause| self.part(part).read_error(range.start, cause))
+    }
+
+    /// Bytes of a part's file.
+    pub fn part_bytes(&self, part: u32) -> u64 {
+        self.part(part).identity.bytes
+    }
+
+    fn part(&self, part: u32) -> &PartFile {
+        &self.parts[part as usize]
+    }
+}
+
+fn data_of(file: &File, range: &Range<u64>) -> io::Result<Vec<Range<u64>>> {
+    let metadata = file.metadata()?;
+    // Asking would walk the list of all blocks of the part, for every tensor.
+    if metadata.blocks() * STAT_BLOCK_BYTES >= metadata.len() {
+        return Ok(vec![range.clone()]);
+    }
+    let mut runs: Vec<Range<u64>> = Vec::new();
+    let mut place = range.start;
+    while place < range.end {
+        match copy::next_data(file, place) {
+            Ok(Some(run)) if run.start < range.end => {
+                place = run.end;
+                runs.push(run.start.max(range.start)..run.end.min(range.end));
+            }
+            Ok(_) => break,
+            // A file system that cannot tell.
+            Err(_) => return Ok(vec![range.clone()]),
+        }
+    }
+    Ok(runs)
+}

@@ -1,0 +1,230 @@
+//! Moving bytes between files by the kernel's cheapest means. Off Linux these are refused, or do
+//! the plain thing.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+
+/// Whether a failed call says that this kernel or file system has no such operation, or not for
+/// these files; not that something went wrong in it.
+pub fn is_refusal(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(
+            libc::EOPNOTSUPP
+                | libc::ENOSYS
+                | libc::ENOTTY
+                | libc::EXDEV
+                | libc::EINVAL
+                | libc::EPERM
+        )
+    ) || error.kind() == io::ErrorKind::Unsupported
+}
+
+/// Fills the buffer from `offset`. What the read brings into the page cache leaves it again, and
+/// what was there stays, where the kernel can do that (Linux 6.14).
+pub fn read_exact_uncached(file: &File, mut buffer: &mut [u8], mut offset: u64) -> io::Result<()> {
+    while !buffer.is_empty() {
+        match imp::read_uncached(file, buffer, offset) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(read) => {
+                buffer = &mut buffer[read..];
+                offset += read as u64;
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) if is_refusal(&e) => return file.read_exact_at(buffer, offset),
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+/// Writes the buffer at `offset`. Where the kernel can do that, the disk begins at once, and the
+/// pages leave the cache when they are on it.
+pub fn write_all_uncached(file: &File, mut buffer: &[u8], mut offset: u64) -> io::Result<()> {
+    while !buffer.is_empty() {
+        match imp::write_uncached(file, buffer, offset) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => {
+                buffer = &buffer[written..];
+                offset += written as u64;
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) if is_refusal(&e) => return file.write_all_at(buffer, offset),
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+/// The first run of data at or after `offset`, in bytes; `None` if only a hole follows.
+pub fn next_data(file: &File, offset: u64) -> io::Result<Option<Range<u64>>> {
+    const NOTHING_FOLLOWS: Option<i32> = Some(libc::ENXIO);
+    match imp::seek(file, offset, libc::SEEK_DATA) {
+        Ok(start) => Ok(Some(start..imp::seek(file, start, libc::SEEK_HOLE)?)),
+        Err(e) if e.raw_os_error() == NOTHING_FOLLOWS => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+pub use imp::{
+    allocate, clone_range, copy_range, flush_file_system, forget, only_what_is_read,
+    takes_uncached_writes,
+};
+
+#[cfg(target_os = "linux")]
+mod imp {
+    use std::os::fd::AsRawFd;
+
+    use super::*;
+    use crate::sys::check;
+
+    fn check_bytes(result: libc::ssize_t) -> io::Result<usize> {
+        usize::try_from(result).map_err(|_| io::Error::last_os_error())
+    }
+
+    pub fn read_uncached(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        let piece = libc::iovec {
+            iov_base: buffer.as_mut_ptr().cast(),
+            iov_len: buffer.len(),
+        };
+        let (fd, flags) = (file.as_raw_fd(), libc::RWF_DONTCACHE);
+        // SAFETY: the one iovec is the buffer, which nobody else uses meanwhile.
+        check_bytes(unsafe { libc::preadv2(fd, &piece, 1, offset as libc::off_t, flags) })
+    }
+
+    pub fn write_uncached(file: &File, buffer: &[u8], offset: u64) -> io::Result<usize> {
+        let piece = libc::iovec {
+            iov_base: buffer.as_ptr().cast_mut().cast(),
+            iov_len: buffer.len(),
+        };
+        let (fd, flags) = (file.as_raw_fd(), libc::RWF_DONTCACHE);
+        // SAFETY: the one iovec is the buffer, which is only read.
+        check_bytes(unsafe { libc::pwritev2(fd, &piece, 1, offset as libc::off_t, flags) })
+    }
+
+    /// Whether writes to this file can leave the page cache by themselves; writes a byte.
+    pub fn takes_uncached_writes(file: &File) -> bool {
+        write_uncached(file, &[0], 0).is_ok()
+    }
+
+    /// Moves the place of the descriptor, which nothing here reads from.
+    pub fn seek(file: &File, offset: u64, whence: libc::c_int) -> io::Result<u64> {
+        // SAFETY: the descriptor is open.
+        let place = unsafe { libc::lseek(file.as_raw_fd(), offset as libc::off_t, whence) };
+        u64::try_from(place).map_err(|_| io::Error::last_os_error())
+    }
+
+    /// Makes a range of `to` share the blocks of a range of `from`: whole blocks, or up to the end
+    /// of `from`.
+    pub fn clone_range(
+        from: &File,
+        offset: u64,
+        len: u64,
+        to: &File,
+        to_offset: u64,
+    ) -> io::Result<()> {
+        let range = libc::file_clone_range {
+            src_fd: from.as_raw_fd().into(),
+            src_offset: offset,
+            src_length: len,
+            dest_offset: to_offset,
+        };
+        // SAFETY: FICLONERANGE reads a file_clone_range.
+        check(unsafe { libc::ioctl(to.as_raw_fd(), libc::FICLONERANGE, &range) })?;
+        Ok(())
+    }
+
+    /// Copies inside the kernel, or on the server of a network file system: returns how many of
+    /// the `len` bytes. A file system that can share blocks may share them.
+    pub fn copy_range(
+        from: &File,
+        offset: u64,
+        to: &File,
+        to_offset: u64,
+        len: u64,
+    ) -> io::Result<u64> {
+        let (mut offset, mut to_offset) = (offset as libc::off64_t, to_offset as libc::off64_t);
+        let len = usize::try_from(len).unwrap_or(usize::MAX);
+        let (from, to) = (from.as_raw_fd(), to.as_raw_fd());
+        // SAFETY: the pointers are to the two offsets.
+        check_bytes(unsafe { libc::copy_file_range(from, &mut offset, to, &mut to_offset, len, 0) })
+            .map(|copied| copied as u64)
+    }
+
+    /// Reserves room for a range, which reads as zeros until written. Never writes the zeros, as
+    /// glibc's `posix_fallocate` would.
+    pub fn allocate(file: &File, offset: u64, len: u64) -> io::Result<()> {
+        let (offset, len) = (offset as libc::off_t, len as libc::off_t);
+        // SAFETY: the descriptor is open.
+        check(unsafe { libc::fallocate(file.as_raw_fd(), 0, offset, len) })?;
+        Ok(())
+    }
+
+    /// Waits until everything written to the file system of `file` is on its disk; fails if any of
+    /// it got lost since the file was opened, or since the last call (Linux 5.8).
+    pub fn flush_file_system(file: &File) -> io::Result<()> {
+        // SAFETY: the descriptor is open.
+        check(unsafe { libc::syncfs(file.as_raw_fd()) })?;
+        Ok(())
+    }
+
+    /// Asks that reads of a file bring only their own pages into the cache. Only advice.
+    pub fn only_what_is_read(file: &File) {
+        // SAFETY: the descriptor is open.
+        unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_RANDOM) };
+    }
+
+    /// Asks that a file leave the page cache, so that it is next read from the disk. Only advice.
+    pub fn forget(file: &File) {
+        // SAFETY: the descriptor is open.
+        unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+mod imp {
+    use super::*;
+
+    fn refused<T>() -> io::Result<T> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    pub fn read_uncached(_: &File, _: &mut [u8], _: u64) -> io::Result<usize> {
+        refused()
+    }
+
+    pub fn write_uncached(_: &File, _: &[u8], _: u64) -> io::Result<usize> {
+        refused()
+    }
+
+    pub fn takes_uncached_writes(_: &File) -> bool {
+        false
+    }
+
+    pub fn seek(_: &File, _: u64, _: libc::c_int) -> io::Result<u64> {
+        refused()
+    }
+
+    pub fn clone_range(_: &File, _: u64, _: u64, _: &File, _: u64) -> io::Result<()> {
+        refused()
+    }
+
+    pub fn copy_range(_: &File, _: u64, _: &File, _: u64, _: u64) -> io::Result<u64> {
+        refused()
+    }
+
+    pub fn allocate(_: &File, _: u64, _: u64) -> io::Result<()> {
+        refused()
+    }
+
+    /// There is no such call here: files are flushed one by one.
+    pub fn flush_file_system(_: &File) -> io::Result<()> {
+        Ok(())
+    }
+
+    pub fn only_what_is_read(_: &File) {}
+
+    pub fn forget(_: &File) {}
+}
