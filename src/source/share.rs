@@ -37,7 +37,11 @@ impl Source {
     /// As [`read_at`](Self::read_at), for bytes that are needed once: what was not cached of the
     /// part is not cached afterwards, where the kernel can do that.
     pub fn read_once(&self, part: u32, offset: u64, buffer: &mut [u8]) -> Result<(), ReadError> {
-        let read = |file: &File| copy::read_exact_uncached(file, buffer, offset);
+        let read = |file: &File| {
+            // What was read ahead of the range would stay in the cache, and be read again.
+            copy::only_what_is_read(file);
+            copy::read_exact_uncached(file, buffer, offset)
+        };
         let done = self.with_part(part, read)?;
         done.map_err(|cause| self.part(part).read_error(offset, cause))
     }
