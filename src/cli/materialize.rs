@@ -102,7 +102,11 @@ pub fn run(args: &MaterializeArgs, quiet: bool) -> anyhow::Result<()> {
     }
     plan.check_room()?;
     if !quiet {
-        let _ = writeln!(Diagnostics, "to write: {announcement}");
+        let taken = text::size(plan.cost().room);
+        let _ = writeln!(
+            Diagnostics,
+            "to write: {announcement}, taking {taken} of room"
+        );
     }
     let meter = Meter::new(plan.bytes(), quiet);
     let jobs = args.jobs.and_then(|n| NonZeroUsize::new(n.into()));
@@ -131,14 +135,11 @@ pub fn run(args: &MaterializeArgs, quiet: bool) -> anyhow::Result<()> {
 fn costs(plan: &Plan) -> String {
     let cost = plan.cost();
     let shared = match plan.refusal() {
-        Some(reason) => format!(" (sharing: {reason})"),
-        None => String::new(),
+        Some(reason) => format!("share disk blocks with the model: {reason}"),
+        None => "share disk blocks with the model".to_owned(),
     };
     let lines = [
-        (
-            cost.shared,
-            format!("share disk blocks with the model{shared}"),
-        ),
+        (cost.shared, shared),
         (cost.copied, "are copied".to_owned()),
         (cost.holes, "are holes, and stay so".to_owned()),
         (

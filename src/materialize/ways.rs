@@ -6,13 +6,14 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::path::Path;
 
 use super::{MaterializeError, io_error};
 use crate::model::Model;
 use crate::source::ReadError;
 use crate::sys::{self, copy};
-use crate::tree::{Content, Extent, Ino};
+use crate::tree::{Content, Ino};
 
 /// What a file system takes for a file beside its bytes is counted as this much.
 const FILE_OVERHEAD_BYTES: u64 = 4096;
@@ -128,7 +129,7 @@ impl Ways {
                     let mut place = offset;
                     for run in model.source().data(part, offset..offset + extent.len)? {
                         cut.push(run.start - place, Way::Hole);
-                        self.cut_data(extent, part, run.start, run.end, &mut cut);
+                        self.cut_data(part, &run, &mut cut);
                         place = run.end;
                     }
                     cut.push(offset + extent.len - place, Way::Hole);
@@ -140,18 +141,16 @@ impl Ways {
 
     /// Cuts a run of data of a part: whole blocks that are at the same place within a block in the
     /// file can be shared, the edges cannot.
-    fn cut_data(&self, extent: &Extent, part: u32, start: u64, end: u64, cut: &mut Cut) {
-        let first = start.next_multiple_of(self.block);
-        let last = end - end % self.block;
-        let congruent = cut.end() % self.block == start % self.block;
-        debug_assert!(cut.end() >= extent.start);
-        if self.shares[part as usize] && congruent && first < last {
-            cut.push(first - start, Way::Copy);
-            let offset = first;
-            cut.push(last - first, Way::Share { part, offset });
-            cut.push(end - last, Way::Copy);
+    fn cut_data(&self, part: u32, run: &Range<u64>, cut: &mut Cut) {
+        let offset = run.start.next_multiple_of(self.block);
+        let last = run.end - run.end % self.block;
+        let congruent = cut.end() % self.block == run.start % self.block;
+        if self.shares[part as usize] && congruent && offset < last {
+            cut.push(offset - run.start, Way::Copy);
+            cut.push(last - offset, Way::Share { part, offset });
+            cut.push(run.end - last, Way::Copy);
         } else {
-            cut.push(end - start, Way::Copy);
+            cut.push(run.end - run.start, Way::Copy);
         }
     }
 
@@ -197,8 +196,61 @@ pub(super) fn refusal(error: &io::Error, part: &Path) -> String {
     match error.raw_os_error() {
         Some(libc::EXDEV) => format!("{part:?} lies on another file system"),
         Some(libc::EOPNOTSUPP | libc::ENOTTY | libc::EINVAL | libc::ENOSYS) => {
-            "its file system cannot share blocks (XFS and btrfs can)".into()
+            "the file system offers no such thing, as XFS and btrfs do".into()
         }
         _ => format!("sharing those of {part:?} fails: {error}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHARED: Way = Way::Share {
+        part: 0,
+        offset: 8192,
+    };
+
+    /// Cuts a run of data that lands at `start` in the file.
+    fn cut(shares: bool, start: u64, run: Range<u64>) -> Vec<(u64, u64, Way)> {
+        let ways = Ways {
+            block: 4096,
+            available: 0,
+            shares: vec![shares],
+            refusal: None,
+            in_kernel: false,
+        };
+        let mut cut = Cut(Vec::new());
+        cut.push(start, Way::Hole);
+        ways.cut_data(0, &run, &mut cut);
+        let runs = cut.0.iter().skip_while(|s| s.way == Way::Hole);
+        runs.map(|s| (s.start, s.len, s.way)).collect()
+    }
+
+    #[test]
+    fn whole_blocks_at_the_same_place_within_a_block_are_shared_and_edges_are_copied() {
+        use Way::Copy;
+        let edges = [(100, 3996, Copy), (4096, 4096, SHARED), (8192, 1, Copy)];
+        assert_eq!(cut(true, 100, 4196..12289), edges);
+        assert_eq!(cut(true, 4096, 8192..12288), [(4096, 4096, SHARED)]);
+        // Nothing but edges, another place within a block, a part that cannot be shared.
+        assert_eq!(cut(true, 100, 4196..12287), [(100, 8091, Copy)]);
+        assert_eq!(cut(true, 101, 4196..12289), [(101, 8093, Copy)]);
+        assert_eq!(cut(false, 100, 4196..12289), [(100, 8093, Copy)]);
+    }
+
+    #[test]
+    fn runs_of_the_same_way_become_one() {
+        let mut cut = Cut(Vec::new());
+        for (len, way) in [
+            (5, Way::Copy),
+            (0, Way::Hole),
+            (7, Way::Copy),
+            (1, Way::Hole),
+        ] {
+            cut.push(len, way);
+        }
+        let runs: Vec<_> = cut.0.iter().map(|s| (s.start, s.len)).collect();
+        assert_eq!(runs, [(0, 12), (12, 1)]);
     }
 }
