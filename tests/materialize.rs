@@ -85,3 +85,19 @@ fn a_run_that_is_stopped_leaves_no_unfinished_file() {
         assert_eq!(out.join(directory).read_dir().unwrap().count(), 0);
     }
 }
+
+#[test]
+fn a_model_that_changes_after_the_plan_was_made_gives_no_file() {
+    let folder = TempDir::new().unwrap();
+    let (model, out) = (model(folder.path()), folder.path().join("out"));
+    let plan = Plan::new(&model, &out, &Options::default()).unwrap();
+    let part = fs::File::options()
+        .append(true)
+        .open(folder.path().join("model.gguf"));
+    part.unwrap().set_len(1).unwrap();
+    let error = run(&plan).unwrap_err().to_string();
+    assert!(error.contains("has changed"), "{error}");
+    for directory in ["base_model", "experts"] {
+        assert_eq!(out.join(directory).read_dir().unwrap().count(), 0);
+    }
+}
