@@ -2,7 +2,8 @@
 //! decided here but how to say it to the kernel.
 //!
 //! Since the tree never changes, names and attributes are good for ever, pages stay cached, and
-//! files need no opening: `open` and `opendir` answer ENOSYS, which the kernel remembers.
+//! files need no opening: `open` and `opendir` answer ENOSYS, which the kernel remembers. (Not with
+//! [`Cache::Direct`]: that reads go past the page cache, is said when a file is opened.)
 
 use std::cell::RefCell;
 use std::ffi::OsStr;
@@ -11,6 +12,7 @@ use std::ops::ControlFlow;
 use std::os::unix::ffi::OsStrExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use fuser::{
@@ -20,8 +22,9 @@ use fuser::{
     ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
+use crate::ahead::ReadAhead;
 use crate::model::Model;
-use crate::source::ReadError;
+use crate::source::{PageCache, ReadError};
 use crate::tree::{Ino, Kind, ROOT};
 
 /// How long the kernel may keep what it was told: longer than any mount lives.
@@ -51,12 +54,25 @@ pub struct Owner {
     pub gid: u32,
 }
 
+/// Whose page cache keeps what was read.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Cache {
+    /// That of the mounted files: every way of reading works, and repeated reads are fast.
+    #[default]
+    Page,
+    /// That of the model: every read of a mounted file comes to us, and is answered from there. Good
+    /// for loaders that read each byte once with `pread`, and for bytes that llama.cpp shares.
+    Direct,
+}
+
 /// A model as a file system.
 #[derive(Debug)]
 pub struct OdmoeFs {
-    model: Model,
+    model: Arc<Model>,
+    ahead: Option<ReadAhead>,
     owner: Owner,
     modified: SystemTime,
+    cache: Cache,
     /// Whether the kernel takes ENOSYS for "needs no opening".
     opens_nothing: bool,
 }
@@ -68,12 +84,17 @@ thread_local! {
 
 impl OdmoeFs {
     /// A file system that shows `model`, all of it belonging to `owner`.
-    pub fn new(model: Model, owner: Owner) -> Self {
+    pub fn new(model: Model, owner: Owner, cache: Cache) -> Self {
         let modified = model.source().modified();
+        let model = Arc::new(model);
+        let ahead = (model.source().page_cache() == PageCache::Unchanged)
+            .then(|| ReadAhead::new(model.clone()));
         Self {
             model,
+            ahead,
             owner,
             modified,
+            cache,
             opens_nothing: false,
         }
     }
@@ -197,6 +218,15 @@ impl Filesystem for OdmoeFs {
                 tracing::info!("the kernel does not offer {wish:?}");
             }
         }
+        if self.cache == Cache::Direct
+            && config
+                .add_capabilities(InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP)
+                .is_err()
+        {
+            tracing::warn!(
+                "this kernel (before 6.6) allows no shared maps with --cache direct: np.memmap and candle will fail with ENODEV"
+            );
+        }
         let no_opening = InitFlags::FUSE_NO_OPEN_SUPPORT | InitFlags::FUSE_NO_OPENDIR_SUPPORT;
         self.opens_nothing = config.add_capabilities(no_opening).is_ok();
         Ok(())
@@ -220,7 +250,10 @@ impl Filesystem for OdmoeFs {
     }
 
     fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        self.open_nothing(reply, FopenFlags::FOPEN_KEEP_CACHE);
+        match self.cache {
+            Cache::Page => self.open_nothing(reply, FopenFlags::FOPEN_KEEP_CACHE),
+            Cache::Direct => reply.opened(FileHandle(0), FopenFlags::FOPEN_DIRECT_IO),
+        }
     }
 
     fn opendir(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
@@ -241,13 +274,20 @@ impl Filesystem for OdmoeFs {
     ) {
         guarded("read", ino, || {
             REPLY.with_borrow_mut(|buffer| {
-                let size = size as usize;
-                if buffer.len() < size {
-                    buffer.resize(size, 0);
-                }
-                match self.model.read_at(ino.0, offset, &mut buffer[..size]) {
-                    Ok(read) => reply.data(&buffer[..read]),
+                let reply = |read: Result<&[u8], ReadError>| match read {
+                    Ok(bytes) => reply.data(bytes),
                     Err(error) => reply.error(errno(&error)),
+                };
+                let size = size as usize;
+                match &self.ahead {
+                    Some(ahead) => ahead.read(ino.0, offset, size as u64, buffer, reply),
+                    None => {
+                        if buffer.len() < size {
+                            buffer.resize(size, 0);
+                        }
+                        let read = self.model.read_at(ino.0, offset, &mut buffer[..size]);
+                        reply(read.map(|read| &buffer[..read]));
+                    }
                 }
             });
         });

@@ -44,6 +44,7 @@
 //! ```
 #![deny(unsafe_code)]
 
+mod ahead;
 pub mod fuse;
 pub mod gguf;
 pub mod layout;

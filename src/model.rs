@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use crate::layout::{Doc, Layout, LayoutError};
-use crate::source::{self, OpenError, ReadError, Source};
+use crate::source::{self, OpenError, PageCache, ReadError, Source};
 use crate::tree::{Content, DocId, From, Ino, Tree};
 
 /// Documents above this are kept after their first read; smaller ones cost less to render again
@@ -75,6 +75,11 @@ impl Model {
     /// The parts on disk.
     pub fn source(&self) -> &Source {
         &self.source
+    }
+
+    /// Chooses what reading does to the page cache of the parts.
+    pub fn set_page_cache(&mut self, page_cache: PageCache) {
+        self.source.set_page_cache(page_cache);
     }
 
     /// Reads a file of the tree from `offset` on: fills the buffer as far as the file goes, and

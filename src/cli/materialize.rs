@@ -11,6 +11,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use odmoe_fs::materialize::{Numbers, Options, Plan, Progress, Reflink, Selection};
 use odmoe_fs::model::Model;
 use odmoe_fs::mounts::{MountEntry, mount_of};
+use odmoe_fs::source::PageCache;
 
 use super::{Diagnostics, ModelArg, Stop, print, say, text};
 
@@ -76,7 +77,9 @@ impl From<When> for Reflink {
 }
 
 pub fn run(args: &MaterializeArgs, quiet: bool) -> anyhow::Result<()> {
-    let model = Model::open(&args.model.model)?;
+    let mut model = Model::open(&args.model.model)?;
+    // Each byte is read once: 578 GiB shall not wash out what others have cached.
+    model.set_page_cache(PageCache::Unchanged);
     let selection = Selection {
         without_base: args.experts_only,
         without_experts: args.base_only,

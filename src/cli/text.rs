@@ -9,6 +9,20 @@ pub fn size(bytes: u64) -> String {
     HumanBytes(bytes).to_string()
 }
 
+/// The bytes of `4096`, `512K`, `1M` or `2GiB`: units are powers of 1024.
+pub fn parse_size(text: &str) -> Option<u64> {
+    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+    let unit = text[digits.len()..].to_ascii_uppercase();
+    let shift = match unit.trim_end_matches("IB") {
+        "" if unit.is_empty() => 0,
+        "K" => 10,
+        "M" => 20,
+        "G" => 30,
+        _ => return None,
+    };
+    digits.parse::<u64>().ok()?.checked_mul(1 << shift)
+}
+
 /// `23,040`
 pub fn count(n: impl TryInto<u64>) -> String {
     HumanCount(n.try_into().unwrap_or(u64::MAX)).to_string()
@@ -66,6 +80,16 @@ mod tests {
     fn runs_of_numbers_are_folded() {
         assert_eq!(ranges(&[0, 3, 4, 5, 9]), "0, 3-5, 9");
         assert_eq!(ranges(&[]), "");
+    }
+
+    #[test]
+    fn sizes_are_read_with_and_without_units() {
+        let sizes = ["4096", "512K", "1m", "2GiB", "128kib"].map(parse_size);
+        let bytes = [4096, 512 << 10, 1 << 20, 2 << 30, 128 << 10];
+        assert_eq!(sizes, bytes.map(Some));
+        for text in ["", "K", "1.5M", "-1", "1KB", "1iB", "1 M", "99999999999G"] {
+            assert_eq!(parse_size(text), None, "{text:?}");
+        }
     }
 
     #[test]

@@ -5,10 +5,9 @@ use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::copy::read_once;
 use super::{MaterializeError, Plan, Progress, io_error};
 use crate::layout::Doc;
-use crate::sys::copy;
+use crate::sys::read;
 use crate::tree::Ino;
 
 /// Headers are compared in pieces of this size; most take one.
@@ -48,7 +47,7 @@ impl Plan<'_> {
         };
         let file = File::open(&path).map_err(io_error("read", &path))?;
         // Else the kernel reads payload ahead.
-        copy::only_what_is_read(&file);
+        read::only_what_is_read(&file);
         let mut buffer = vec![0; 2 * header.min(PIECE_BYTES) as usize];
         if self
             .first_difference(ino, &file, 0..header, &mut buffer)?
@@ -75,7 +74,7 @@ impl Plan<'_> {
     ) -> Result<Option<u64>, MaterializeError> {
         let path = self.path(ino);
         let file = File::open(&path).map_err(io_error("read", &path))?;
-        copy::forget(&file);
+        read::forget(&file);
         let size = self.model.tree().size(ino).unwrap_or(0);
         let found = file.metadata().map_err(io_error("look at", &path))?.len();
         let common = size.min(found);
@@ -109,8 +108,8 @@ impl Plan<'_> {
         while offset < range.end {
             let len = (range.end - offset).min(expected.len() as u64) as usize;
             let (expected, found) = (&mut expected[..len], &mut found[..len]);
-            read_once(self.model, ino, offset, expected)?;
-            let read = copy::read_exact_uncached(file, found, offset);
+            self.model.read_at(ino, offset, expected)?;
+            let read = read::read_exact_uncached(file, found, offset);
             read.map_err(|e| io_error("read", &self.path(ino))(e))?;
             if expected != found {
                 let same = expected.iter().zip(&*found).take_while(|(a, b)| a == b);

@@ -13,7 +13,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::ways::{Reflink, Segment, Way, Ways, refusal};
 use super::{MaterializeError, Progress, io_error};
 use crate::model::Model;
-use crate::source::ReadError;
 use crate::sys::copy;
 use crate::tree::{From, Ino, Slice};
 
@@ -31,29 +30,6 @@ const KERNEL_PIECE_BYTES: u64 = 64 << 20;
 pub(super) fn buffer(jobs: usize) -> Vec<u8> {
     let bytes = (BUFFERS_BYTES / jobs.next_power_of_two()).min(BUFFER_BYTES);
     vec![0; bytes]
-}
-
-/// Fills the buffer from `offset` of a file of the tree on, as far as it goes; leaves no trace in
-/// the page cache.
-pub(super) fn read_once(
-    model: &Model,
-    ino: Ino,
-    offset: u64,
-    buffer: &mut [u8],
-) -> Result<usize, ReadError> {
-    let mut filled = 0;
-    for slice in model.tree().slices(ino, offset, buffer.len() as u64) {
-        let end = filled + slice.len as usize;
-        let piece = &mut buffer[filled..end];
-        match slice.from {
-            From::Part(part) => model.source().read_once(part, slice.offset, piece)?,
-            From::Made(_) => {
-                model.read_at(ino, offset + filled as u64, piece)?;
-            }
-        }
-        filled = end;
-    }
-    Ok(filled)
 }
 
 /// What all workers of a run share.
@@ -143,7 +119,7 @@ impl Copier<'_> {
                     // Up to where a page ends, so that no page is written in two pieces.
                     let piece = buffer.len() - (place % buffer.len() as u64) as usize;
                     let piece = &mut buffer[..piece.min((end - place) as usize)];
-                    let read = read_once(self.model, ino, place, piece)?;
+                    let read = self.model.read_at(ino, place, piece)?;
                     assert_eq!(read, piece.len(), "a file has all bytes of its runs");
                     if segment.len < SMALL_BYTES {
                         file.write_all_at(piece, place)

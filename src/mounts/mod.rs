@@ -10,6 +10,7 @@
 
 mod background;
 mod preflight;
+mod read_ahead;
 mod table;
 mod unmount;
 
@@ -21,11 +22,15 @@ use std::time::Duration;
 
 use fuser::{Config, MountOption, Session, SessionACL};
 
+pub use read_ahead::{ReadAheadError, set_read_ahead};
 pub use table::{MountEntry, mount_of, mount_table};
 pub use unmount::{UnmountError, unmount};
 
+pub use crate::fuse::Cache;
 use crate::fuse::{OdmoeFs, Owner};
 use crate::model::Model;
+use crate::source::PageCache;
+use crate::sys;
 use crate::sys::process::effective_ids;
 pub use crate::sys::process::{Signals, close_inherited_descriptors};
 
@@ -46,6 +51,10 @@ pub struct Options {
     pub gid: Option<u32>,
     /// Worker threads; `None` chooses by the number of processors.
     pub threads: Option<usize>,
+    /// Whose page cache keeps what was read.
+    pub cache: Cache,
+    /// Let the model's pages stay in the page cache, too, though the mounted files' pages do.
+    pub keep_source_cache: bool,
 }
 
 /// Why a mount cannot be made, or ended badly. Each says what to do.
@@ -129,8 +138,21 @@ pub struct Mount {
 
 impl Mount {
     /// Checks that `model` can be mounted on `directory`, and with which options.
-    pub fn prepare(model: Model, directory: &Path, options: &Options) -> Result<Self, MountError> {
+    pub fn prepare(
+        mut model: Model,
+        directory: &Path,
+        options: &Options,
+    ) -> Result<Self, MountError> {
         let (directory, lock) = preflight::check(&model, directory, options)?;
+        if options.cache == Cache::Page && !options.keep_source_cache {
+            // The mounted files keep the bytes; a second copy would cost twice the memory.
+            model.set_page_cache(PageCache::Unchanged);
+            if !model.source().can_leave_page_cache() {
+                tracing::warn!(
+                    "the model's file system reads through the page cache only, so what is read will be in memory twice; --cache direct keeps it once"
+                );
+            }
+        }
         let (uid, gid) = effective_ids();
         let owner = Owner {
             uid: options.uid.unwrap_or(uid),
@@ -144,7 +166,7 @@ impl Mount {
         }
         let config = config(&model, options);
         Ok(Self {
-            file_system: OdmoeFs::new(model, owner),
+            file_system: OdmoeFs::new(model, owner, options.cache),
             directory,
             lock,
             config,
@@ -274,6 +296,13 @@ fn config(model: &Model, options: &Options) -> Config {
         SessionACL::Owner
     };
     config.n_threads = Some(options.threads.unwrap_or_else(default_threads));
+    // A queue of answers for each thread, so that they wait less for each other.
+    config.clone_fd = sys::mount::can_clone_fuse_device();
+    if !config.clone_fd {
+        tracing::info!(
+            "all threads share one descriptor: the kernel cannot clone that of /dev/fuse"
+        );
+    }
     config
 }
 

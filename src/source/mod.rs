@@ -8,6 +8,10 @@
 //! time of change with those at the start; a part that differs answers errors from then on. Where
 //! a split set has more parts than descriptors, the first parts stay open and the others are
 //! opened for each read, which must find the same inode.
+//!
+//! Whoever keeps the bytes elsewhere (a mount in the kernel's cache of its own files, a copy on
+//! disk) wants no second copy of them in memory: with [`PageCache::Unchanged`] reads leave the
+//! page cache of the parts as they found it.
 
 mod open;
 mod share;
@@ -16,6 +20,7 @@ use std::fs::{File, Metadata, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
@@ -25,6 +30,9 @@ pub use open::{OpenError, open};
 
 use crate::sys;
 pub use crate::sys::process::raise_descriptor_limit;
+use crate::sys::read::{
+    cached_pages, only_what_is_read, read_exact_uncached, reopen_direct, takes_uncached_reads,
+};
 
 /// The open parts of a model.
 #[derive(Debug)]
@@ -32,7 +40,22 @@ pub struct Source {
     parts: Vec<PartFile>,
     /// Which part the model was opened by.
     given: usize,
+    page_cache: PageCache,
 }
+
+/// What reading does to the page cache of the parts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum PageCache {
+    /// What was read stays there, as after every read.
+    #[default]
+    Filled,
+    /// What was there stays, nothing is added, as far as kernel and file system allow.
+    Unchanged,
+}
+
+/// Direct reads start at, end at and go to multiples of this: the largest sector of disks, and a
+/// page.
+pub const DIRECT_ALIGNMENT: u64 = 4096;
 
 #[derive(Debug)]
 struct PartFile {
@@ -41,6 +64,9 @@ struct PartFile {
     identity: Identity,
     /// `None` for a part that is opened for each read.
     file: Option<File>,
+    /// The same file once more, opened when it is first needed to read past the page cache; `None`
+    /// where that is impossible.
+    direct: OnceLock<Option<File>>,
     /// Set for good when the part was seen to have changed.
     changed: AtomicBool,
     /// Whether it was said that the part cannot be opened again.
@@ -96,16 +122,77 @@ pub enum ReadError {
 }
 
 impl Source {
+    /// Chooses what reading does to the page cache.
+    pub fn set_page_cache(&mut self, page_cache: PageCache) {
+        self.page_cache = page_cache;
+        if page_cache == PageCache::Unchanged {
+            self.parts
+                .iter()
+                .filter_map(|part| part.file.as_ref())
+                // What was read ahead of a range would stay, or be read again.
+                .for_each(only_what_is_read);
+        }
+    }
+
+    /// What reading does to the page cache.
+    pub fn page_cache(&self) -> PageCache {
+        self.page_cache
+    }
+
+    /// Whether reads can leave the page cache of the first part as they found it, in one way or the
+    /// other.
+    pub fn can_leave_page_cache(&self) -> bool {
+        let part = &self.parts[0];
+        part.direct().is_some() || part.file.as_ref().is_some_and(takes_uncached_reads)
+    }
+
     /// Fills the buffer from `offset` of a part (0-based): all of it, or an error.
     pub fn read_at(&self, part: u32, offset: u64, buffer: &mut [u8]) -> Result<(), ReadError> {
         let part = &self.parts[part as usize];
-        if part.changed.load(Ordering::Relaxed) {
-            return Err(part.changed_error());
-        }
-        match &part.file {
-            Some(file) => part.read_at(file, offset, buffer),
-            None => part.read_at(&part.reopen()?, offset, buffer),
-        }
+        part.with_file(|file| {
+            let read = match self.page_cache {
+                PageCache::Filled => file.read_exact_at(buffer, offset),
+                PageCache::Unchanged => read_exact_uncached(file, buffer, offset),
+            };
+            part.checked(file, offset, read)
+        })
+    }
+
+    /// Fills the buffer as [`read_at`](Self::read_at) does, but past the page cache where the file
+    /// system can do that. The place of a read, its length and the address of the buffer must be
+    /// multiples of [`DIRECT_ALIGNMENT`]; where the part ends before, the rest of the buffer stays
+    /// as it is.
+    pub fn read_aligned(&self, part: u32, offset: u64, buffer: &mut [u8]) -> Result<(), ReadError> {
+        let part = &self.parts[part as usize];
+        let wanted = part.identity.bytes.saturating_sub(offset);
+        let wanted = usize::try_from(wanted).map_or(buffer.len(), |n| n.min(buffer.len()));
+        part.with_file(|file| {
+            let read = part.direct().is_some_and(
+                |direct| matches!(direct.read_at(buffer, offset), Ok(read) if read >= wanted),
+            );
+            let read = if read {
+                Ok(())
+            } else {
+                read_exact_uncached(file, &mut buffer[..wanted], offset)
+            };
+            part.checked(file, offset, read)
+        })
+    }
+
+    /// Whether a range of a part is in the page cache, so that reading it costs no disk.
+    pub fn is_cached(&self, part: u32, offset: u64, bytes: u64) -> bool {
+        let first = offset / DIRECT_ALIGNMENT;
+        let end = (offset + bytes).div_ceil(DIRECT_ALIGNMENT);
+        // Pages may be larger, which only makes this say no.
+        let file = self.parts[part as usize].file.as_ref();
+        file.and_then(|file| cached_pages(file, offset, bytes).ok())
+            .is_some_and(|pages| pages >= end - first)
+    }
+
+    /// Fails if a part has changed since it was opened.
+    pub fn check(&self, part: u32) -> Result<(), ReadError> {
+        let part = &self.parts[part as usize];
+        part.with_file(|file| part.check(file))
     }
 
     /// When the newest part was last modified.
@@ -149,8 +236,29 @@ impl Source {
 }
 
 impl PartFile {
-    fn read_at(&self, file: &File, offset: u64, buffer: &mut [u8]) -> Result<(), ReadError> {
-        let read = file.read_exact_at(buffer, offset);
+    /// The file, open for reading past the page cache; not of a part that is opened for each read.
+    fn direct(&self) -> Option<&File> {
+        let file = self.file.as_ref()?;
+        let direct = self.direct.get_or_init(|| reopen_direct(file).ok());
+        direct.as_ref()
+    }
+
+    /// Uses the file, opened again where it is not kept open, unless it is known to have changed.
+    fn with_file<T>(
+        &self,
+        use_file: impl FnOnce(&File) -> Result<T, ReadError>,
+    ) -> Result<T, ReadError> {
+        if self.changed.load(Ordering::Relaxed) {
+            return Err(self.changed_error());
+        }
+        match &self.file {
+            Some(file) => use_file(file),
+            None => use_file(&self.reopen()?),
+        }
+    }
+
+    /// The result of a read that was just made.
+    fn checked(&self, file: &File, offset: u64, read: io::Result<()>) -> Result<(), ReadError> {
         // A change explains a failed read better than the failure does.
         self.check(file)?;
         read.map_err(|cause| self.read_error(offset, cause))

@@ -3,9 +3,10 @@
 use std::fs::File;
 use std::io::{self, BufReader};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::sync::atomic::AtomicBool;
 
-use super::{Identity, PartFile, Source, open_regular};
+use super::{Identity, PageCache, PartFile, Source, open_regular};
 use crate::gguf::{
     Header, HeaderError, ModelHeader, PartName, SplitError, SplitKeys, looks_like_raw_cut,
 };
@@ -166,10 +167,11 @@ fn open_sibling(places: &[(PathBuf, PartName)], number: u64) -> Result<Option<Op
     Ok(None)
 }
 
-/// Half of the descriptors: the other half is for the process around us.
+/// A third of the descriptors: another is for reading past the page cache, and the rest for the
+/// process around us.
 fn descriptors_to_keep() -> usize {
     let limit = sys::process::descriptor_limit().unwrap_or(256);
-    usize::try_from(limit / 2).unwrap_or(usize::MAX)
+    usize::try_from(limit / 3).unwrap_or(usize::MAX)
 }
 
 fn join(parts: Vec<Opened>, given: usize) -> Result<(ModelHeader, Source), OpenError> {
@@ -181,6 +183,7 @@ fn join(parts: Vec<Opened>, given: usize) -> Result<(ModelHeader, Source), OpenE
             path: part.path,
             identity: part.identity,
             file: part.file,
+            direct: OnceLock::new(),
             changed: AtomicBool::new(false),
             missed: AtomicBool::new(false),
         });
@@ -192,6 +195,7 @@ fn join(parts: Vec<Opened>, given: usize) -> Result<(ModelHeader, Source), OpenE
     let source = Source {
         parts: files,
         given,
+        page_cache: PageCache::default(),
     };
     Ok((header, source))
 }

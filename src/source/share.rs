@@ -1,11 +1,9 @@
-//! Parts lent to system calls that copy or share ranges of files, and reads that leave no trace
-//! in the page cache.
+//! Parts lent to system calls that copy or share ranges of files.
 
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
-use std::sync::atomic::Ordering;
 
 use super::{PartFile, ReadError, Source};
 use crate::sys::copy;
@@ -17,33 +15,12 @@ impl Source {
     /// Lends the descriptor of a part (0-based), and checks afterwards that the part is as it was
     /// when it was opened: what was done with it before holds only then.
     pub fn with_part<T>(&self, part: u32, borrow: impl FnOnce(&File) -> T) -> Result<T, ReadError> {
-        let part = &self.parts[part as usize];
-        if part.changed.load(Ordering::Relaxed) {
-            return Err(part.changed_error());
-        }
-        let reopened;
-        let file = match &part.file {
-            Some(file) => file,
-            None => {
-                reopened = part.reopen()?;
-                &reopened
-            }
-        };
-        let result = borrow(file);
-        part.check(file)?;
-        Ok(result)
-    }
-
-    /// As [`read_at`](Self::read_at), for bytes that are needed once: what was not cached of the
-    /// part is not cached afterwards, where the kernel can do that.
-    pub fn read_once(&self, part: u32, offset: u64, buffer: &mut [u8]) -> Result<(), ReadError> {
-        let read = |file: &File| {
-            // What was read ahead of the range would stay in the cache, and be read again.
-            copy::only_what_is_read(file);
-            copy::read_exact_uncached(file, buffer, offset)
-        };
-        let done = self.with_part(part, read)?;
-        done.map_err(|cause| self.part(part).read_error(offset, cause))
+        let part = self.part(part);
+        part.with_file(|file| {
+            let result = borrow(file);
+            part.check(file)?;
+            Ok(result)
+        })
     }
 
     /// The runs of data in a byte range of a part, in order; between them are holes. Reads nothing.

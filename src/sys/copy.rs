@@ -1,4 +1,4 @@
-//! Moving bytes between files by the kernel's cheapest means. Off Linux these are refused, or do
+//! Writing, and moving bytes between files by the kernel's cheapest means. Off Linux these are refused, or do
 //! the plain thing.
 
 use std::fs::File;
@@ -20,24 +20,6 @@ pub fn is_refusal(error: &io::Error) -> bool {
                 | libc::EPERM
         )
     ) || error.kind() == io::ErrorKind::Unsupported
-}
-
-/// Fills the buffer from `offset`. What the read brings into the page cache leaves it again, and
-/// what was there stays, where the kernel can do that (Linux 6.14).
-pub fn read_exact_uncached(file: &File, mut buffer: &mut [u8], mut offset: u64) -> io::Result<()> {
-    while !buffer.is_empty() {
-        match imp::read_uncached(file, buffer, offset) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(read) => {
-                buffer = &mut buffer[read..];
-                offset += read as u64;
-            }
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) if is_refusal(&e) => return file.read_exact_at(buffer, offset),
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(())
 }
 
 /// Writes the buffer at `offset`. Where the kernel can do that, the disk begins at once, and the
@@ -68,10 +50,7 @@ pub fn next_data(file: &File, offset: u64) -> io::Result<Option<Range<u64>>> {
     }
 }
 
-pub use imp::{
-    allocate, clone_range, copy_range, flush_file_system, forget, only_what_is_read,
-    takes_uncached_writes,
-};
+pub use imp::{allocate, clone_range, copy_range, flush_file_system, takes_uncached_writes};
 
 #[cfg(target_os = "linux")]
 mod imp {
@@ -82,16 +61,6 @@ mod imp {
 
     fn check_bytes(result: libc::ssize_t) -> io::Result<usize> {
         usize::try_from(result).map_err(|_| io::Error::last_os_error())
-    }
-
-    pub fn read_uncached(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
-        let piece = libc::iovec {
-            iov_base: buffer.as_mut_ptr().cast(),
-            iov_len: buffer.len(),
-        };
-        let (fd, flags) = (file.as_raw_fd(), libc::RWF_DONTCACHE);
-        // SAFETY: the one iovec is the buffer, which nobody else uses meanwhile.
-        check_bytes(unsafe { libc::preadv2(fd, &piece, 1, offset as libc::off_t, flags) })
     }
 
     pub fn write_uncached(file: &File, buffer: &[u8], offset: u64) -> io::Result<usize> {
@@ -169,18 +138,6 @@ mod imp {
         check(unsafe { libc::syncfs(file.as_raw_fd()) })?;
         Ok(())
     }
-
-    /// Asks that reads of a file bring only their own pages into the cache. Only advice.
-    pub fn only_what_is_read(file: &File) {
-        // SAFETY: the descriptor is open.
-        unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_RANDOM) };
-    }
-
-    /// Asks that a file leave the page cache, so that it is next read from the disk. Only advice.
-    pub fn forget(file: &File) {
-        // SAFETY: the descriptor is open.
-        unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
-    }
 }
 
 #[cfg(not(target_os = "linux"))]
@@ -189,10 +146,6 @@ mod imp {
 
     fn refused<T>() -> io::Result<T> {
         Err(io::ErrorKind::Unsupported.into())
-    }
-
-    pub fn read_uncached(_: &File, _: &mut [u8], _: u64) -> io::Result<usize> {
-        refused()
     }
 
     pub fn write_uncached(_: &File, _: &[u8], _: u64) -> io::Result<usize> {
@@ -223,8 +176,4 @@ mod imp {
     pub fn flush_file_system(_: &File) -> io::Result<()> {
         Ok(())
     }
-
-    pub fn only_what_is_read(_: &File) {}
-
-    pub fn forget(_: &File) {}
 }

@@ -5,6 +5,7 @@
 pub mod copy;
 pub mod mount;
 pub mod process;
+pub mod read;
 
 use std::ffi::CString;
 use std::fs::File;

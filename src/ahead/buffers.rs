@@ -1,0 +1,76 @@
+//! The memory for what was read ahead: a fixed number of buffers, shared by the whole process.
+//!
+//! They lie in huge pages where the kernel gives them: a device then writes each in one piece,
+//! which made direct reads of a virtual disk more than twice as fast (`docs/performance.md`).
+
+use std::ops::{Deref, DerefMut};
+use std::sync::LazyLock;
+
+use memmap2::{Advice, MmapMut};
+use parking_lot::Mutex;
+
+/// The size of a buffer, and so the largest read of the model.
+pub const BUFFER_BYTES: usize = 1 << 20;
+/// How many there are: half of the memory that a daemon may use.
+pub const BUFFERS: usize = 32;
+/// The size of a huge page on x86-64, and on AArch64 with pages of 4 KiB.
+const HUGE_PAGE_BYTES: usize = 2 << 20;
+
+/// The buffers that nobody uses. Never unmapped: they are the process's for as long as it lives.
+static FREE: LazyLock<Mutex<Vec<&'static mut [u8]>>> = LazyLock::new(|| {
+    // The kernel may place the map anywhere: one huge page more lets it start at one.
+    let map = MmapMut::map_anon(BUFFERS * BUFFER_BYTES + HUGE_PAGE_BYTES);
+    let Ok(map) = map else {
+        tracing::warn!("no memory for reading ahead; sequential reads will be slower");
+        return Mutex::default();
+    };
+    // Without huge pages it only is slower.
+    let _ = advise_huge(&map);
+    let map = Box::leak(Box::new(map));
+    let start = map.as_ptr().align_offset(HUGE_PAGE_BYTES);
+    let aligned = map.get_mut(start..).unwrap_or_default();
+    let buffers = aligned.chunks_exact_mut(BUFFER_BYTES).take(BUFFERS);
+    Mutex::new(buffers.collect())
+});
+
+#[cfg(target_os = "linux")]
+fn advise_huge(map: &MmapMut) -> std::io::Result<()> {
+    map.advise(Advice::HugePage)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn advise_huge(_: &MmapMut) -> std::io::Result<()> {
+    Ok(())
+}
+
+/// A buffer of [`BUFFER_BYTES`], given back when dropped. It starts at a multiple of its size, as
+/// direct reads need.
+#[derive(Debug)]
+pub struct Buffer(&'static mut [u8]);
+
+impl Buffer {
+    /// Takes a buffer that nobody uses.
+    pub fn take() -> Option<Self> {
+        FREE.lock().pop().map(Self)
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        FREE.lock().push(std::mem::take(&mut self.0));
+    }
+}
+
+impl Deref for Buffer {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        self.0
+    }
+}
+
+impl DerefMut for Buffer {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        self.0
+    }
+}

@@ -1,0 +1,199 @@
+//! Who reads what in order, and what to read next for each.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::{Arc, OnceLock};
+
+use parking_lot::Mutex;
+
+use super::Chunk;
+use super::buffers::{BUFFER_BYTES, BUFFERS, Buffer};
+use crate::model::Model;
+use crate::source::DIRECT_ALIGNMENT;
+use crate::tree::{From, Ino, Slice};
+
+/// How far to read in front of a reader.
+pub const DEPTH_BYTES: u64 = 4 << 20;
+/// The first chunk of a stream is small, so that its reader waits little; the next ones grow.
+const FIRST_CHUNK_BYTES: u64 = 256 << 10;
+/// How far apart requests of one reader may arrive, since several threads take them.
+const DISORDER_BYTES: u64 = 512 << 10;
+/// How many readers are known at a time. One that is forgotten is taken for a new one.
+const MAX_STREAMS: usize = 64;
+/// A stream that asked for nothing during so many requests of others may lose its chunks.
+const IDLE_REQUESTS: u64 = 256;
+
+/// The readers that were seen last.
+#[derive(Debug, Default)]
+pub struct Streams {
+    streams: Vec<Stream>,
+    /// Requests so far, the clock of this table.
+    now: u64,
+}
+
+/// One reader of one file.
+#[derive(Debug)]
+struct Stream {
+    file: Ino,
+    /// Where its first request began.
+    start: u64,
+    /// Where the next request would begin.
+    next: u64,
+    /// Requests that went beyond the header.
+    requests: u32,
+    /// Up to here all was read or is being read.
+    ahead: u64,
+    chunks: VecDeque<Arc<Chunk>>,
+    last_used: u64,
+}
+
+impl Stream {
+    /// Whether a request goes on with, or repeats, what this reader asked for last.
+    fn goes_on(&self, file: Ino, range: &Range<u64>) -> bool {
+        self.file == file
+            && range.start >= self.start
+            && range.start <= self.next + DISORDER_BYTES
+            && range.end + DISORDER_BYTES >= self.next
+    }
+}
+
+impl Streams {
+    /// Notes a request, and returns the chunks that hold some of it, in order.
+    pub fn request(&mut self, file: Ino, range: Range<u64>, header: u64) -> Vec<Arc<Chunk>> {
+        self.now += 1;
+        let counts = u32::from(range.end > header);
+        let Some(stream) = self.streams.iter_mut().find(|s| s.goes_on(file, &range)) else {
+            self.add(Stream {
+                file,
+                start: range.start,
+                next: range.end,
+                requests: counts,
+                ahead: range.end,
+                chunks: VecDeque::new(),
+                last_used: self.now,
+            });
+            return Vec::new();
+        };
+        stream.last_used = self.now;
+        stream.requests = stream.requests.saturating_add(counts);
+        stream.next = stream.next.max(range.end);
+        let holding = stream
+            .chunks
+            .iter()
+            .filter(|chunk| chunk.file.start < range.end && range.start < chunk.file.end);
+        let holding = holding.cloned().collect();
+        let passed = stream.next.saturating_sub(DISORDER_BYTES);
+        while stream
+            .chunks
+            .front()
+            .is_some_and(|chunk| chunk.file.end <= passed)
+        {
+            stream.chunks.pop_front();
+        }
+        holding
+    }
+
+    fn add(&mut self, stream: Stream) {
+        if self.streams.len() < MAX_STREAMS {
+            self.streams.push(stream);
+        } else if let Some(oldest) = self.streams.iter_mut().min_by_key(|s| s.last_used) {
+            *oldest = stream;
+        }
+    }
+
+    /// What to read next for the reader whose request, just answered, ended at `end`.
+    pub fn look_ahead(&mut self, model: &Model, file: Ino, end: u64) -> Vec<Arc<Chunk>> {
+        let mut wanted = Vec::new();
+        let found = |s: &Stream| s.file == file && s.start < end && end <= s.next;
+        let Some(index) = self.streams.iter().position(found) else {
+            return wanted;
+        };
+        if self.streams[index].requests < 2 {
+            return wanted;
+        }
+        // Another reader of the same file, such as another thread of one loader, reads the rest.
+        let others = self
+            .streams
+            .iter()
+            .filter(|s| s.file == file && s.start >= end);
+        let size = model.tree().size(file).unwrap_or(0);
+        let limit = others.map(|s| s.start).min().unwrap_or(size);
+        if self.streams[index].next >= size {
+            self.streams[index].chunks.clear();
+        }
+        let active = self.streams.iter().filter(|s| !s.chunks.is_empty()).count();
+        let share = (BUFFERS / active.max(1)).max(2);
+        loop {
+            let stream = &self.streams[index];
+            let start = stream.ahead.max(stream.next);
+            let target = (stream.next + DEPTH_BYTES).min(limit);
+            if start >= target || stream.chunks.len() >= share {
+                return wanted;
+            }
+            let grown = (start - stream.start).max(FIRST_CHUNK_BYTES);
+            let longest = limit - start;
+            let Some(slice) = model.tree().slices(file, start, longest).next() else {
+                return wanted;
+            };
+            let (end, chunk) = match slice.from {
+                From::Made(_) => (start + slice.len, None),
+                From::Part(part) => {
+                    let Some((end, chunk)) = self.chunk(model, part, start, slice, grown) else {
+                        return wanted;
+                    };
+                    (end, chunk)
+                }
+            };
+            let stream = &mut self.streams[index];
+            stream.ahead = end;
+            if let Some(chunk) = chunk {
+                stream.chunks.push_back(chunk.clone());
+                wanted.push(chunk);
+            }
+        }
+    }
+
+    /// The chunk of a slice's first bytes, at most `longest`, and where in the file it ends; no chunk
+    /// if they are in the page cache, and nothing if all buffers are in use.
+    fn chunk(
+        &mut self,
+        model: &Model,
+        part: u32,
+        start: u64,
+        slice: Slice,
+        longest: u64,
+    ) -> Option<(u64, Option<Arc<Chunk>>)> {
+        let first = slice.offset - slice.offset % DIRECT_ALIGNMENT;
+        let skip = slice.offset - first;
+        let span = longest.next_power_of_two().min(BUFFER_BYTES as u64);
+        // Chunks end where a direct read may end, so that no page is read twice.
+        let len = (span - skip).min(slice.len);
+        let end = start + len;
+        if model.source().is_cached(part, slice.offset, len) {
+            return Some((end, None));
+        }
+        let buffer = Buffer::take().or_else(|| {
+            self.forget_idle();
+            Buffer::take()
+        })?;
+        let chunk = Chunk {
+            file: start..end,
+            part,
+            first,
+            skip: skip as usize,
+            empty: Mutex::new(Some(buffer)),
+            read: OnceLock::new(),
+        };
+        Some((end, Some(Arc::new(chunk))))
+    }
+
+    /// Takes their chunks from readers that seem to have stopped.
+    fn forget_idle(&mut self) {
+        let now = self.now;
+        let idle = |s: &&mut Stream| s.last_used + IDLE_REQUESTS < now;
+        for stream in self.streams.iter_mut().filter(idle) {
+            stream.ahead = stream.next;
+            stream.chunks.clear();
+        }
+    }
+}

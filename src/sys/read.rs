@@ -1,0 +1,123 @@
+//! Reading by range, and what becomes of the page cache. Off Linux, reads are plain ones.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use super::copy::is_refusal;
+
+/// Fills the buffer from `offset`. What the read brings into the page cache leaves it again, and
+/// what was there stays, where the kernel and the file system can do that (`RWF_DONTCACHE`, Linux
+/// 6.14).
+pub fn read_exact_uncached(file: &File, mut buffer: &mut [u8], mut offset: u64) -> io::Result<()> {
+    while !buffer.is_empty() {
+        match imp::read_uncached(file, buffer, offset) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(read) => {
+                buffer = &mut buffer[read..];
+                offset += read as u64;
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) if is_refusal(&e) => return file.read_exact_at(buffer, offset),
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+/// Whether reads of a file can leave the page cache as it was. Reads one byte, if there is one.
+pub fn takes_uncached_reads(file: &File) -> bool {
+    imp::read_uncached(file, &mut [0], 0).is_ok()
+}
+
+pub use imp::{cached_pages, forget, only_what_is_read, reopen_direct};
+
+#[cfg(target_os = "linux")]
+mod imp {
+    use std::os::fd::AsRawFd;
+    use std::os::unix::fs::OpenOptionsExt;
+
+    use super::*;
+    use crate::sys::check;
+
+    pub fn read_uncached(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        let piece = libc::iovec {
+            iov_base: buffer.as_mut_ptr().cast(),
+            iov_len: buffer.len(),
+        };
+        let (fd, flags) = (file.as_raw_fd(), libc::RWF_DONTCACHE);
+        // SAFETY: the one iovec is the buffer, which nobody else uses meanwhile.
+        let read = unsafe { libc::preadv2(fd, &piece, 1, offset as libc::off_t, flags) };
+        usize::try_from(read).map_err(|_| io::Error::last_os_error())
+    }
+
+    /// Opens a file once more, by its descriptor, to read past the page cache.
+    ///
+    /// # Errors
+    /// `EINVAL` if its file system cannot do that.
+    pub fn reopen_direct(file: &File) -> io::Result<File> {
+        File::options()
+            .read(true)
+            .custom_flags(libc::O_DIRECT)
+            .open(format!("/proc/self/fd/{}", file.as_raw_fd()))
+    }
+
+    /// How many pages of a range are in the page cache (`cachestat`, Linux 6.5).
+    pub fn cached_pages(file: &File, offset: u64, len: u64) -> io::Result<u64> {
+        /// The same number on every architecture.
+        const SYS_CACHESTAT: libc::c_long = 451;
+        let range = [offset, len];
+        // Pages: in the cache, dirty, under writeback, evicted, recently evicted.
+        let mut counts = [0_u64; 5];
+        // SAFETY: the kernel reads two and writes five 64-bit numbers there, by its structs
+        // cachestat_range and cachestat.
+        let result = unsafe {
+            libc::syscall(
+                SYS_CACHESTAT,
+                file.as_raw_fd(),
+                range.as_ptr(),
+                counts.as_mut_ptr(),
+                0,
+            )
+        };
+        check(result as libc::c_int)?;
+        Ok(counts[0])
+    }
+
+    /// Asks that reads of a file bring only their own pages into the cache. Only advice.
+    pub fn only_what_is_read(file: &File) {
+        // SAFETY: no memory is involved.
+        unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_RANDOM) };
+    }
+
+    /// Asks that a file leave the page cache, so that it is next read from the disk. Only advice.
+    pub fn forget(file: &File) {
+        // SAFETY: no memory is involved.
+        unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+mod imp {
+    use super::*;
+
+    fn refused<T>() -> io::Result<T> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    pub fn read_uncached(_: &File, _: &mut [u8], _: u64) -> io::Result<usize> {
+        refused()
+    }
+
+    pub fn reopen_direct(_: &File) -> io::Result<File> {
+        refused()
+    }
+
+    pub fn cached_pages(_: &File, _: u64, _: u64) -> io::Result<u64> {
+        refused()
+    }
+
+    pub fn only_what_is_read(_: &File) {}
+
+    pub fn forget(_: &File) {}
+}
