@@ -47,7 +47,7 @@ pub struct MountArgs {
     /// More of it also makes every look at a file's header read as much. Only root may change it.
     #[arg(long, value_name = "SIZE", default_value = "auto", value_parser = read_ahead, help_heading = "Reading")]
     readahead: ReadAheadArg,
-    /// Worker threads [default: twice the processors, 4 to 16]
+    /// Worker threads [default: four per processor, 8 to 16]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256), help_heading = "Reading")]
     threads: Option<u16>,
     /// Append the messages of the background process to a file; without it they are lost

@@ -324,5 +324,5 @@ fn default_threads() -> usize {
         return 1; // fuser has one event loop elsewhere
     }
     let processors = std::thread::available_parallelism().map_or(1, |n| n.get());
-    (2 * processors).clamp(4, 16)
+    (4 * processors).clamp(8, 16)
 }
