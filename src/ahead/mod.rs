@@ -6,8 +6,9 @@
 //! us stays in its cache, beside the same bytes in the cache of the mounted file.
 //!
 //! The plan: we know what comes next in a file, wherever in the model it lies. From the second
-//! sequential request on (a look at a header is one), [`ReadAhead`] keeps up to [`streams::DEPTH_BYTES`] in
-//! front of each reader in [`Chunk`]s: pieces of the model that threads of ours read past the page
+//! sequential request on (a look at a header is none), [`ReadAhead`] keeps up to
+//! [`streams::DEPTH_BYTES`] in front of each reader in [`Chunk`]s; of an expert that is read here and
+//! there, all. A chunk is a piece of the model that a thread of ours reads past the page
 //! cache into a fixed number of buffers. A request that a chunk holds is answered from its
 //! memory; all others are read as they come. So no answer ever depends on what was read ahead.
 //!
@@ -18,6 +19,7 @@ mod streams;
 
 use std::collections::VecDeque;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Once, OnceLock};
 
 use parking_lot::{Condvar, Mutex};
@@ -67,6 +69,8 @@ struct Chunk {
     empty: Mutex<Option<Buffer>>,
     /// `None` if it could not be read; then each request for it finds out why.
     read: OnceLock<Option<Buffer>>,
+    /// Bytes that were given out. The kernel asks for each once, unless it has forgotten it.
+    used: AtomicU64,
 }
 
 impl Chunk {
@@ -83,9 +87,16 @@ impl Chunk {
         });
         // What was read before a part changed is right, but nobody shall see a mixture.
         source.check(self.part).ok()?;
+        let len = range.end - range.start;
+        self.used.fetch_add(len, Ordering::Relaxed);
         let start = self.skip + (range.start - self.file.start) as usize;
         let bytes = &read.as_deref()?[start..];
-        Some(&bytes[..(range.end - range.start) as usize])
+        Some(&bytes[..len as usize])
+    }
+
+    /// Whether all of it was given out.
+    fn is_used_up(&self) -> bool {
+        self.used.load(Ordering::Relaxed) >= self.file.end - self.file.start
     }
 }
 
@@ -118,7 +129,10 @@ impl ReadAhead {
         let header = shared.model.tree().extents(file).first();
         let header = header.map_or(0, |extent| extent.len);
         let range = offset.min(size)..offset.saturating_add(len).min(size);
-        let chunks = shared.streams.lock().request(file, range.clone(), header);
+        let chunks = shared
+            .streams
+            .lock()
+            .request(file, range.clone(), header, size);
         let whole = match &chunks[..] {
             [chunk] if chunk.file.start <= range.start && range.end <= chunk.file.end => {
                 chunk.bytes(&shared.model, range.clone())

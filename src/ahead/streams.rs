@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
@@ -20,6 +21,11 @@ const FIRST_CHUNK_BYTES: u64 = 256 << 10;
 const DISORDER_BYTES: u64 = 512 << 10;
 /// How many readers are known at a time. One that is forgotten is taken for a new one.
 const MAX_STREAMS: usize = 64;
+/// So many requests here and there in a file, and it will be wanted whole: a program has mapped an
+/// expert and computes with it.
+const SCATTERED_REQUESTS: usize = 4;
+/// The largest file that is read whole for that: all buffers hold it.
+const WHOLE_FILE_BYTES: u64 = (BUFFERS * BUFFER_BYTES) as u64;
 /// A stream that asked for nothing during so many requests of others may lose its chunks.
 const IDLE_REQUESTS: u64 = 256;
 
@@ -45,21 +51,41 @@ struct Stream {
     ahead: u64,
     chunks: VecDeque<Arc<Chunk>>,
     last_used: u64,
+    /// Reads here and there: all of the file is its, and nothing is ever passed.
+    whole: bool,
 }
 
 impl Stream {
     /// Whether a request goes on with, or repeats, what this reader asked for last.
     fn goes_on(&self, file: Ino, range: &Range<u64>) -> bool {
-        self.file == file
-            && range.start >= self.start
+        let near = range.start >= self.start
             && range.start <= self.next + DISORDER_BYTES
-            && range.end + DISORDER_BYTES >= self.next
+            && range.end + DISORDER_BYTES >= self.next;
+        self.file == file && (near || self.whole)
+    }
+
+    /// Forgets chunks of which nothing more will be asked for.
+    fn drop_used(&mut self) {
+        let passed = if self.whole {
+            0
+        } else {
+            self.next.saturating_sub(DISORDER_BYTES)
+        };
+        self.chunks
+            .retain(|chunk| chunk.file.end > passed && !chunk.is_used_up());
     }
 }
 
 impl Streams {
-    /// Notes a request, and returns the chunks that hold some of it, in order.
-    pub fn request(&mut self, file: Ino, range: Range<u64>, header: u64) -> Vec<Arc<Chunk>> {
+    /// Notes a request, and returns the chunks that hold some of it, in order. `header` and `size` are
+    /// the bytes of the file's header and of all of it.
+    pub fn request(
+        &mut self,
+        file: Ino,
+        range: Range<u64>,
+        header: u64,
+        size: u64,
+    ) -> Vec<Arc<Chunk>> {
         self.now += 1;
         let counts = u32::from(range.end > header);
         let Some(stream) = self.streams.iter_mut().find(|s| s.goes_on(file, &range)) else {
@@ -71,7 +97,9 @@ impl Streams {
                 ahead: range.end,
                 chunks: VecDeque::new(),
                 last_used: self.now,
+                whole: false,
             });
+            self.note_stray(file, header, size);
             return Vec::new();
         };
         stream.last_used = self.now;
@@ -82,15 +110,30 @@ impl Streams {
             .iter()
             .filter(|chunk| chunk.file.start < range.end && range.start < chunk.file.end);
         let holding = holding.cloned().collect();
-        let passed = stream.next.saturating_sub(DISORDER_BYTES);
-        while stream
-            .chunks
-            .front()
-            .is_some_and(|chunk| chunk.file.end <= passed)
-        {
-            stream.chunks.pop_front();
-        }
+        stream.drop_used();
         holding
+    }
+
+    /// Takes those who ask here and there in a file for one reader that wants the whole of it, unless
+    /// somebody reads it in order.
+    fn note_stray(&mut self, file: Ino, header: u64, size: u64) {
+        let of_file = || self.streams.iter().filter(|s| s.file == file);
+        let strays = of_file().filter(|s| s.requests == 1).count();
+        let in_order = of_file().any(|s| s.requests > 2);
+        if strays < SCATTERED_REQUESTS || in_order || size > WHOLE_FILE_BYTES {
+            return;
+        }
+        self.streams.retain(|s| s.file != file);
+        self.add(Stream {
+            file,
+            start: header,
+            next: header,
+            requests: 2,
+            ahead: header,
+            chunks: VecDeque::new(),
+            last_used: self.now,
+            whole: true,
+        });
     }
 
     fn add(&mut self, stream: Stream) {
@@ -104,7 +147,7 @@ impl Streams {
     /// What to read next for the reader whose request, just answered, ended at `end`.
     pub fn look_ahead(&mut self, model: &Model, file: Ino, end: u64) -> Vec<Arc<Chunk>> {
         let mut wanted = Vec::new();
-        let found = |s: &Stream| s.file == file && s.start < end && end <= s.next;
+        let found = |s: &Stream| s.file == file && (s.whole || s.start < end && end <= s.next);
         let Some(index) = self.streams.iter().position(found) else {
             return wanted;
         };
@@ -118,20 +161,28 @@ impl Streams {
             .filter(|s| s.file == file && s.start >= end);
         let size = model.tree().size(file).unwrap_or(0);
         let limit = others.map(|s| s.start).min().unwrap_or(size);
-        if self.streams[index].next >= size {
-            self.streams[index].chunks.clear();
+        let stream = &mut self.streams[index];
+        stream.drop_used();
+        if stream.next >= size && !stream.whole {
+            stream.chunks.clear();
         }
         let active = self.streams.iter().filter(|s| !s.chunks.is_empty()).count();
         let share = (BUFFERS / active.max(1)).max(2);
         loop {
             let stream = &self.streams[index];
-            let start = stream.ahead.max(stream.next);
-            let target = (stream.next + DEPTH_BYTES).min(limit);
+            let (start, target) = if stream.whole {
+                (stream.ahead, size)
+            } else {
+                (
+                    stream.ahead.max(stream.next),
+                    (stream.next + DEPTH_BYTES).min(limit),
+                )
+            };
             if start >= target || stream.chunks.len() >= share {
                 return wanted;
             }
             let grown = (start - stream.start).max(FIRST_CHUNK_BYTES);
-            let longest = limit - start;
+            let longest = if stream.whole { size } else { limit } - start;
             let Some(slice) = model.tree().slices(file, start, longest).next() else {
                 return wanted;
             };
@@ -183,6 +234,7 @@ impl Streams {
             skip: skip as usize,
             empty: Mutex::new(Some(buffer)),
             read: OnceLock::new(),
+            used: AtomicU64::new(0),
         };
         Some((end, Some(Arc::new(chunk))))
     }
