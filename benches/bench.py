@@ -1,8 +1,8 @@
 """Measures the table of the project: see benches/run.sh, which makes everything that this needs.
 
-Every line is measured with both sides in one run, sample by sample in turn. The table gives median (minimum..maximum)
+Every line is measured with both sides in one run, sample by sample in turn. The table gives median (min..max)
 of each side and of the ratio of each pair; throughput ratios are better above 1, those of time and memory below. A
-floor is a mount of the same tree that serves zeroes: what FUSE itself costs. Misses of a bar are marked, never left out.
+floor is a mount of the same tree that serves zeroes: what FUSE itself costs. Missed bars are marked, never left out.
 """
 
 import argparse
@@ -22,7 +22,7 @@ BENCHES = Path(__file__).resolve().parent
 sys.path[:0] = [str(BENCHES), str(BENCHES.parent / "tests/python")]
 
 import lines  # noqa: E402
-from lab import GIB, Lab, bdi, read_ahead_kib, run  # noqa: E402
+from lab import GIB, Lab, read_ahead_kib, run  # noqa: E402
 from measure import HEADINGS, Unavailable, table  # noqa: E402
 from odmoe import BINARY, REPO, detach, mounts  # noqa: E402
 
@@ -30,24 +30,33 @@ from odmoe import BINARY, REPO, detach, mounts  # noqa: E402
 NEEDED_BYTES = 20 * GIB
 
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def stop(number, _):
+    print("benches/run.sh: told to stop; cleaning up", file=sys.stderr)
+    sys.exit(128 + number)
+
+
 def machine(scratch):
-    cpu = next((x.split(":")[1].strip() for x in Path("/proc/cpuinfo").open() if x.startswith("model name")), "unknown")
+    names = (x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name"))
+    cpu = next(names, "of unknown kind").rpartition(": ")[2]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-    kind = run("findmnt", "-no", "FSTYPE,SOURCE,OPTIONS", "-T", scratch).split()
-    with contextlib.suppress(OSError):
-        os.stat(bdi(scratch))
+    kind, source, how = run("findmnt", "-no", "FSTYPE,SOURCE,OPTIONS", "-T", scratch).splitlines()[-1].split(None, 2)
     return {
         "processor": f"{cpu}, {os.cpu_count()} cores",
         "memory": f"{memory:.1f} GiB",
         "kernel": f"{platform.release()} {platform.machine()}",
-        "scratch": f"{kind[0]} on {kind[1]} ({kind[2]})",
+        "scratch": f"{kind} on {source} ({how})",
         "read-ahead of the disk, KiB": read_ahead_kib(scratch),
     }
 
 
 def commit():
     git = ["git", "-c", f"safe.directory={REPO}", "-C", str(REPO)]
-    done = subprocess.run([*git, "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*git, "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=False
+    )
     return done.stdout.strip() or "unknown"
 
 
@@ -57,9 +66,11 @@ def meant(word, key):
 
 
 def options(known):
-    parser = argparse.ArgumentParser(prog="benches/run.sh", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="benches/run.sh", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--list", action="store_true", help="say what is measured, and stop")
-    parser.add_argument("--only", metavar="LINE,...", help="measure these lines; `cold` stands for cold-mmap and so on")
+    parser.add_argument("--only", metavar="LINE,...", help="only these; `cold` means cold-mmap and so on")
     parser.add_argument("--samples", type=int, default=7, metavar="N", help="samples of each side [default: 7]")
     parser.add_argument(
         "--scratch",
@@ -69,7 +80,11 @@ def options(known):
         help="where a folder for the data is made, and removed again; a real disk [default: target]",
     )
     parser.add_argument(
-        "--json", type=Path, default=BINARY.parent.parent / "bench.json", metavar="FILE", help="[default: target/bench.json]"
+        "--json",
+        type=Path,
+        default=BINARY.parent.parent / "bench.json",
+        metavar="FILE",
+        help="[default: target/bench.json]",
     )
     args = parser.parse_args()
     if args.samples < 1:
@@ -90,12 +105,16 @@ def check_place(scratch):
     if os.geteuid() != 0:
         sys.exit("benches/run.sh: only root can drop caches and mount loop devices; use sudo")
     scratch.mkdir(parents=True, exist_ok=True)
-    kind = run("findmnt", "-no", "FSTYPE", "-T", scratch).strip()
+    kind = run("findmnt", "-no", "FSTYPE", "-T", scratch).split()[-1]  # of mounts over each other, the topmost
     if kind in ("tmpfs", "ramfs", "overlay"):
-        sys.exit(f"benches/run.sh: {scratch} is on {kind}, where nothing is ever cold; name a folder on a disk with --scratch")
+        sys.exit(
+            f"benches/run.sh: {scratch} is on {kind}, where nothing is cold; name a folder on a disk with --scratch"
+        )
     fs = os.statvfs(scratch)
     if fs.f_bavail * fs.f_frsize < NEEDED_BYTES:
-        sys.exit(f"benches/run.sh: {scratch} has less than {NEEDED_BYTES // GIB} GiB of room; name another with --scratch")
+        sys.exit(
+            f"benches/run.sh: {scratch} has less than {NEEDED_BYTES // GIB} GiB of room; name another with --scratch"
+        )
 
 
 @contextlib.contextmanager
@@ -105,7 +124,9 @@ def scratch_below(folder):
     try:
         yield path
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # Nothing interrupts the cleaning.
+        for number in STOPPING:
+            signal.signal(number, signal.SIG_IGN)
         detach(path)
         left = [m.at for m in mounts() if m.at.startswith(f"{path}/")]
         assert not left, f"still mounted: {left}"
@@ -136,8 +157,8 @@ def measure(line, lab):
 def main():
     args = options(lines.load())
     check_place(args.scratch)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: sys.exit("benches/run.sh: told to stop"))
+    for number in STOPPING:
+        signal.signal(number, stop)
     report = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "commit": commit()}
     report |= {"samples": args.samples, "machine": machine(args.scratch), "settings": {}, "lines": []}
     rows = []

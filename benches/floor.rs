@@ -1,7 +1,8 @@
 //! A mount that serves zeroes: the tree of a model, as `odmoe-fs` shows it, whose files hold no
 //! data. What reading it costs is what FUSE itself costs, and no file system on FUSE gets below.
 //!
-//! Names, attributes and the answers to opens are the product's own; only `read` is not.
+//! Names, attributes and the answers to opens are the product's own; only `read` is not. Threads,
+//! descriptors and read-ahead are set by who starts it, as the product has them.
 
 use std::ffi::OsStr;
 use std::io;
@@ -24,6 +25,9 @@ struct Cli {
     /// Worker threads
     #[arg(long, value_name = "N", default_value_t = 4)]
     threads: usize,
+    /// A descriptor of its own for each worker
+    #[arg(long)]
+    clone_fd: bool,
 }
 
 /// More than the kernel asks for at a time, 1 MiB.
@@ -47,6 +51,7 @@ fn main() -> anyhow::Result<()> {
     ];
     config.acl = SessionACL::Owner;
     config.n_threads = Some(cli.threads);
+    config.clone_fd = cli.clone_fd;
     fuser::mount(floor, &cli.directory, &config)?;
     Ok(())
 }

@@ -71,6 +71,17 @@ def read_ahead_kib(path):
     return None
 
 
+def workers(pid):
+    """The threads of a daemon that answer the kernel, which fuser calls fuser-0, fuser-1, ..."""
+    names = [path.read_text().strip() for path in Path(f"/proc/{pid}/task").glob("*/comm")]
+    return sum(name.removeprefix("fuser-").isdigit() for name in names)
+
+
+def fuse_descriptors(pid):
+    """How often a daemon has /dev/fuse open: once, or once for each worker with `clone_fd`."""
+    return sum(os.readlink(path) == "/dev/fuse" for path in Path(f"/proc/{pid}/fd").iterdir())
+
+
 def experts(root, count=None):
     """The first expert files of a tree."""
     return sorted(Path(root).glob("experts/*.safetensors"))[:count]
@@ -146,7 +157,8 @@ class Lab:
             limit = int(pages.read_text()) * 4 if pages.exists() else None
             read_ahead = read_ahead_kib(mount.root)
             return {
-                "threads of the daemon": process_bytes(mount.pid, "Threads"),
+                "worker threads": workers(mount.pid),
+                "descriptors of /dev/fuse": fuse_descriptors(mount.pid),
                 "read-ahead of the mount, KiB": read_ahead,
                 "largest request the kernel allows, KiB": limit,
                 "largest read-ahead request, KiB": min(filter(None, (limit, read_ahead)), default=None),
@@ -167,11 +179,13 @@ class Lab:
 
     @contextlib.contextmanager
     def floor(self):
-        """The same tree served as zeroes, with the read-ahead that the product was granted."""
+        """The same tree served as zeroes, with the threads, descriptors and read-ahead of the product."""
         granted = self.settings
         where = self.fresh("floor")
-        threads = max(1, granted["threads of the daemon"] - 2)  # less the main thread and the one that waits for signals
-        process = subprocess.Popen([EXAMPLES / "floor", self.model, where, "--threads", str(threads)])
+        flags = ["--threads", str(granted["worker threads"])]
+        if granted["descriptors of /dev/fuse"] > 1:
+            flags.append("--clone-fd")
+        process = subprocess.Popen([EXAMPLES / "floor", self.model, where, *flags])
         try:
             wait_for(lambda: mount_at(where) or process.poll() is not None)
             (bdi(where) / "read_ahead_kb").write_text(str(granted["read-ahead of the mount, KiB"]))

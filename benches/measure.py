@@ -119,7 +119,17 @@ class Figure:
         if self.other and FLOOR in self.samples:
             floor += f" = {number(statistics.median(self.ratios(FLOOR)))}x"
         bar, aim = (self.limit.text(value) for value in (self.limit.bar, self.limit.aim))
-        return [self.what, self.unit, spread(self.samples[OURS]), other, spread(self.ratios()), floor, bar, aim, self.verdict]
+        return [
+            self.what,
+            self.unit,
+            spread(self.samples[OURS]),
+            other,
+            spread(self.ratios()),
+            floor,
+            bar,
+            aim,
+            self.verdict,
+        ]
 
     def json(self):
         sides = {name: {**summary(values), "samples": values} for name, values in self.samples.items()}
@@ -138,7 +148,9 @@ def table(rows):
     """Rows of cells as aligned text."""
     rows = [HEADINGS, *rows]
     widths = [max(len(row[n]) for row in rows) for n in range(len(HEADINGS))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def summary(values):

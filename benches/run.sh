@@ -17,6 +17,10 @@ step() {
     "$@"
 }
 
+if ! command -v cargo >/dev/null; then
+    echo "benches/run.sh: Rust is missing; see https://rustup.rs" >&2
+    exit 1
+fi
 missing=()
 need() { # need PACKAGE COMMAND...
     local package=$1
@@ -24,7 +28,6 @@ need() { # need PACKAGE COMMAND...
     "$@" >/dev/null 2>&1 || missing+=("$package")
 }
 
-need cargo command -v cargo
 need python3 command -v python3
 need python3-venv python3 -c "import ensurepip, venv"
 need fuse3 command -v fusermount3

@@ -22,7 +22,7 @@ def timed(*command):
 
 
 def with_peak(lab, *command):
-    """Runs a command below time(1), since a child of Python starts with Python's peak; returns output and peak in MiB."""
+    """Output and peak in MiB of a command, below time(1), since a child of Python starts with Python's peak."""
     usage = lab.scratch / "usage"
     out = run("/usr/bin/time", "-f", "%M", "-o", usage, *command)
     return out, int(usage.read_text()) * KIB / MIB
@@ -45,7 +45,7 @@ def flushed(lab, write):
     return sample
 
 
-@line("materialize-ext4", "materialize of the 2.4 GB model beside it, cold, flushed; against cp -r --reflink=never of the tree")
+@line("materialize-ext4", "materialize of the 2.4 GB model on its disk, cold, flushed; against cp -r of the tree")
 def copy(lab):
     sides = {
         OURS: flushed(lab, lambda out: timed(BINARY, "materialize", "--quiet", lab.model, out)),

@@ -25,20 +25,20 @@ def headers(lab):
 
     def look(model, parts, count):
         with lab.mount(model=model) as mount:
+            files = mount.experts(count)
             lab.cold()
             counters = ("rchar", "read_bytes")
             before = [process_bytes(mount.pid, field, "io") for field in counters]
-            files = mount.experts(count)
             lab.client("headers", *files)
             after = [process_bytes(mount.pid, field, "io") for field in counters]
             grown = [b - a for a, b in zip(before, after, strict=True)]
-            # Every file reply is also a request that the daemon reads, of no more than 4 KiB: that stays in.
+            # What the daemon asks for includes the kernel's requests, some 100 bytes each: that stays in.
             return [n / len(files) / KIB for n in (*grown, resident_bytes(parts))]
 
     for what, arguments in {"sparse": (parts[-1], parts, HEADERS), "on disk": (model, [model], None)}.items():
         taken = interleave({OURS: lambda a=arguments: look(*a)}, lab.samples, warm_up=0)[OURS]
         asked, disk, left = (sorted(column)[len(column) // 2] for column in zip(*taken, strict=True))
-        note = f"per file: {asked:.1f} KiB asked for by the daemon, {disk:.1f} from the disk, {left:.1f} in memory afterwards"
+        note = f"{what}, KiB per file: {asked:.1f} read by the daemon, {disk:.1f} by the disk, {left:.1f} then in memory"
         yield Figure(f"per file, {what}", "KiB", {OURS: [max(sample) for sample in taken]}, at_most(160, 8), note)
 
 
@@ -68,10 +68,12 @@ def find(lab):
         with lab.mount(model=parts[0]) as mount:
             return timed(mount.root)
 
-    yield Figure("time", "ms", interleave({OURS: ours, "empty files": lambda: timed(empty)}, lab.samples), at_most(1, 0.6))
+    yield Figure(
+        "time", "ms", interleave({OURS: ours, "empty files": lambda: timed(empty)}, lab.samples), at_most(1, 0.6)
+    )
 
 
-@line("mount", "mount of sparse Kimi-K2.5 with its tokenizer in 9 parts, until the first byte of an expert is read; peak memory")
+@line("mount", "mount of sparse Kimi-K2.5 with its tokenizer in 9 parts until the first byte of an expert; peak memory")
 def mount(lab):
     """The model is cold, the program is warm. The peak is the larger of the command's and the daemon's."""
     parts = lab.kimi_parts

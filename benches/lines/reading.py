@@ -118,7 +118,7 @@ def mlx_direct(lab):
     yield from throughput(cold(lab, read, "--cache", "direct", floor=False), 0.9)
 
 
-@line("open-read-close", "open, pread of 4 KiB and close of a cached file, 100,000 times; against the disk's file system")
+@line("open-read-close", "open, pread of 4 KiB and close of a cached file, 100,000 times; against the disk's own")
 def open_read_close(lab):
     times = 100_000
     taken = cached(lab, lambda files: lab.reader("open", "--times", times, *files), count=1)
@@ -133,7 +133,7 @@ def random_faults(lab):
     yield Figure("time", "ms", times, at_most(2, 1.2))
 
 
-@line("resident", "bytes in memory, of the mount's files and the model, per byte read once in the default mode, cold before")
+@line("resident", "bytes in memory, of mounted files and model, per byte read once in the default mode, cold before")
 def resident(lab):
     def after(way):
         with lab.mount() as mount:
@@ -147,7 +147,7 @@ def resident(lab):
         yield Figure(f"after {way}", "x", taken, at_most(1.1, 1.02))
 
 
-@line("memory", "the daemon's largest anonymous memory while 16 readers read all experts, cold before; sampled every 2 ms")
+@line("memory", "the daemon's largest anonymous memory while 16 readers read all experts, cold; sampled every 2 ms")
 def memory(lab):
     def anonymous():
         with lab.mount() as mount:
