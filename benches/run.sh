@@ -2,7 +2,7 @@
 # Every figure of the project, in one command: reading through the mount and materializing, each beside
 # a native file in the same run. It needs root (dropped caches, loop devices) and about 20 GB of a real disk.
 #
-#   benches/run.sh                     all of it, which takes about a quarter of an hour
+#   benches/run.sh                     all of it, which takes about half an hour
 #   benches/run.sh --list              what is measured
 #   benches/run.sh --only cold-mmap,find --samples 3
 #   benches/run.sh --help              all options

@@ -38,7 +38,7 @@ def headers(lab):
     for what, arguments in {"sparse": (parts[-1], parts, HEADERS), "on disk": (model, [model], None)}.items():
         taken = interleave({OURS: lambda a=arguments: look(*a)}, lab.samples, warm_up=0)[OURS]
         asked, disk, left = (sorted(column)[len(column) // 2] for column in zip(*taken, strict=True))
-        note = f"{what}, KiB per file: {asked:.1f} read by the daemon, {disk:.1f} by the disk, {left:.1f} then in memory"
+        note = f"{what}, KiB a file: {asked:.1f} read by the daemon, {disk:.1f} by the disk, {left:.1f} then cached"
         yield Figure(f"per file, {what}", "KiB", {OURS: [max(sample) for sample in taken]}, at_most(160, 8), note)
 
 
