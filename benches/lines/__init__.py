@@ -1,0 +1,32 @@
+"""The lines of the table, by theme. Each is a function from a lab to figures, under a key and with a description."""
+
+import dataclasses
+from collections.abc import Callable
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    key: str
+    text: str
+    measure: Callable
+
+
+LINES = {}
+
+
+def line(key, text):
+    """Registers a line; what differs from a fair comparison belongs into the text."""
+
+    def register(measure):
+        LINES[key] = Line(key, text, measure)
+        return measure
+
+    return register
+
+
+def load():
+    """All lines, in the order of the table."""
+    from . import materialize, metadata, reading
+
+    order = (reading, metadata, materialize)
+    return {key: one for theme in order for key, one in LINES.items() if one.measure.__module__ == theme.__name__}
