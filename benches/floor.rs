@@ -14,7 +14,7 @@ use fuser::{
     ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEntry, ReplyOpen, ReplyStatfs,
     ReplyXattr, Request, SessionACL,
 };
-use odmoe_fs::fuse::{OdmoeFs, Owner};
+use odmoe_fs::fuse::{Cache, OdmoeFs, Owner};
 use odmoe_fs::model::Model;
 
 /// Mount a model's tree with zeroes in all files, and stay until it is unmounted
@@ -38,7 +38,7 @@ struct Floor(OdmoeFs);
 fn main() -> anyhow::Result<()> {
     let cli = Cli::parse();
     let owner = Owner { uid: 0, gid: 0 };
-    let floor = Floor(OdmoeFs::new(Model::open(&cli.model)?, owner));
+    let floor = Floor(OdmoeFs::new(Model::open(&cli.model)?, owner, Cache::Page));
     let mut config = Config::default();
     config.mount_options = vec![
         MountOption::RO,
