@@ -16,10 +16,16 @@ use crate::tree::{From, Ino, Slice};
 pub const DEPTH_BYTES: u64 = 4 << 20;
 /// The first chunk of a stream is small, so that its reader waits little; the next ones grow.
 const FIRST_CHUNK_BYTES: u64 = 256 << 10;
+/// A look at a header reads no more than this: at once, or a few bytes after a few bytes, for which
+/// the kernel sends one request and then a larger one.
+const LOOK_BYTES: u64 = 128 << 10;
 /// How far apart requests of one reader may arrive, since several threads take them.
 const DISORDER_BYTES: u64 = 512 << 10;
 /// How many readers are known at a time. One that is forgotten is taken for a new one.
 const MAX_STREAMS: usize = 64;
+/// How many of them in one file: no more can have two buffers each. One who reads here and there
+/// would fill the table.
+const MAX_STREAMS_OF_FILE: usize = BUFFERS / 2;
 /// A stream that asked for nothing during so many requests of others may lose its chunks.
 const IDLE_REQUESTS: u64 = 256;
 
@@ -39,8 +45,9 @@ struct Stream {
     start: u64,
     /// Where the next request would begin.
     next: u64,
-    /// Requests that went beyond the header.
-    requests: u32,
+    /// Requests that went beyond the header, each from where the one before had ended: that others
+    /// are near may be chance.
+    in_order: u32,
     /// Up to here all was read or is being read.
     ahead: u64,
     chunks: VecDeque<Arc<Chunk>>,
@@ -67,7 +74,7 @@ impl Streams {
                 file,
                 start: range.start,
                 next: range.end,
-                requests: counts,
+                in_order: counts,
                 ahead: range.end,
                 chunks: VecDeque::new(),
                 last_used: self.now,
@@ -75,7 +82,9 @@ impl Streams {
             return Vec::new();
         };
         stream.last_used = self.now;
-        stream.requests = stream.requests.saturating_add(counts);
+        if range.start == stream.next {
+            stream.in_order = stream.in_order.saturating_add(counts);
+        }
         stream.next = stream.next.max(range.end);
         let holding = stream
             .chunks
@@ -94,9 +103,15 @@ impl Streams {
     }
 
     fn add(&mut self, stream: Stream) {
-        if self.streams.len() < MAX_STREAMS {
+        let of_file = |s: &Stream| s.file == stream.file;
+        let crowded = self.streams.iter().filter(|s| of_file(s)).count() >= MAX_STREAMS_OF_FILE;
+        if !crowded && self.streams.len() < MAX_STREAMS {
             self.streams.push(stream);
-        } else if let Some(oldest) = self.streams.iter_mut().min_by_key(|s| s.last_used) {
+            return;
+        }
+        let all = self.streams.iter_mut();
+        let replaceable = all.filter(|s| !crowded || of_file(s));
+        if let Some(oldest) = replaceable.min_by_key(|s| s.last_used) {
             *oldest = stream;
         }
     }
@@ -105,10 +120,12 @@ impl Streams {
     pub fn look_ahead(&mut self, model: &Model, file: Ino, end: u64) -> Vec<Arc<Chunk>> {
         let mut wanted = Vec::new();
         let found = |s: &Stream| s.file == file && s.start < end && end <= s.next;
-        let Some(index) = self.streams.iter().position(found) else {
+        let found = self.streams.iter().enumerate().filter(|(_, s)| found(s));
+        // Others have been here before.
+        let Some((index, stream)) = found.min_by_key(|(_, s)| s.next) else {
             return wanted;
         };
-        if self.streams[index].requests < 2 {
+        if stream.in_order < 2 || stream.next - stream.start <= LOOK_BYTES {
             return wanted;
         }
         // Another reader of the same file, such as another thread of one loader, reads the rest.
