@@ -53,6 +53,12 @@ impl Buffer {
     pub fn take() -> Option<Self> {
         FREE.lock().pop().map(Self)
     }
+
+    /// How many nobody uses.
+    #[cfg(test)]
+    pub fn unused() -> usize {
+        FREE.lock().len()
+    }
 }
 
 impl Drop for Buffer {

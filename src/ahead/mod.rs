@@ -15,6 +15,8 @@
 
 mod buffers;
 mod streams;
+#[cfg(test)]
+mod tests;
 
 use std::collections::VecDeque;
 use std::ops::Range;
