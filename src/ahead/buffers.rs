@@ -3,7 +3,9 @@
 //! They lie in huge pages where the kernel gives them: a device then writes each in one piece,
 //! which made direct reads of a virtual disk more than twice as fast (`docs/performance.md`).
 
+use std::iter::Take;
 use std::ops::{Deref, DerefMut};
+use std::slice::ChunksExactMut;
 use std::sync::LazyLock;
 
 use memmap2::{Advice, MmapMut};
@@ -16,22 +18,39 @@ pub const BUFFERS: usize = 32;
 /// The size of a huge page on x86-64, and on AArch64 with pages of 4 KiB.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
 
+/// The size of the smallest page.
+const PAGE_BYTES: usize = 4096;
+
 /// The buffers that nobody uses. Never unmapped: they are the process's for as long as it lives.
-static FREE: LazyLock<Mutex<Vec<&'static mut [u8]>>> = LazyLock::new(|| {
+static FREE: LazyLock<Mutex<Free>> = LazyLock::new(|| {
     // The kernel may place the map anywhere: one huge page more lets it start at one.
     let map = MmapMut::map_anon(BUFFERS * BUFFER_BYTES + HUGE_PAGE_BYTES);
     let Ok(map) = map else {
         tracing::warn!("no memory for reading ahead; sequential reads will be slower");
-        return Mutex::default();
+        return Mutex::new(Free::of(&mut []));
     };
     // Without huge pages it only is slower.
     let _ = advise_huge(&map);
     let map = Box::leak(Box::new(map));
     let start = map.as_ptr().align_offset(HUGE_PAGE_BYTES);
     let aligned = map.get_mut(start..).unwrap_or_default();
-    let buffers = aligned.chunks_exact_mut(BUFFER_BYTES).take(BUFFERS);
-    Mutex::new(buffers.collect())
+    Mutex::new(Free::of(aligned))
 });
+
+struct Free {
+    used_before: Vec<&'static mut [u8]>,
+    /// Address space, without memory yet.
+    fresh: Take<ChunksExactMut<'static, u8>>,
+}
+
+impl Free {
+    fn of(memory: &'static mut [u8]) -> Self {
+        Self {
+            used_before: Vec::with_capacity(BUFFERS),
+            fresh: memory.chunks_exact_mut(BUFFER_BYTES).take(BUFFERS),
+        }
+    }
+}
 
 #[cfg(target_os = "linux")]
 fn advise_huge(map: &MmapMut) -> std::io::Result<()> {
@@ -51,13 +70,27 @@ pub struct Buffer(&'static mut [u8]);
 impl Buffer {
     /// Takes a buffer that nobody uses.
     pub fn take() -> Option<Self> {
-        FREE.lock().pop().map(Self)
+        let mut free = FREE.lock();
+        if let Some(buffer) = free.used_before.pop() {
+            return Some(Self(buffer));
+        }
+        let buffer = free.fresh.next()?;
+        // Where there is no memory yet, Btrfs reads through the page cache.
+        buffer.chunks_mut(PAGE_BYTES).for_each(|page| page[0] = 0);
+        Some(Self(buffer))
+    }
+
+    /// How many nobody uses.
+    #[cfg(test)]
+    pub fn unused() -> usize {
+        let free = FREE.lock();
+        free.used_before.len() + free.fresh.len()
     }
 }
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        FREE.lock().push(std::mem::take(&mut self.0));
+        FREE.lock().used_before.push(std::mem::take(&mut self.0));
     }
 }
 

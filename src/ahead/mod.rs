@@ -16,6 +16,8 @@
 
 mod buffers;
 mod streams;
+#[cfg(test)]
+mod tests;
 
 use std::collections::VecDeque;
 use std::ops::Range;

@@ -17,6 +17,9 @@ use crate::tree::{From, Ino, Slice};
 pub const DEPTH_BYTES: u64 = 4 << 20;
 /// The first chunk of a stream is small, so that its reader waits little; the next ones grow.
 const FIRST_CHUNK_BYTES: u64 = 256 << 10;
+/// A look at a header reads no more than this: at once, or a few bytes after a few bytes, for which
+/// the kernel sends one request and then a larger one.
+const LOOK_BYTES: u64 = 128 << 10;
 /// How far apart requests of one reader may arrive, since several threads take them.
 const DISORDER_BYTES: u64 = 512 << 10;
 /// How many readers are known at a time. One that is forgotten is taken for a new one.
@@ -26,6 +29,9 @@ const MAX_STREAMS: usize = 64;
 const SCATTERED_REQUESTS: usize = 4;
 /// The largest file that is read whole for that: all buffers hold it.
 const WHOLE_FILE_BYTES: u64 = (BUFFERS * BUFFER_BYTES) as u64;
+/// How many of them in one file: no more can have two buffers each. One who reads here and there
+/// would fill the table.
+const MAX_STREAMS_OF_FILE: usize = BUFFERS / 2;
 /// A stream that asked for nothing during so many requests of others may lose its chunks.
 const IDLE_REQUESTS: u64 = 256;
 
@@ -45,13 +51,14 @@ struct Stream {
     start: u64,
     /// Where the next request would begin.
     next: u64,
-    /// Requests that went beyond the header.
-    requests: u32,
+    /// Requests that went beyond the header, each from where the one before had ended: that others
+    /// are near may be chance.
+    in_order: u32,
     /// Up to here all was read or is being read.
     ahead: u64,
     chunks: VecDeque<Arc<Chunk>>,
     last_used: u64,
-    /// Reads here and there: all of the file is its, and nothing is ever passed.
+    /// Reads here and there: all requests for the file are its, and it never gets on.
     whole: bool,
 }
 
@@ -66,11 +73,7 @@ impl Stream {
 
     /// Forgets chunks of which nothing more will be asked for.
     fn drop_used(&mut self) {
-        let passed = if self.whole {
-            0
-        } else {
-            self.next.saturating_sub(DISORDER_BYTES)
-        };
+        let passed = self.next.saturating_sub(DISORDER_BYTES);
         self.chunks
             .retain(|chunk| chunk.file.end > passed && !chunk.is_used_up());
     }
@@ -93,7 +96,7 @@ impl Streams {
                 file,
                 start: range.start,
                 next: range.end,
-                requests: counts,
+                in_order: counts,
                 ahead: range.end,
                 chunks: VecDeque::new(),
                 last_used: self.now,
@@ -103,8 +106,12 @@ impl Streams {
             return Vec::new();
         };
         stream.last_used = self.now;
-        stream.requests = stream.requests.saturating_add(counts);
-        stream.next = stream.next.max(range.end);
+        if !stream.whole {
+            if range.start == stream.next {
+                stream.in_order = stream.in_order.saturating_add(counts);
+            }
+            stream.next = stream.next.max(range.end);
+        }
         let holding = stream
             .chunks
             .iter()
@@ -118,8 +125,8 @@ impl Streams {
     /// somebody reads it in order.
     fn note_stray(&mut self, file: Ino, header: u64, size: u64) {
         let of_file = || self.streams.iter().filter(|s| s.file == file);
-        let strays = of_file().filter(|s| s.requests == 1).count();
-        let in_order = of_file().any(|s| s.requests > 2);
+        let strays = of_file().filter(|s| s.in_order == 1).count();
+        let in_order = of_file().any(|s| s.in_order > 2);
         if strays < SCATTERED_REQUESTS || in_order || size > WHOLE_FILE_BYTES {
             return;
         }
@@ -128,7 +135,7 @@ impl Streams {
             file,
             start: header,
             next: header,
-            requests: 2,
+            in_order: 0,
             ahead: header,
             chunks: VecDeque::new(),
             last_used: self.now,
@@ -137,9 +144,15 @@ impl Streams {
     }
 
     fn add(&mut self, stream: Stream) {
-        if self.streams.len() < MAX_STREAMS {
+        let of_file = |s: &Stream| s.file == stream.file;
+        let crowded = self.streams.iter().filter(|s| of_file(s)).count() >= MAX_STREAMS_OF_FILE;
+        if !crowded && self.streams.len() < MAX_STREAMS {
             self.streams.push(stream);
-        } else if let Some(oldest) = self.streams.iter_mut().min_by_key(|s| s.last_used) {
+            return;
+        }
+        let all = self.streams.iter_mut();
+        let replaceable = all.filter(|s| !crowded || of_file(s));
+        if let Some(oldest) = replaceable.min_by_key(|s| s.last_used) {
             *oldest = stream;
         }
     }
@@ -148,10 +161,13 @@ impl Streams {
     pub fn look_ahead(&mut self, model: &Model, file: Ino, end: u64) -> Vec<Arc<Chunk>> {
         let mut wanted = Vec::new();
         let found = |s: &Stream| s.file == file && (s.whole || s.start < end && end <= s.next);
-        let Some(index) = self.streams.iter().position(found) else {
+        let found = self.streams.iter().enumerate().filter(|(_, s)| found(s));
+        // Others have been here before.
+        let Some((index, stream)) = found.min_by_key(|(_, s)| s.next) else {
             return wanted;
         };
-        if self.streams[index].requests < 2 {
+        let only_looks = stream.in_order < 2 || stream.next - stream.start <= LOOK_BYTES;
+        if only_looks && !stream.whole {
             return wanted;
         }
         // Another reader of the same file, such as another thread of one loader, reads the rest.
@@ -163,26 +179,26 @@ impl Streams {
         let limit = others.map(|s| s.start).min().unwrap_or(size);
         let stream = &mut self.streams[index];
         stream.drop_used();
-        if stream.next >= size && !stream.whole {
+        if stream.next >= size {
             stream.chunks.clear();
+        }
+        if stream.whole && stream.ahead >= size && stream.chunks.is_empty() {
+            // All was given out. Who comes now is a new reader.
+            self.streams.swap_remove(index);
+            return wanted;
         }
         let active = self.streams.iter().filter(|s| !s.chunks.is_empty()).count();
         let share = (BUFFERS / active.max(1)).max(2);
         loop {
             let stream = &self.streams[index];
-            let (start, target) = if stream.whole {
-                (stream.ahead, size)
-            } else {
-                (
-                    stream.ahead.max(stream.next),
-                    (stream.next + DEPTH_BYTES).min(limit),
-                )
-            };
+            let depth = if stream.whole { size } else { DEPTH_BYTES };
+            let start = stream.ahead.max(stream.next);
+            let target = (stream.next + depth).min(limit);
             if start >= target || stream.chunks.len() >= share {
                 return wanted;
             }
             let grown = (start - stream.start).max(FIRST_CHUNK_BYTES);
-            let longest = if stream.whole { size } else { limit } - start;
+            let longest = limit - start;
             let Some(slice) = model.tree().slices(file, start, longest).next() else {
                 return wanted;
             };
@@ -242,8 +258,9 @@ impl Streams {
     /// Takes their chunks from readers that seem to have stopped.
     fn forget_idle(&mut self) {
         let now = self.now;
-        let idle = |s: &&mut Stream| s.last_used + IDLE_REQUESTS < now;
-        for stream in self.streams.iter_mut().filter(idle) {
+        let is_idle = |s: &Stream| s.last_used + IDLE_REQUESTS < now;
+        self.streams.retain(|s| !(s.whole && is_idle(s)));
+        for stream in self.streams.iter_mut().filter(|s| is_idle(s)) {
             stream.ahead = stream.next;
             stream.chunks.clear();
         }

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -109,7 +110,8 @@ impl Plan<'_> {
             let len = (range.end - offset).min(expected.len() as u64) as usize;
             let (expected, found) = (&mut expected[..len], &mut found[..len]);
             self.model.read_at(ino, offset, expected)?;
-            let read = read::read_exact_uncached(file, found, offset);
+            let plainly = |buffer: &mut [u8], offset| file.read_exact_at(buffer, offset);
+            let read = read::read_exact_uncached(file, found, offset, plainly);
             read.map_err(|e| io_error("read", &self.path(ino))(e))?;
             if expected != found {
                 let same = expected.iter().zip(&*found).take_while(|(a, b)| a == b);

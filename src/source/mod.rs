@@ -30,8 +30,10 @@ pub use open::{OpenError, open};
 
 use crate::sys;
 pub use crate::sys::process::raise_descriptor_limit;
+pub use crate::sys::read::DIRECT_ALIGNMENT;
 use crate::sys::read::{
-    cached_pages, only_what_is_read, read_exact_uncached, reopen_direct, takes_uncached_reads,
+    cached_pages, only_what_is_read, read_exact_direct, read_exact_uncached, reopen_direct,
+    takes_uncached_reads,
 };
 
 /// The open parts of a model.
@@ -52,10 +54,6 @@ pub enum PageCache {
     /// What was there stays, nothing is added, as far as kernel and file system allow.
     Unchanged,
 }
-
-/// Direct reads start at, end at and go to multiples of this: the largest sector of disks, and a
-/// page.
-pub const DIRECT_ALIGNMENT: u64 = 4096;
 
 #[derive(Debug)]
 struct PartFile {
@@ -152,7 +150,7 @@ impl Source {
         part.with_file(|file| {
             let read = match self.page_cache {
                 PageCache::Filled => file.read_exact_at(buffer, offset),
-                PageCache::Unchanged => read_exact_uncached(file, buffer, offset),
+                PageCache::Unchanged => part.read_unchanged(file, buffer, offset),
             };
             part.checked(file, offset, read)
         })
@@ -173,7 +171,7 @@ impl Source {
             let read = if read {
                 Ok(())
             } else {
-                read_exact_uncached(file, &mut buffer[..wanted], offset)
+                part.read_unchanged(file, &mut buffer[..wanted], offset)
             };
             part.checked(file, offset, read)
         })
@@ -181,12 +179,8 @@ impl Source {
 
     /// Whether a range of a part is in the page cache, so that reading it costs no disk.
     pub fn is_cached(&self, part: u32, offset: u64, bytes: u64) -> bool {
-        let first = offset / DIRECT_ALIGNMENT;
-        let end = (offset + bytes).div_ceil(DIRECT_ALIGNMENT);
-        // Pages may be larger, which only makes this say no.
         let file = self.parts[part as usize].file.as_ref();
-        file.and_then(|file| cached_pages(file, offset, bytes).ok())
-            .is_some_and(|pages| pages >= end - first)
+        file.is_some_and(|file| is_cached(file, offset, bytes))
     }
 
     /// Fails if a part has changed since it was opened.
@@ -241,6 +235,19 @@ impl PartFile {
         let file = self.file.as_ref()?;
         let direct = self.direct.get_or_init(|| reopen_direct(file).ok());
         direct.as_ref()
+    }
+
+    /// Fills the buffer, and leaves the page cache as it was if that can be done.
+    fn read_unchanged(&self, file: &File, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        read_exact_uncached(file, buffer, offset, |buffer, offset| {
+            // Btrfs, and every file system before Linux 6.14.
+            let direct = self.direct();
+            let direct = direct.filter(|_| !is_cached(file, offset, buffer.len() as u64));
+            if direct.is_some_and(|direct| read_exact_direct(direct, buffer, offset).is_ok()) {
+                return Ok(());
+            }
+            file.read_exact_at(buffer, offset)
+        })
     }
 
     /// Uses the file, opened again where it is not kept open, unless it is known to have changed.
@@ -308,6 +315,14 @@ impl PartFile {
             cause,
         }
     }
+}
+
+/// Whether a range of a file is in the page cache.
+fn is_cached(file: &File, offset: u64, bytes: u64) -> bool {
+    let first = offset / DIRECT_ALIGNMENT;
+    let end = (offset + bytes).div_ceil(DIRECT_ALIGNMENT);
+    // Pages may be larger, which only makes this say no.
+    cached_pages(file, offset, bytes).is_ok_and(|pages| pages >= end - first)
 }
 
 /// Opens a file for reading if it is a regular one; never waits for the writer of a FIFO.

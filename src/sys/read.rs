@@ -1,15 +1,30 @@
 //! Reading by range, and what becomes of the page cache. Off Linux, reads are plain ones.
 
+use std::cell::RefCell;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
 use super::copy::is_refusal;
 
+/// Direct reads start at, end at and go to multiples of this: the largest sector of disks, and a
+/// page.
+pub const DIRECT_ALIGNMENT: u64 = 4096;
+
+thread_local! {
+    /// Memory for direct reads of any place and length; it grows to the largest of them.
+    static ALIGNED: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
 /// Fills the buffer from `offset`. What the read brings into the page cache leaves it again, and
-/// what was there stays, where the kernel and the file system can do that (`RWF_DONTCACHE`, Linux
-/// 6.14).
-pub fn read_exact_uncached(file: &File, mut buffer: &mut [u8], mut offset: u64) -> io::Result<()> {
+/// what was there stays (`RWF_DONTCACHE`, Linux 6.14). Where the kernel or the file system cannot
+/// do that, `otherwise` is to fill what it is given.
+pub fn read_exact_uncached(
+    file: &File,
+    mut buffer: &mut [u8],
+    mut offset: u64,
+    otherwise: impl FnOnce(&mut [u8], u64) -> io::Result<()>,
+) -> io::Result<()> {
     while !buffer.is_empty() {
         match imp::read_uncached(file, buffer, offset) {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
@@ -18,11 +33,32 @@ pub fn read_exact_uncached(file: &File, mut buffer: &mut [u8], mut offset: u64) 
                 offset += read as u64;
             }
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) if is_refusal(&e) => return file.read_exact_at(buffer, offset),
+            Err(e) if is_refusal(&e) => return otherwise(buffer, offset),
             Err(e) => return Err(e),
         }
     }
     Ok(())
+}
+
+/// Fills the buffer from `offset` of a file that was [opened for direct reads](reopen_direct).
+pub fn read_exact_direct(direct: &File, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+    let first = offset - offset % DIRECT_ALIGNMENT;
+    let skip = (offset - first) as usize;
+    let wanted = skip + buffer.len();
+    let alignment = DIRECT_ALIGNMENT as usize;
+    let aligned = wanted.next_multiple_of(alignment);
+    ALIGNED.with_borrow_mut(|space| {
+        if space.len() < aligned + alignment {
+            space.resize(aligned + alignment, 0);
+        }
+        let start = space.as_ptr().align_offset(alignment);
+        let space = &mut space[start..start + aligned];
+        if direct.read_at(space, first)? < wanted {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        buffer.copy_from_slice(&space[skip..wanted]);
+        Ok(())
+    })
 }
 
 /// Whether reads of a file can leave the page cache as it was. Reads one byte, if there is one.

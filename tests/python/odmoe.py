@@ -1,6 +1,8 @@
 """Running the binary as a user would, and mounts that never outlive a test."""
 
+import collections
 import contextlib
+import ctypes
 import dataclasses
 import json
 import os
@@ -21,6 +23,9 @@ SPARSE_GGUF = BINARY.parent / "examples" / "sparse_gguf"
 
 # A Python that every user can run: the one of the tests may lie in a closed home.
 PYTHON = shutil.which("python3", path="/usr/local/bin:/usr/bin:/bin") or sys.executable
+
+KIB = 1 << 10
+MIB = 1 << 20
 
 # Long enough for a slow machine: nothing here is measured, but a hang must end.
 PATIENCE = 120
@@ -113,6 +118,56 @@ def sparse_gguf(table, out, *flags):
     return [out] if out.exists() else sorted(out.parent.glob(f"{out.name.removesuffix('.gguf')}-*-of-*.gguf"))
 
 
+def expert_gguf(folder, *flags, experts=8, rows=2048):
+    """Writes a model that is nearly all experts, every word of it another one; each has 3.4 MiB, more with more rows."""
+    kv = {"general.architecture": "moe", "moe.block_count": 1, "moe.expert_count": experts, "moe.expert_used_count": 2}
+    stacks = {"down": [rows, 1024], "gate": [1024, rows], "up": [1024, rows]}
+    tensors = [[f"blk.0.ffn_{name}_exps.weight", [*dims, experts], "Q4_K"] for name, dims in stacks.items()]
+    table = folder / "table.json"
+    table.write_text(json.dumps({"kv": kv, "tensors": [*tensors, ["output_norm.weight", [1000], "F32"]]}))
+    return sparse_gguf(table, folder / "model.gguf", *(flags or ["--fill-words"]))[0]
+
+
+# --- file systems and caches ----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def file_system(kind, folder, size):
+    """A file system of its own, mounted below a folder; nothing is left of it."""
+    at = Path(folder) / f"on-{kind}"
+    at.mkdir()
+    image = at.with_suffix(".img")
+    try:
+        if kind == "tmpfs":
+            subprocess.run(["mount", "-t", kind, "-o", f"size={size}", "none", at], check=True)
+        else:
+            with image.open("wb") as file:
+                file.truncate(size)
+            subprocess.run([f"mkfs.{kind}", "-q", image], check=True, capture_output=True)
+            subprocess.run(["mount", "-o", "loop", image, at], check=True)
+        yield at
+    finally:
+        # Not there if mounting failed.
+        subprocess.run(["umount", at], check=False, capture_output=True)
+        image.unlink(missing_ok=True)
+
+
+def evict(path):
+    with Path(path).open("rb") as file:
+        os.fsync(file)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def cached(file):
+    """Bytes of an open file that are in the page cache."""
+    cachestat = 451  # on every architecture; Linux 6.5
+    counts = (ctypes.c_uint64 * 5)()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(cachestat, file.fileno(), (ctypes.c_uint64 * 2)(0, 0), counts, 0) != 0:
+        raise OSError(ctypes.get_errno(), "cachestat")
+    return counts[0] * os.sysconf("SC_PAGESIZE")
+
+
 # --- mounts ---------------------------------------------------------------------------------------------------------
 
 
@@ -200,6 +255,12 @@ def daemon_of(where):
     mine = os.fsencode(where)
     (pid,) = [int(p) for p in os.listdir("/proc") if p.isdigit() and mine in words(p) and b"mount" in words(p)]
     return pid
+
+
+def counters(pid):
+    """What a process has read and written, by system calls (`syscr`, `rchar`, ...) and of disks (`read_bytes`, ...)."""
+    lines = Path(f"/proc/{pid}/io").read_text().splitlines()
+    return collections.Counter({name: int(n) for name, n in (line.split(": ") for line in lines)})
 
 
 # --- trees ----------------------------------------------------------------------------------------------------------

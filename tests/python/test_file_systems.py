@@ -14,36 +14,30 @@ from pathlib import Path
 
 import pytest
 
-from odmoe import BINARY, DOCUMENTS, fail, files_of, needs_root, odmoe, run, sparse_gguf, succeed, wait_for
+from odmoe import (
+    BINARY,
+    DOCUMENTS,
+    MIB,
+    counters,
+    evict,
+    expert_gguf,
+    fail,
+    file_system,
+    files_of,
+    needs_root,
+    odmoe,
+    run,
+    sparse_gguf,
+    succeed,
+    wait_for,
+)
 
 pytestmark = needs_root
 
-MIB = 1 << 20
 SHARING = ["xfs", "btrfs"]
-EXPERTS = 8
-# One matrix of an expert is 288 pages: all of an expert can be shared, but the pages that two matrices meet in.
+# Bytes of one matrix of an expert of `expert_gguf`, 288 pages: all of an expert can be shared, but the pages that two
+# matrices meet in.
 MATRIX = 1024 * 2048 // 256 * 144
-
-
-@contextlib.contextmanager
-def file_system(kind, folder, size):
-    """A file system of its own, mounted below a folder; nothing is left of it."""
-    at = Path(folder) / f"on-{kind}"
-    at.mkdir()
-    image = at.with_suffix(".img")
-    try:
-        if kind == "tmpfs":
-            subprocess.run(["mount", "-t", kind, "-o", f"size={size}", "none", at], check=True)
-        else:
-            with image.open("wb") as file:
-                file.truncate(size)
-            subprocess.run([f"mkfs.{kind}", "-q", image], check=True, capture_output=True)
-            subprocess.run(["mount", "-o", "loop", image, at], check=True)
-        yield at
-    finally:
-        # Not there if mounting failed.
-        subprocess.run(["umount", at], check=False, capture_output=True)
-        image.unlink(missing_ok=True)
 
 
 @pytest.fixture
@@ -53,23 +47,9 @@ def room_for(tmp_path):
         yield lambda kind, size=400 * MIB: stack.enter_context(file_system(kind, tmp_path, size))
 
 
-def table(folder, experts=EXPERTS):
-    """A model that is nearly all experts, whose number is what its size is about: 3.4 MiB each."""
-    kv = {"general.architecture": "moe", "moe.block_count": 1, "moe.expert_count": experts, "moe.expert_used_count": 2}
-    stacks = {"down": [2048, 1024], "gate": [1024, 2048], "up": [1024, 2048]}
-    tensors = [[f"blk.0.ffn_{name}_exps.weight", [*dims, experts], "Q4_K"] for name, dims in stacks.items()]
-    path = folder / "table.json"
-    path.write_text(json.dumps({"kv": kv, "tensors": [*tensors, ["output_norm.weight", [1000], "F32"]]}))
-    return path
-
-
-def write_model(folder, *flags, experts=EXPERTS):
-    return sparse_gguf(table(folder, experts), folder / "model.gguf", *(flags or ["--fill-words"]))[0]
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("model"))
+    return expert_gguf(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +182,7 @@ def test_a_disk_that_fills_up_meanwhile_costs_no_file_its_truth(model, whole, ro
 @pytest.mark.parametrize("kind", ["ext4", "xfs"])
 def test_holes_of_the_model_stay_holes(room_for, kind):
     at = room_for(kind)
-    sparse = write_model(at, "--fill-words")
+    sparse = expert_gguf(at)
     # Odd places, so that holes end within pages of the files.
     for start, length in [(MIB, 5 * MIB + 4096), (MATRIX * 9, MATRIX), (MATRIX * 20, 3 * MATRIX)]:
         start -= start % 4096
@@ -234,7 +214,7 @@ def test_a_model_of_hundreds_of_gigabytes_of_holes_takes_memory_and_disk_for_non
 
 
 def test_memory_does_not_grow_with_what_is_copied(tmp_path):
-    model = write_model(tmp_path, experts=64)
+    model = expert_gguf(tmp_path, experts=64)
     limit = 100 * MIB
     held = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))}
     succeed("materialize", model, tmp_path / "out", "--jobs", 8, "--verify", **held)
@@ -244,19 +224,13 @@ def bytes_read(*arguments):
     """What a run has read by system calls, of whatever file."""
     process = subprocess.Popen([BINARY, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    counts = dict(line.split(": ") for line in Path(f"/proc/{process.pid}/io").read_text().splitlines())
+    read = counters(process.pid)["rchar"]
     assert process.wait() == 0
-    return int(counts["rchar"])
+    return read
 
 
 def resident(path):
     return int(run("fincore", "-b", "-n", "-r", "-o", "RES", path).stdout)
-
-
-def evict(path):
-    with Path(path).open("rb") as file:
-        os.fsync(file)
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def headers(whole):
@@ -371,5 +345,5 @@ def test_a_dry_run_says_what_is_shared_copied_and_left_out(model, room_for):
     assert "MiB share disk blocks" in shares and " 0 B share disk blocks" in copies
     assert " 0 B are holes" in shares
     assert sorted(os.listdir(xfs)) == names
-    holes = write_model(xfs, "--alignment", 32)
+    holes = expert_gguf(xfs, "--alignment", 32)
     assert "MiB are holes" in figures(holes, xfs / "out")

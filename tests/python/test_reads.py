@@ -1,24 +1,41 @@
 """Ways of reading: whatever calls a program makes, it gets the same bytes, all that it asked for and that the file has."""
 
+import contextlib
 import mmap
 import os
 import random
+import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
+import mlx.core as mx
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 import models
-from odmoe import DOCUMENTS, mounted
+from odmoe import DOCUMENTS, MIB, evict, file_system, mounted, needs_root
 from reference import Shown, read_header
 
+OPTIONS = {
+    "by default": [],
+    "direct": ["--cache", "direct"],
+    "direct with one thread": ["--cache", "direct", "--threads", "1"],
+    "with one thread": ["--threads", "1"],
+    "with the source kept": ["--keep-source-cache"],
+}
 
-@pytest.fixture(scope="module")
-def large(tmp_path_factory):
+
+def write_large(folder):
     """Experts of a megabyte, in two parts: large enough for reads that the kernel cuts up."""
+    return models.write_small(folder, rows=1201, split_max_tensors=6)
+
+
+@pytest.fixture(scope="module", params=OPTIONS)
+def large(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("large")
-    paths = models.write_small(folder, rows=1201, split_max_tensors=6)
-    with mounted(paths[0], folder / "mnt") as root:
+    paths = write_large(folder)
+    with mounted(paths[0], folder / "mnt", *OPTIONS[request.param]) as root:
         yield Shown(paths, root)
 
 
@@ -52,6 +69,93 @@ def read_direct(path):
 def read_on(path, chunk):
     with open(path, "rb", buffering=0) as file:
         return b"".join(iter(lambda: file.read(chunk), b""))
+
+
+def read_by_safe_open(path):
+    """The tensors, in the order of the file."""
+    places = read_header(path).tensors
+    with safe_open(path, framework="np") as file:
+        keys = sorted(file.keys(), key=lambda key: places[key]["data_offsets"])
+        return b"".join(file.get_tensor(key).tobytes() for key in keys)
+
+
+def read_by_mlx(path):
+    places, loaded = read_header(path).tensors, mx.load(str(path))
+    keys = sorted(loaded, key=lambda key: places[key]["data_offsets"])
+    return b"".join(np.array(loaded[key].flatten().view(mx.uint8)).tobytes() for key in keys)
+
+
+WAYS = {
+    "shared map": lambda path: np.memmap(path, mode="r").tobytes(),
+    "direct": read_direct,
+    "by blocks of the kernel": lambda path: read_on(path, 128 << 10),
+    "by odd blocks": lambda path: read_on(path, 70_000),
+    "safe_open": read_by_safe_open,
+    "MLX": read_by_mlx,
+}
+
+
+def assert_all_ways_agree(shown):
+    """Each file is first read in another way, so that each way meets what nobody has read yet."""
+    ways = list(WAYS.items())
+    for n, name in enumerate(shown.expert_files()):
+        for part in shown.paths:
+            evict(part)
+        whole, start = expected(shown, name), read_header(shown.root / name).start
+        for way, read in ways[n % len(ways) :] + ways[: n % len(ways)]:
+            got = read(shown.root / name)
+            assert got == (whole[start:] if read in (read_by_safe_open, read_by_mlx) else whole), f"{name}: {way}"
+
+
+def test_all_ways_of_reading_agree(large):
+    assert_all_ways_agree(large)
+
+
+@contextlib.contextmanager
+def read_only(folder):
+    """What was put into a folder, where nothing can be written."""
+    at = folder / "read-only"
+    at.mkdir()
+    subprocess.run(["mount", "--bind", folder / "store", at], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", at], check=True)
+        yield at
+    finally:
+        subprocess.run(["umount", at], check=True)
+
+
+@contextlib.contextmanager
+def overlay(folder):
+    """What was put into a folder, as a container shows it."""
+    at, upper, work = (folder / name for name in ("overlay", "upper", "work"))
+    for path in (at, upper, work):
+        path.mkdir()
+    options = f"lowerdir={folder / 'store'},upperdir={upper},workdir={work}"
+    subprocess.run(["mount", "-t", "overlay", "-o", options, "none", at], check=True)
+    try:
+        yield at
+    finally:
+        subprocess.run(["umount", at], check=True)
+
+
+@contextlib.contextmanager
+def in_memory(folder):
+    with file_system("tmpfs", folder, 64 * MIB) as at:
+        for path in (folder / "store").iterdir():
+            shutil.copy(path, at)
+        yield at
+
+
+@needs_root
+@pytest.mark.parametrize("options", ["by default", "direct"])
+@pytest.mark.parametrize("place", [read_only, overlay, in_memory])
+def test_all_ways_of_reading_agree_wherever_the_model_lies(tmp_path, place, options):
+    (tmp_path / "store").mkdir()
+    paths = write_large(tmp_path / "store")
+    with place(tmp_path) as at:
+        paths = [at / path.name for path in paths]
+        with mounted(paths[0], tmp_path / "mnt", *OPTIONS[options]) as root:
+            assert_all_ways_agree(Shown(paths, root))
 
 
 def test_maps_direct_reads_and_plain_reads_agree_on_every_file(shown):

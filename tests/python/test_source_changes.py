@@ -7,7 +7,7 @@ import resource
 import pytest
 
 import models
-from odmoe import ask, foreground, mounted, needs_root, sparse_gguf
+from odmoe import KIB, MIB, ask, evict, expert_gguf, foreground, mounted, needs_root, sparse_gguf
 from reference import Shown
 
 
@@ -107,6 +107,75 @@ def test_a_source_that_is_moved_away_is_read_as_before(large, change):
             path.chmod(0)
     for name in large.expert_files():
         assert_reads_well(large, name)
+
+
+@pytest.fixture
+def in_mid_stream(tmp_path):
+    """A mounted model, and one of its experts, of 8 MiB, whose first MiB was just read in order: more was read ahead."""
+    model = expert_gguf(tmp_path, experts=2, rows=5120)
+    with mounted(model, tmp_path / "mnt") as root:
+        shown = Shown([model], root)
+        _ = shown.bytes, shown.layout  # before they change
+        evict(model)
+        with open(root / expert(0, 1), "rb", buffering=0) as file:
+            for at in range(0, MIB, 128 * KIB):
+                assert len(os.pread(file.fileno(), 128 * KIB, at)) == 128 * KIB
+            yield shown, model, file.fileno()
+
+
+def payload(shown, name):
+    """Where the payload of a file starts, and its bytes."""
+    found = list(pieces(shown, name))
+    return found[0][0], b"".join(wanted for _, _, wanted in found)
+
+
+def touch(model):
+    os.utime(model, ns=(0, 0))
+
+
+def cut(model):
+    os.truncate(model, model.stat().st_size - MIB)
+
+
+def grow(model):
+    with open(model, "ab") as file:
+        file.write(b"more")
+
+
+def rewrite(model):
+    size = model.stat().st_size
+    with open(model, "r+b") as file:
+        file.write(b"\xee" * size)
+
+
+@pytest.mark.parametrize("change", [touch, cut, grow, rewrite])
+def test_a_reader_in_mid_stream_is_told_of_a_change_in_place(in_mid_stream, change):
+    shown, model, fd = in_mid_stream
+    start, whole = payload(shown, expert(0, 1))
+    change(model)
+    # The kernel has a little more than was read, in its own cache; what we have read ahead goes on behind that.
+    for at in range(MIB + 512 * KIB, len(whole), 512 * KIB):
+        with pytest.raises(OSError) as caught:
+            os.pread(fd, 4096, at)
+        assert caught.value.errno == errno.EIO
+    assert os.pread(fd, MIB - start, start) == whole[: MIB - start]  # what is cached stays
+    assert_lives(shown)
+
+
+@pytest.mark.parametrize("change", ["deleted", "replaced"])
+def test_a_reader_in_mid_stream_reads_on_when_the_source_is_moved_away(in_mid_stream, change):
+    shown, model, fd = in_mid_stream
+    if change == "deleted":
+        model.unlink()
+    else:
+        other = model.with_suffix(".new")
+        other.write_bytes(b"\xee" * model.stat().st_size)
+        other.replace(model)
+    start, whole = payload(shown, expert(0, 1))
+    for at in range(0, len(whole), 128 * KIB):
+        assert os.pread(fd, 128 * KIB, start + at) == whole[at : at + 128 * KIB]
+    assert_reads_well(shown, expert(0, 0))
+    assert_lives(shown)
 
 
 def test_a_part_that_must_be_opened_again_is_never_taken_from_another_file(tmp_path):

@@ -1,0 +1,532 @@
+//! Reading ahead shows in nothing but time: bytes, errors and memory are tested here, and what is
+//! read ahead for whom.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use parking_lot::MutexGuard;
+use proptest::prelude::*;
+use proptest::sample::Index;
+use proptest::test_runner::TestRunner;
+use tempfile::TempDir;
+
+use super::buffers::BUFFERS;
+use super::streams::DEPTH_BYTES;
+use super::*;
+use crate::gguf::write::Writer;
+use crate::gguf::{GgmlType, Value};
+use crate::source::PageCache;
+use crate::sys;
+
+const KIB: u64 = 1 << 10;
+const MIB: u64 = 1 << 20;
+/// What the kernel asks for at a time.
+const REQUEST_BYTES: u64 = 128 * KIB;
+
+/// One layer of experts on disk, alone with the buffers of the process.
+struct Sample {
+    _folder: TempDir,
+    paths: Vec<PathBuf>,
+    model: Arc<Model>,
+    _alone: MutexGuard<'static, ()>,
+}
+
+/// What a model is made of.
+#[derive(Debug, Clone, Copy)]
+struct Kind {
+    experts: u64,
+    /// Of each matrix, a row having 1024 numbers.
+    rows: u64,
+    /// `F32` rows are pages, so that pages of files are pages of the model; those of `Q8_0` have
+    /// 1088 bytes.
+    ggml_type: &'static str,
+    /// One for each matrix, or one for all.
+    parts: usize,
+    /// Whether payloads are holes.
+    sparse: bool,
+}
+
+impl Kind {
+    const fn sparse(experts: u64, rows: u64) -> Self {
+        Self {
+            experts,
+            rows,
+            ggml_type: "F32",
+            parts: 1,
+            sparse: true,
+        }
+    }
+
+    fn write(self, folder: &Path) -> Vec<PathBuf> {
+        let matrices = ["down", "gate", "up"];
+        let each = matrices.len() / self.parts;
+        let write_part = |(part, matrices): (usize, &[&str])| {
+            let mut writer = Writer::new();
+            let alignment = if self.ggml_type == "F32" { 4096 } else { 32 };
+            writer.key_value("general.alignment", &Value::U32(alignment));
+            writer.key_value("split.no", &Value::U16(part as u16));
+            writer.key_value("split.count", &Value::U16(self.parts as u16));
+            writer.key_value("split.tensors.count", &Value::I32(3));
+            for matrix in matrices {
+                let name = format!("blk.0.ffn_{matrix}_exps.weight");
+                let ggml_type = GgmlType::from_name(self.ggml_type).unwrap();
+                writer.tensor(&name, &[1024, self.rows, self.experts], ggml_type);
+            }
+            let written = writer.header();
+            let mut bytes = written.bytes;
+            if !self.sparse {
+                while (bytes.len() as u64) < written.file_bytes {
+                    let word = scramble(part as u64, bytes.len() as u64);
+                    bytes.extend_from_slice(&word.to_le_bytes());
+                }
+                bytes.truncate(written.file_bytes as usize);
+            }
+            let path = folder.join(format!("m-{:05}-of-{:05}.gguf", part + 1, self.parts));
+            fs::write(&path, bytes).unwrap();
+            let file = File::options().write(true).open(&path).unwrap();
+            file.set_len(written.file_bytes).unwrap();
+            file.sync_all().unwrap();
+            path
+        };
+        (0..).zip(matrices.chunks(each)).map(write_part).collect()
+    }
+
+    fn make(self) -> Sample {
+        static ALONE: Mutex<()> = Mutex::new(());
+        let alone = ALONE.lock();
+        // Threads of the test before may still give some back.
+        wait_for(|| Buffer::unused() == BUFFERS);
+        // Beside this program, on a disk: files of a /tmp in memory are never read from one.
+        let program = std::env::current_exe().unwrap();
+        let folder = tempfile::tempdir_in(program.parent().unwrap()).unwrap();
+        let paths = self.write(folder.path());
+        let mut model = Model::open(&paths[0]).unwrap();
+        model.set_page_cache(PageCache::Unchanged);
+        let sample = Sample {
+            _folder: folder,
+            paths,
+            model: Arc::new(model),
+            _alone: alone,
+        };
+        sample.evict();
+        sample
+    }
+}
+
+/// Words that no other place has.
+fn scramble(part: u64, place: u64) -> u64 {
+    let z = (part << 48 | place).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    (z ^ z >> 29).wrapping_mul(0xbf58_476d_1ce4_e5b9) ^ part
+}
+
+impl Sample {
+    /// Takes the model out of the page cache.
+    fn evict(&self) {
+        let files = self.paths.iter().map(|path| File::open(path).unwrap());
+        files.for_each(|file| sys::read::forget(&file));
+    }
+
+    fn experts(&self) -> Vec<Ino> {
+        let tree = self.model.tree();
+        let all = tree.children(tree.find("experts").unwrap()).unwrap();
+        all.filter(|&file| tree.name(file) != Some("registry.json"))
+            .collect()
+    }
+
+    fn size(&self, file: Ino) -> u64 {
+        self.model.tree().size(file).unwrap()
+    }
+
+    fn header(&self, file: Ino) -> u64 {
+        self.model.tree().extents(file)[0].len
+    }
+}
+
+/// The bytes that a request gets.
+fn read(ahead: &ReadAhead, file: Ino, offset: u64, len: u64) -> Result<Vec<u8>, ReadError> {
+    let (mut space, mut answer) = (Vec::new(), None);
+    ahead.read(file, offset, len, &mut space, |bytes| {
+        answer = Some(bytes.map(<[u8]>::to_vec));
+    });
+    answer.unwrap()
+}
+
+/// The chunk of the byte that a reader wants next.
+fn held(ahead: &ReadAhead, file: Ino, offset: u64) -> Option<Arc<Chunk>> {
+    let mut streams = ahead.shared.streams.lock();
+    streams.request(file, offset..offset + 1, 0, u64::MAX).pop()
+}
+
+/// Waits for what other threads are about to do.
+fn wait_for(condition: impl Fn() -> bool) {
+    const PATIENCE: Duration = Duration::from_secs(60);
+    let start = std::time::Instant::now();
+    while !condition() {
+        assert!(start.elapsed() < PATIENCE, "nothing happened");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Requests for a file in order: from a place on, so many, so large.
+#[derive(Debug, Clone)]
+struct Reader {
+    file: Index,
+    start: Index,
+    block: u64,
+    blocks: u64,
+    /// Whether every second request arrives before the first.
+    swapped: bool,
+}
+
+impl Reader {
+    fn requests(&self, sample: &Sample) -> Vec<(Ino, u64, u64)> {
+        let file = *self.file.get(&sample.experts());
+        // From the start of the file, or from the middle of it, and some beyond the end.
+        let places = sample.size(file) as usize + 2;
+        let start = self.start.index(2 * places).saturating_sub(places) as u64;
+        let order = |n: u64| if self.swapped { n ^ 1 } else { n };
+        let places = (0..self.blocks).map(|n| start + order(n) * self.block);
+        places.map(|place| (file, place, self.block)).collect()
+    }
+}
+
+fn readers() -> impl Strategy<Value = Vec<Reader>> {
+    let block = prop_oneof![
+        prop::sample::select(vec![0, 1, 4096, 70_000, REQUEST_BYTES, MIB, 3 * MIB]),
+        1..2 * MIB,
+    ];
+    let reader = (
+        any::<(Index, Index, bool)>(),
+        block,
+        prop_oneof![Just(40u64), 1..40u64],
+    );
+    let reader = reader.prop_map(|((file, start, swapped), block, blocks)| Reader {
+        file,
+        start,
+        block,
+        blocks,
+        swapped,
+    });
+    prop::collection::vec(reader, 1..7)
+}
+
+#[test]
+fn whoever_reads_what_in_which_order_gets_the_bytes_of_the_model() {
+    for (ggml_type, parts, rows) in [
+        ("F32", 1, 300),
+        ("F32", 3, 300),
+        ("Q8_0", 1, 1501),
+        ("Q8_0", 3, 1501),
+    ] {
+        let sample = Kind {
+            experts: 3,
+            rows,
+            ggml_type,
+            parts,
+            sparse: false,
+        }
+        .make();
+        let files = sample.experts();
+        let wholes: Vec<_> = files
+            .iter()
+            .map(|&file| sample.model.read(file).unwrap())
+            .collect();
+        let check = |ahead: &ReadAhead, (file, offset, len): (Ino, u64, u64)| {
+            let whole = &wholes[files.iter().position(|&f| f == file).unwrap()];
+            let end = whole.len().min((offset + len) as usize);
+            let wanted = &whole[end.min(offset as usize)..end];
+            let got = read(ahead, file, offset, len).unwrap();
+            assert!(got == wanted, "{len} bytes at {offset} of {file}");
+        };
+        let config = ProptestConfig {
+            cases: 8,
+            failure_persistence: None,
+            ..ProptestConfig::default()
+        };
+        let run = |(readers, threads): (Vec<Reader>, bool)| {
+            sample.evict();
+            let ahead = ReadAhead::new(sample.model.clone());
+            let requests = readers.iter().map(|reader| reader.requests(&sample));
+            if threads {
+                std::thread::scope(|scope| {
+                    for requests in requests {
+                        scope.spawn(|| requests.into_iter().for_each(|r| check(&ahead, r)));
+                    }
+                });
+            } else {
+                let mut requests: Vec<_> = requests.map(Vec::into_iter).collect();
+                while !requests.is_empty() {
+                    requests.retain_mut(|r| r.next().map(|r| check(&ahead, r)).is_some());
+                }
+            }
+            drop(ahead);
+            wait_for(|| Buffer::unused() == BUFFERS);
+            Ok(())
+        };
+        let mut runner = TestRunner::new(config);
+        runner.run(&(readers(), any::<bool>()), run).unwrap();
+    }
+}
+
+#[test]
+fn many_readers_share_the_buffers_and_give_all_of_them_back() {
+    let kind = Kind {
+        experts: 2 * BUFFERS as u64,
+        rows: 60,
+        ggml_type: "F32",
+        parts: 1,
+        sparse: false,
+    };
+    let sample = kind.make();
+    let ahead = ReadAhead::new(sample.model.clone());
+    let files = sample.experts();
+    let size = sample.size(files[0]);
+    let mut fewest = BUFFERS;
+    for offset in (0..size).step_by(REQUEST_BYTES as usize) {
+        for &file in &files {
+            let mut wanted = vec![0; REQUEST_BYTES.min(size - offset) as usize];
+            sample.model.read_at(file, offset, &mut wanted).unwrap();
+            let got = read(&ahead, file, offset, REQUEST_BYTES).unwrap();
+            assert!(got == wanted, "{file} at {offset}");
+            fewest = fewest.min(Buffer::unused());
+        }
+    }
+    assert_eq!(fewest, 0, "there are more readers than buffers");
+    // All have read to the end.
+    wait_for(|| Buffer::unused() == BUFFERS);
+}
+
+#[test]
+fn readers_that_stop_midway_lose_their_buffers_to_others() {
+    let sample = Kind::sparse(BUFFERS as u64 + 1, 4000).make();
+    let ahead = ReadAhead::new(sample.model.clone());
+    let files = sample.experts();
+    let (last, stopped) = files.split_last().unwrap();
+    let read_in_order = |file: Ino, blocks: Range<u64>| {
+        for n in blocks {
+            read(&ahead, file, n * REQUEST_BYTES, REQUEST_BYTES).unwrap();
+        }
+    };
+    stopped.iter().for_each(|file| read_in_order(*file, 0..2));
+    assert_eq!(Buffer::unused(), 0);
+    read_in_order(*last, 0..2);
+    assert!(held(&ahead, *last, 2 * REQUEST_BYTES).is_none());
+    read_in_order(*last, 2..300);
+    assert!(held(&ahead, *last, 300 * REQUEST_BYTES).is_some());
+    drop(ahead);
+    wait_for(|| Buffer::unused() == BUFFERS);
+}
+
+/// Changes a file; what it held before stays in it.
+type Change = fn(&File) -> std::io::Result<()>;
+
+#[test]
+fn what_was_read_ahead_of_a_part_that_then_changed_is_never_given_out() {
+    let append: Change = |file| file.set_len(file.metadata()?.len() + 1);
+    let cut: Change = |file| file.set_len(file.metadata()?.len() - 1);
+    let touch: Change = |file| file.set_modified(SystemTime::UNIX_EPOCH);
+    for change in [append, cut, touch] {
+        let kind = Kind {
+            experts: 2,
+            rows: 1501,
+            ggml_type: "Q8_0",
+            parts: 1,
+            sparse: false,
+        };
+        let sample = kind.make();
+        let ahead = ReadAhead::new(sample.model.clone());
+        let file = sample.experts()[1];
+        read(&ahead, file, 0, REQUEST_BYTES).unwrap();
+        read(&ahead, file, REQUEST_BYTES, REQUEST_BYTES).unwrap();
+        let first = held(&ahead, file, 2 * REQUEST_BYTES).unwrap();
+        let second = held(&ahead, file, first.file.end).unwrap();
+        wait_for(|| [&first, &second].iter().all(|c| c.read.get().is_some()));
+        let part = File::options().append(true).open(&sample.paths[0]).unwrap();
+        change(&part).unwrap();
+        // In a chunk, in two of them, and before the first.
+        for (offset, len) in [
+            (first.file.start, REQUEST_BYTES),
+            (first.file.end - 1, 2),
+            (first.file.start - 1, 2),
+        ] {
+            let error = read(&ahead, file, offset, len).unwrap_err();
+            assert!(matches!(error, ReadError::Changed { .. }), "{error}");
+        }
+        // The header is not the model's.
+        assert_eq!(read(&ahead, file, 0, 8).unwrap().len(), 8);
+    }
+}
+
+/// Requests, and what is to be read ahead after each, though nobody reads it.
+struct Asked {
+    streams: Streams,
+    sample: Sample,
+}
+
+impl Asked {
+    fn of(kind: Kind) -> Self {
+        Self {
+            sample: kind.make(),
+            streams: Streams::default(),
+        }
+    }
+
+    fn ask(&mut self, file: Ino, offset: u64, len: u64) -> Vec<Range<u64>> {
+        let model = &self.sample.model;
+        let header = self.sample.header(file);
+        let size = self.sample.size(file);
+        let end = (offset + len).min(size);
+        self.streams.request(file, offset..end, header, size);
+        let wanted = self.streams.look_ahead(model, file, end);
+        wanted.iter().map(|chunk| chunk.file.clone()).collect()
+    }
+}
+
+/// The range that is made up of ranges, which must meet.
+fn joined(ranges: &[Range<u64>]) -> Range<u64> {
+    assert!(ranges.windows(2).all(|w| w[0].end == w[1].start));
+    ranges[0].start..ranges.last().unwrap().end
+}
+
+#[test]
+fn looks_at_headers_read_nothing_ahead() {
+    let mut asked = Asked::of(Kind::sparse(100, 1000));
+    for file in asked.sample.experts() {
+        assert_eq!(asked.ask(file, 0, REQUEST_BYTES), []);
+    }
+    // As programs do that read a few bytes, then a few more, and so see the kernel's window grow.
+    for file in asked.sample.experts() {
+        assert_eq!(asked.ask(file, 0, 16 * KIB), []);
+        assert_eq!(asked.ask(file, 16 * KIB, 32 * KIB), []);
+    }
+}
+
+#[test]
+fn the_second_request_in_order_reads_ahead_and_the_next_ones_keep_the_distance() {
+    let mut asked = Asked::of(Kind::sparse(1, 3000));
+    let file = asked.sample.experts()[0];
+    assert_eq!(asked.ask(file, 0, REQUEST_BYTES), []);
+    let first = asked.ask(file, REQUEST_BYTES, REQUEST_BYTES);
+    let mut ahead = joined(&first);
+    assert_eq!(ahead.start, 2 * REQUEST_BYTES);
+    for n in 2..100 {
+        let next = (n + 1) * REQUEST_BYTES;
+        let wanted = asked.ask(file, n * REQUEST_BYTES, REQUEST_BYTES);
+        if !wanted.is_empty() {
+            ahead = joined(&[ahead, joined(&wanted)]);
+        }
+        assert!(ahead.end >= next + DEPTH_BYTES, "after request {n}");
+        assert!(ahead.end < next + DEPTH_BYTES + MIB, "after request {n}");
+    }
+}
+
+#[test]
+fn scattered_requests_in_a_large_file_read_next_to_nothing_ahead() {
+    let mut asked = Asked::of(Kind::sparse(1, 12_000));
+    let file = asked.sample.experts()[0];
+    let pages = asked.sample.size(file) / 4096 - 32;
+    let by_chance = (0..1000).filter(|&n| {
+        let offset = scramble(0, n) % pages * 4096;
+        !asked.ask(file, offset, REQUEST_BYTES).is_empty()
+    });
+    // Now and then one begins where another has ended.
+    assert!(by_chance.count() <= 3);
+}
+
+#[test]
+fn scattered_requests_in_an_expert_read_all_of_it_ahead_and_none_of_it_twice() {
+    let mut asked = Asked::of(Kind::sparse(1, 400));
+    let file = asked.sample.experts()[0];
+    let (size, header) = (asked.sample.size(file), asked.sample.header(file));
+    for n in [3, 1, 4] {
+        assert_eq!(asked.ask(file, n * MIB, REQUEST_BYTES), []);
+    }
+    let wanted = asked.ask(file, 2 * MIB, REQUEST_BYTES);
+    assert_eq!(joined(&wanted), header..size);
+    for n in 0..size / MIB {
+        assert_eq!(asked.ask(file, n * MIB, REQUEST_BYTES), []);
+    }
+}
+
+#[test]
+fn an_expert_that_somebody_reads_in_order_is_not_read_whole_for_others() {
+    let mut asked = Asked::of(Kind::sparse(1, 400));
+    let file = asked.sample.experts()[0];
+    for n in 0..3 {
+        asked.ask(file, n * REQUEST_BYTES, REQUEST_BYTES);
+    }
+    for n in [3, 1, 4, 2] {
+        assert_eq!(asked.ask(file, n * MIB, REQUEST_BYTES), []);
+    }
+}
+
+#[test]
+fn reading_ahead_goes_on_through_all_matrices_and_stops_at_the_end_of_the_file() {
+    // The file is shorter than the distance that is kept.
+    let mut asked = Asked::of(Kind::sparse(2, 250));
+    for file in asked.sample.experts() {
+        assert_eq!(asked.ask(file, 0, REQUEST_BYTES), []);
+        let wanted = asked.ask(file, REQUEST_BYTES, REQUEST_BYTES);
+        assert_eq!(joined(&wanted), 2 * REQUEST_BYTES..asked.sample.size(file));
+    }
+}
+
+#[test]
+fn reading_ahead_stops_where_another_reader_of_the_file_began() {
+    let mut asked = Asked::of(Kind::sparse(1, 1000));
+    let file = asked.sample.experts()[0];
+    let other = 2 * MIB + 4096;
+    assert_eq!(asked.ask(file, other, REQUEST_BYTES), []);
+    assert_eq!(asked.ask(file, 0, REQUEST_BYTES), []);
+    let wanted = asked.ask(file, REQUEST_BYTES, REQUEST_BYTES);
+    assert_eq!(joined(&wanted), 2 * REQUEST_BYTES..other);
+    let wanted = asked.ask(file, other + REQUEST_BYTES, REQUEST_BYTES);
+    assert_eq!(joined(&wanted).start, other + 2 * REQUEST_BYTES);
+}
+
+#[test]
+fn a_file_that_is_read_once_more_is_read_ahead_once_more() {
+    let mut asked = Asked::of(Kind::sparse(1, 1000));
+    let file = asked.sample.experts()[0];
+    let size = asked.sample.size(file);
+    // All of it, then half of it, then all again.
+    for end in [size, size / 2, size] {
+        assert_eq!(asked.ask(file, 0, REQUEST_BYTES), []);
+        let wanted = asked.ask(file, REQUEST_BYTES, REQUEST_BYTES);
+        assert_eq!(joined(&wanted).start, 2 * REQUEST_BYTES);
+        for offset in (2 * REQUEST_BYTES..end).step_by(REQUEST_BYTES as usize) {
+            asked.ask(file, offset, REQUEST_BYTES);
+        }
+    }
+}
+
+#[test]
+fn one_who_reads_here_and_there_takes_nothing_from_others() {
+    let mut asked = Asked::of(Kind::sparse(2, 12_000));
+    let files = asked.sample.experts();
+    let in_order = |n| n * REQUEST_BYTES;
+    for n in 0..2 {
+        asked.ask(files[0], in_order(n), REQUEST_BYTES);
+    }
+    for n in 0..100 {
+        asked.ask(files[1], (99 - n) * 300 * KIB, 4096);
+    }
+    let range = in_order(2)..in_order(3);
+    let held = asked.streams.request(files[0], range, 0, u64::MAX);
+    assert_eq!(held.len(), 1);
+}
+
+#[test]
+fn what_is_in_the_page_cache_is_not_read_ahead() {
+    let mut asked = Asked::of(Kind::sparse(1, 1000));
+    let file = asked.sample.experts()[0];
+    let part = File::open(&asked.sample.paths[0]).unwrap();
+    sys::read::only_what_is_read(&part);
+    std::os::unix::fs::FileExt::read_exact_at(&part, &mut vec![0; 4 << 20], 0).unwrap();
+    assert_eq!(asked.ask(file, 0, REQUEST_BYTES), []);
+    let wanted = asked.ask(file, REQUEST_BYTES, REQUEST_BYTES);
+    // A chunk that is cached only in part is read.
+    assert!(joined(&wanted).start >= 3 * MIB, "{wanted:?}");
+    assert!(joined(&wanted).end >= 2 * REQUEST_BYTES + DEPTH_BYTES);
+}
