@@ -8,7 +8,7 @@ use std::ops::{Deref, DerefMut};
 use std::slice::ChunksExactMut;
 use std::sync::LazyLock;
 
-use memmap2::{Advice, MmapMut};
+use memmap2::MmapMut;
 use parking_lot::Mutex;
 
 /// The size of a buffer, and so the largest read of the model.
@@ -54,7 +54,7 @@ impl Free {
 
 #[cfg(target_os = "linux")]
 fn advise_huge(map: &MmapMut) -> std::io::Result<()> {
-    map.advise(Advice::HugePage)
+    map.advise(memmap2::Advice::HugePage)
 }
 
 #[cfg(not(target_os = "linux"))]
