@@ -44,6 +44,10 @@
 //! ```
 #![deny(unsafe_code)]
 
+// Places in files are passed to the kernel as its `off_t`, which must hold them.
+#[cfg(not(target_pointer_width = "64"))]
+compile_error!("odmoe-fs is for 64-bit machines");
+
 mod ahead;
 pub mod fuse;
 pub mod gguf;

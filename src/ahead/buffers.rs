@@ -80,8 +80,12 @@ impl Buffer {
         Some(Self(buffer))
     }
 
+    /// Whether [`take`](Self::take) would have none to give.
+    pub fn are_all_taken() -> bool {
+        Self::unused() == 0
+    }
+
     /// How many nobody uses.
-    #[cfg(test)]
     pub fn unused() -> usize {
         let free = FREE.lock();
         free.used_before.len() + free.fresh.len()

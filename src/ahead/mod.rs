@@ -22,7 +22,7 @@ mod tests;
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Once, OnceLock};
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::{Condvar, Mutex};
 
@@ -40,7 +40,8 @@ const READERS: usize = 4;
 #[derive(Debug)]
 pub struct ReadAhead {
     shared: Arc<Shared>,
-    start_readers: Once,
+    /// How many threads read what is queued.
+    readers: OnceLock<usize>,
 }
 
 #[derive(Debug)]
@@ -112,7 +113,7 @@ impl ReadAhead {
                 queue: Mutex::default(),
                 queued: Condvar::new(),
             }),
-            start_readers: Once::new(),
+            readers: OnceLock::new(),
         }
     }
 
@@ -150,11 +151,17 @@ impl ReadAhead {
             .streams
             .lock()
             .look_ahead(&shared.model, file, range.end);
-        if !wanted.is_empty() {
-            self.start_readers
-                .call_once(|| Shared::start_readers(&self.shared));
+        if wanted.is_empty() {
+            return;
+        }
+        let readers = self.readers.get_or_init(|| start_readers(&self.shared));
+        // Without any, requests read their chunks themselves.
+        if *readers > 0 {
+            let count = wanted.len();
             shared.queue.lock().chunks.extend(wanted);
-            shared.queued.notify_all();
+            (0..count).for_each(|_| {
+                shared.queued.notify_one();
+            });
         }
     }
 }
@@ -201,19 +208,6 @@ impl Shared {
         Ok(&space[..len])
     }
 
-    fn start_readers(shared: &Arc<Self>) {
-        for n in 0..READERS {
-            let shared = shared.clone();
-            let started = std::thread::Builder::new()
-                .name(format!("ahead-{n}"))
-                .spawn(move || shared.read_queued());
-            if let Err(e) = started {
-                // Requests read their chunks themselves.
-                tracing::warn!("a thread for reading ahead cannot be started: {e}");
-            }
-        }
-    }
-
     fn read_queued(&self) {
         loop {
             let chunk = {
@@ -235,4 +229,20 @@ impl Shared {
             }
         }
     }
+}
+
+/// Starts the threads that read what is queued; returns how many there are.
+fn start_readers(shared: &Arc<Shared>) -> usize {
+    let start = |n: &usize| {
+        let shared = shared.clone();
+        let started = std::thread::Builder::new()
+            .name(format!("ahead-{n}"))
+            .spawn(move || shared.read_queued());
+        started
+            .inspect_err(|e| {
+                tracing::warn!("a thread for reading ahead cannot be started: {e}");
+            })
+            .is_ok()
+    };
+    (0..READERS).filter(start).count()
 }

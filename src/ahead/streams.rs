@@ -26,7 +26,7 @@ const DISORDER_BYTES: u64 = 512 << 10;
 const MAX_STREAMS: usize = 64;
 /// So many requests here and there in a file, and it will be wanted whole: a program has mapped an
 /// expert and computes with it.
-const SCATTERED_REQUESTS: usize = 4;
+const SCATTERED_REQUESTS: usize = 8;
 /// The largest file that is read whole for that: all buffers hold it.
 const WHOLE_FILE_BYTES: u64 = (BUFFERS * BUFFER_BYTES) as u64;
 /// How many of them in one file: no more can have two buffers each. One who reads here and there
@@ -65,9 +65,10 @@ struct Stream {
 impl Stream {
     /// Whether a request goes on with, or repeats, what this reader asked for last.
     fn goes_on(&self, file: Ino, range: &Range<u64>) -> bool {
+        let disorder = DISORDER_BYTES.max(2 * (range.end - range.start));
         let near = range.start >= self.start
-            && range.start <= self.next + DISORDER_BYTES
-            && range.end + DISORDER_BYTES >= self.next;
+            && range.start <= self.next + disorder
+            && range.end + disorder >= self.next;
         self.file == file && (near || self.whole)
     }
 
@@ -191,12 +192,17 @@ impl Streams {
         let share = (BUFFERS / active.max(1)).max(2);
         loop {
             let stream = &self.streams[index];
-            let depth = if stream.whole { size } else { DEPTH_BYTES };
+            // Farther the more was read, so that who stops soon costs little.
+            let depth = match stream.whole {
+                true => size,
+                false => DEPTH_BYTES.min(4 * (stream.next - stream.start)),
+            };
             let start = stream.ahead.max(stream.next);
             let target = (stream.next + depth).min(limit);
             if start >= target || stream.chunks.len() >= share {
                 return wanted;
             }
+            let held = stream.chunks.len();
             let grown = (start - stream.start).max(FIRST_CHUNK_BYTES);
             let longest = limit - start;
             let Some(slice) = model.tree().slices(file, start, longest).next() else {
@@ -205,7 +211,10 @@ impl Streams {
             let (end, chunk) = match slice.from {
                 From::Made(_) => (start + slice.len, None),
                 From::Part(part) => {
-                    let Some((end, chunk)) = self.chunk(model, part, start, slice, grown) else {
+                    if Buffer::are_all_taken() {
+                        self.make_room(file, held);
+                    }
+                    let Some((end, chunk)) = chunk(model, part, start, slice, grown) else {
                         return wanted;
                     };
                     (end, chunk)
@@ -220,49 +229,58 @@ impl Streams {
         }
     }
 
-    /// The chunk of a slice's first bytes, at most `longest`, and where in the file it ends; no chunk
-    /// if they are in the page cache, and nothing if all buffers are in use.
-    fn chunk(
-        &mut self,
-        model: &Model,
-        part: u32,
-        start: u64,
-        slice: Slice,
-        longest: u64,
-    ) -> Option<(u64, Option<Arc<Chunk>>)> {
-        let first = slice.offset - slice.offset % DIRECT_ALIGNMENT;
-        let skip = slice.offset - first;
-        let span = longest.next_power_of_two().min(BUFFER_BYTES as u64);
-        // Chunks end where a direct read may end, so that no page is read twice.
-        let len = (span - skip).min(slice.len);
-        let end = start + len;
-        if model.source().is_cached(part, slice.offset, len) {
-            return Some((end, None));
-        }
-        let buffer = Buffer::take().or_else(|| {
-            self.forget_idle();
-            Buffer::take()
-        })?;
-        let chunk = Chunk {
-            file: start..end,
-            part,
-            first,
-            skip: skip as usize,
-            empty: Mutex::new(Some(buffer)),
-            read: OnceLock::new(),
-            used: AtomicU64::new(0),
-        };
-        Some((end, Some(Arc::new(chunk))))
-    }
-
-    /// Takes their chunks from readers that seem to have stopped.
-    fn forget_idle(&mut self) {
+    /// Takes chunks from readers that seem to have stopped, else the one that is needed last from the
+    /// reader with the most, if it has more than the one who needs it, which holds `held`.
+    fn make_room(&mut self, file: Ino, held: usize) {
         let now = self.now;
         let is_idle = |s: &Stream| s.last_used + IDLE_REQUESTS < now;
-        self.streams.retain(|s| !(s.whole && is_idle(s)));
         for stream in self.streams.iter_mut().filter(|s| is_idle(s)) {
             stream.ahead = stream.next;
             stream.chunks.clear();
         }
+        let others = self.streams.iter_mut().filter(|s| s.file != file);
+        if Buffer::are_all_taken()
+            && let Some(richest) = others.max_by_key(|s| s.chunks.len())
+            && richest.chunks.len() > held + 1
+            && let Some(last) = richest.chunks.pop_back()
+        {
+            richest.ahead = last.file.start;
+        }
     }
+}
+
+/// The chunk of a slice's first bytes, about `about` of them, and where in the file it ends; no chunk
+/// if they are in the page cache or each read would open the part anew, and nothing if all buffers
+/// are in use.
+fn chunk(
+    model: &Model,
+    part: u32,
+    start: u64,
+    slice: Slice,
+    about: u64,
+) -> Option<(u64, Option<Arc<Chunk>>)> {
+    let first = slice.offset - slice.offset % DIRECT_ALIGNMENT;
+    let skip = slice.offset - first;
+    let span = about.next_power_of_two().min(BUFFER_BYTES as u64);
+    // Chunks end where a direct read may end, so that no page is read twice.
+    let len = (span - skip).min(slice.len);
+    let end = start + len;
+    let source = model.source();
+    if !source.is_kept_open(part) {
+        return Some((end, None));
+    }
+    let buffer = Buffer::take()?;
+    if source.is_cached(part, slice.offset, len) {
+        return Some((end, None));
+    }
+    let chunk = Chunk {
+        file: start..end,
+        part,
+        first,
+        skip: skip as usize,
+        empty: Mutex::new(Some(buffer)),
+        read: OnceLock::new(),
+        used: AtomicU64::new(0),
+    };
+    Some((end, Some(Arc::new(chunk))))
 }

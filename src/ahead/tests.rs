@@ -416,8 +416,9 @@ fn the_second_request_in_order_reads_ahead_and_the_next_ones_keep_the_distance()
         if !wanted.is_empty() {
             ahead = joined(&[ahead, joined(&wanted)]);
         }
-        assert!(ahead.end >= next + DEPTH_BYTES, "after request {n}");
-        assert!(ahead.end < next + DEPTH_BYTES + MIB, "after request {n}");
+        let depth = DEPTH_BYTES.min(4 * next);
+        assert!(ahead.end >= next + depth, "after request {n}");
+        assert!(ahead.end < next + depth + MIB, "after request {n}");
     }
 }
 
@@ -436,13 +437,13 @@ fn scattered_requests_in_a_large_file_read_next_to_nothing_ahead() {
 
 #[test]
 fn scattered_requests_in_an_expert_read_all_of_it_ahead_and_none_of_it_twice() {
-    let mut asked = Asked::of(Kind::sparse(1, 400));
+    let mut asked = Asked::of(Kind::sparse(1, 600));
     let file = asked.sample.experts()[0];
     let (size, header) = (asked.sample.size(file), asked.sample.header(file));
-    for n in [3, 1, 4] {
-        assert_eq!(asked.ask(file, n * MIB, REQUEST_BYTES), []);
+    for n in [3, 7, 1, 5, 0, 6, 2] {
+        assert_eq!(asked.ask(file, n * 700 * KIB, REQUEST_BYTES), []);
     }
-    let wanted = asked.ask(file, 2 * MIB, REQUEST_BYTES);
+    let wanted = asked.ask(file, 4 * 700 * KIB, REQUEST_BYTES);
     assert_eq!(joined(&wanted), header..size);
     for n in 0..size / MIB {
         assert_eq!(asked.ask(file, n * MIB, REQUEST_BYTES), []);
@@ -451,20 +452,20 @@ fn scattered_requests_in_an_expert_read_all_of_it_ahead_and_none_of_it_twice() {
 
 #[test]
 fn an_expert_that_somebody_reads_in_order_is_not_read_whole_for_others() {
-    let mut asked = Asked::of(Kind::sparse(1, 400));
+    let mut asked = Asked::of(Kind::sparse(1, 1000));
     let file = asked.sample.experts()[0];
     for n in 0..3 {
         asked.ask(file, n * REQUEST_BYTES, REQUEST_BYTES);
     }
-    for n in [3, 1, 4, 2] {
+    for n in [8, 3, 7, 9, 5, 6, 2, 4, 10] {
         assert_eq!(asked.ask(file, n * MIB, REQUEST_BYTES), []);
     }
 }
 
 #[test]
 fn reading_ahead_goes_on_through_all_matrices_and_stops_at_the_end_of_the_file() {
-    // The file is shorter than the distance that is kept.
-    let mut asked = Asked::of(Kind::sparse(2, 250));
+    // The file is shorter than what the second request reads ahead.
+    let mut asked = Asked::of(Kind::sparse(2, 100));
     for file in asked.sample.experts() {
         assert_eq!(asked.ask(file, 0, REQUEST_BYTES), []);
         let wanted = asked.ask(file, REQUEST_BYTES, REQUEST_BYTES);
@@ -476,7 +477,7 @@ fn reading_ahead_goes_on_through_all_matrices_and_stops_at_the_end_of_the_file()
 fn reading_ahead_stops_where_another_reader_of_the_file_began() {
     let mut asked = Asked::of(Kind::sparse(1, 1000));
     let file = asked.sample.experts()[0];
-    let other = 2 * MIB + 4096;
+    let other = MIB + 4096;
     assert_eq!(asked.ask(file, other, REQUEST_BYTES), []);
     assert_eq!(asked.ask(file, 0, REQUEST_BYTES), []);
     let wanted = asked.ask(file, REQUEST_BYTES, REQUEST_BYTES);
@@ -524,9 +525,8 @@ fn what_is_in_the_page_cache_is_not_read_ahead() {
     let part = File::open(&asked.sample.paths[0]).unwrap();
     sys::read::only_what_is_read(&part);
     std::os::unix::fs::FileExt::read_exact_at(&part, &mut vec![0; 4 << 20], 0).unwrap();
-    assert_eq!(asked.ask(file, 0, REQUEST_BYTES), []);
-    let wanted = asked.ask(file, REQUEST_BYTES, REQUEST_BYTES);
+    let mut requests = (0..).map(|n| asked.ask(file, n * REQUEST_BYTES, REQUEST_BYTES));
+    let wanted = requests.find(|wanted| !wanted.is_empty()).unwrap();
     // A chunk that is cached only in part is read.
     assert!(joined(&wanted).start >= 3 * MIB, "{wanted:?}");
-    assert!(joined(&wanted).end >= 2 * REQUEST_BYTES + DEPTH_BYTES);
 }

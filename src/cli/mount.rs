@@ -39,7 +39,8 @@ pub struct MountArgs {
     cache: CacheArg,
     /// Leave the model's pages in the page cache, too, where other programs find them
     ///
-    /// Without it, what is read through the mount is in memory once, as pages of the mounted files.
+    /// Without it, what is read through the mount is in memory once, as pages of the mounted files. With
+    /// it, files that are read for the first time come slower.
     #[arg(long, help_heading = "Reading")]
     keep_source_cache: bool,
     /// How much the kernel reads ahead of programs, such as 512K or 1M; auto leaves its own 128K

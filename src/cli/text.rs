@@ -12,12 +12,11 @@ pub fn size(bytes: u64) -> String {
 /// The bytes of `4096`, `512K`, `1M` or `2GiB`: units are powers of 1024.
 pub fn parse_size(text: &str) -> Option<u64> {
     let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
-    let unit = text[digits.len()..].to_ascii_uppercase();
-    let shift = match unit.trim_end_matches("IB") {
-        "" if unit.is_empty() => 0,
-        "K" => 10,
-        "M" => 20,
-        "G" => 30,
+    let shift = match &*text[digits.len()..].to_ascii_uppercase() {
+        "" => 0,
+        "K" | "KIB" => 10,
+        "M" | "MIB" => 20,
+        "G" | "GIB" => 30,
         _ => return None,
     };
     digits.parse::<u64>().ok()?.checked_mul(1 << shift)
@@ -87,7 +86,17 @@ mod tests {
         let sizes = ["4096", "512K", "1m", "2GiB", "128kib"].map(parse_size);
         let bytes = [4096, 512 << 10, 1 << 20, 2 << 30, 128 << 10];
         assert_eq!(sizes, bytes.map(Some));
-        for text in ["", "K", "1.5M", "-1", "1KB", "1iB", "1 M", "99999999999G"] {
+        for text in [
+            "",
+            "K",
+            "1.5M",
+            "-1",
+            "1KB",
+            "1iB",
+            "1KIBIB",
+            "1 M",
+            "99999999999G",
+        ] {
             assert_eq!(parse_size(text), None, "{text:?}");
         }
     }

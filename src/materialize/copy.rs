@@ -6,6 +6,7 @@
 //! left to do. Measured on ext4, 2 GiB cold and flushed, against `cp`: see docs/performance.md.
 
 use std::fs::File;
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -79,7 +80,11 @@ impl Copier<'_> {
             let clone = |from: &File| copy::clone_range(from, offset, segment.len, file, at);
             match self.model.source().with_part(part, clone)? {
                 Ok(()) => {}
-                Err(e) if !copy::is_refusal(&e) => return Err(io_error("write", target.path)(e)),
+                // A full disk says so again when the run is copied; XFS says it also where one of its
+                // groups has no room for what counts the sharing.
+                Err(e) if !copy::is_refusal(&e) && e.kind() != io::ErrorKind::StorageFull => {
+                    return Err(io_error("write", target.path)(e));
+                }
                 Err(e) if self.reflink == Reflink::Always => {
                     let part = self.model.source().paths().nth(part as usize);
                     return Err(MaterializeError::CannotShare {

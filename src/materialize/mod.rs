@@ -181,6 +181,7 @@ impl<'a> Plan<'a> {
             plan.cost.copied += bytes;
             plan.cost.room += bytes.next_multiple_of(plan.ways.block);
         }
+        plan.check_others()?;
         plan.check_sharing()?;
         Ok(plan)
     }
@@ -260,18 +261,7 @@ impl<'a> Plan<'a> {
 
     /// Puts a chosen file where it belongs in the plan; says whether it is to be written.
     fn take(&mut self, ino: Ino) -> Result<bool, MaterializeError> {
-        let mut state = self.state(ino)?;
-        if matches!(state, State::OtherTime) {
-            let mut buffer = copy::buffer(1);
-            let stop = AtomicBool::new(false);
-            if self
-                .payload_difference(ino, &mut buffer, &stop, &|_| {})?
-                .is_some()
-            {
-                state = State::Foreign("holds other bytes".into());
-            }
-        }
-        match state {
+        match self.compared_state(ino)? {
             State::Done => self.done.push(ino),
             State::OtherTime => {
                 self.done.push(ino);
@@ -291,6 +281,20 @@ impl<'a> Plan<'a> {
         Ok(false)
     }
 
+    /// As [`state`](Self::state), but where only the time differs all bytes are compared.
+    fn compared_state(&self, ino: Ino) -> Result<State, MaterializeError> {
+        let state = self.state(ino)?;
+        if !matches!(state, State::OtherTime) {
+            return Ok(state);
+        }
+        let (mut buffer, stop) = (copy::buffer(1), AtomicBool::new(false));
+        let difference = self.payload_difference(ino, &mut buffer, &stop, &|_| {})?;
+        Ok(match difference {
+            Some(_) => State::Foreign("holds other bytes".into()),
+            None => state,
+        })
+    }
+
     fn plan_to_write(&mut self, ino: Ino) -> Result<(), MaterializeError> {
         self.ways.add_cost(self.model, ino, &mut self.cost)?;
         self.missing.push(ino);
@@ -307,6 +311,21 @@ impl<'a> Plan<'a> {
             path: self.path(ino),
             reason: reason.to_owned(),
         }
+    }
+
+    /// Fails if a file that was not chosen looks like one of this model, so that the documents would
+    /// list it, but holds other bytes: those of another model of the same shape.
+    fn check_others(&self) -> Result<(), MaterializeError> {
+        let files = self.model.layout().files().iter().zip(&self.chosen);
+        for (file, _) in files.filter(|(_, chosen)| !**chosen) {
+            let ino = self.find(&file.kind.path());
+            if matches!(self.state(ino)?, State::OtherTime)
+                && let State::Foreign(reason) = self.compared_state(ino)?
+            {
+                return Err(self.foreign(ino, &reason));
+            }
+        }
+        Ok(())
     }
 
     /// Which files the documents shall list, by index in `Layout::files`: those that were chosen, and

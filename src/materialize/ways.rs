@@ -41,6 +41,8 @@ pub(super) struct Ways {
     shares: Vec<bool>,
     /// Why the first part of which they cannot be shared cannot.
     pub refusal: Option<String>,
+    /// One call flushes all that was written; else each file is flushed by itself.
+    pub flushes_whole: bool,
     /// Copying inside the kernel is worth trying.
     pub in_kernel: bool,
 }
@@ -89,6 +91,7 @@ impl Ways {
             available: room.available,
             shares: vec![false; model.source().paths().len()],
             refusal: None,
+            flushes_whole: false,
             in_kernel: false,
         };
         let probe = match tempfile::tempfile_in(folder) {
@@ -99,6 +102,7 @@ impl Ways {
                 return Ok(ways);
             }
         };
+        ways.flushes_whole = copy::flushes_whole(&probe);
         if reflink == Reflink::Never {
             ways.refusal = Some("not wanted".into());
             return Ok(ways);
@@ -218,6 +222,7 @@ mod tests {
             available: 0,
             shares: vec![shares],
             refusal: None,
+            flushes_whole: true,
             in_kernel: false,
         };
         let mut cut = Cut(Vec::new());

@@ -190,8 +190,7 @@ impl Plan<'_> {
     /// Gives a file the tree's time; once it has been flushed, it may have its name.
     fn complete(&self, file: &File) -> io::Result<()> {
         file.set_times(self.times())?;
-        if cfg!(not(target_os = "linux")) {
-            // There a file system cannot be flushed as a whole.
+        if !self.ways.flushes_whole {
             file.sync_all()?;
         }
         Ok(())

@@ -30,7 +30,6 @@ pub use crate::fuse::Cache;
 use crate::fuse::{OdmoeFs, Owner};
 use crate::model::Model;
 use crate::source::PageCache;
-use crate::sys;
 use crate::sys::process::effective_ids;
 pub use crate::sys::process::{Signals, close_inherited_descriptors};
 
@@ -296,13 +295,6 @@ fn config(model: &Model, options: &Options) -> Config {
         SessionACL::Owner
     };
     config.n_threads = Some(options.threads.unwrap_or_else(default_threads));
-    // A queue of answers for each thread, so that they wait less for each other.
-    config.clone_fd = sys::mount::can_clone_fuse_device();
-    if !config.clone_fd {
-        tracing::info!(
-            "all threads share one descriptor: the kernel cannot clone that of /dev/fuse"
-        );
-    }
     config
 }
 

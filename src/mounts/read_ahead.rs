@@ -1,8 +1,8 @@
 //! How much the kernel reads ahead of programs that read mounted files.
 //!
 //! A file system cannot ask for more than the kernel's 128 KiB; only the number in
-//! `/sys/class/bdi` can, which belongs to root. We leave it: since [`crate::fuse`] reads the model
-//! ahead itself, more of it made nothing faster that we measured (`docs/performance.md`), and each
+//! `/sys/class/bdi` can, which belongs to root. We leave it: since we read the model
+//! ahead ourselves, more of it made nothing faster that we measured (`docs/performance.md`), and each
 //! look at a header reads that much.
 
 use std::io;

@@ -20,7 +20,6 @@ use std::fs::{File, Metadata, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
@@ -32,7 +31,7 @@ use crate::sys;
 pub use crate::sys::process::raise_descriptor_limit;
 pub use crate::sys::read::DIRECT_ALIGNMENT;
 use crate::sys::read::{
-    cached_pages, only_what_is_read, read_exact_direct, read_exact_uncached, reopen_direct,
+    is_cached, only_what_is_read, read_exact_direct, read_exact_uncached, reopen_direct,
     takes_uncached_reads,
 };
 
@@ -62,9 +61,9 @@ struct PartFile {
     identity: Identity,
     /// `None` for a part that is opened for each read.
     file: Option<File>,
-    /// The same file once more, opened when it is first needed to read past the page cache; `None`
-    /// where that is impossible.
-    direct: OnceLock<Option<File>>,
+    /// The same file once more, to read past the page cache; `None` where that is impossible or not
+    /// wanted.
+    direct: Option<File>,
     /// Set for good when the part was seen to have changed.
     changed: AtomicBool,
     /// Whether it was said that the part cannot be opened again.
@@ -123,12 +122,12 @@ impl Source {
     /// Chooses what reading does to the page cache.
     pub fn set_page_cache(&mut self, page_cache: PageCache) {
         self.page_cache = page_cache;
-        if page_cache == PageCache::Unchanged {
-            self.parts
-                .iter()
-                .filter_map(|part| part.file.as_ref())
-                // What was read ahead of a range would stay, or be read again.
-                .for_each(only_what_is_read);
+        for part in &mut self.parts {
+            let file = part.file.as_ref();
+            let file = file.filter(|_| page_cache == PageCache::Unchanged);
+            // What was read ahead of a range would stay, or be read again.
+            file.inspect(|file| only_what_is_read(file));
+            part.direct = file.and_then(|file| reopen_direct(file).ok());
         }
     }
 
@@ -141,7 +140,7 @@ impl Source {
     /// other.
     pub fn can_leave_page_cache(&self) -> bool {
         let part = &self.parts[0];
-        part.direct().is_some() || part.file.as_ref().is_some_and(takes_uncached_reads)
+        part.direct.is_some() || part.file.as_ref().is_some_and(takes_uncached_reads)
     }
 
     /// Fills the buffer from `offset` of a part (0-based): all of it, or an error.
@@ -156,6 +155,11 @@ impl Source {
         })
     }
 
+    /// Whether a part is kept open, so that reading a piece of it takes no more than that.
+    pub fn is_kept_open(&self, part: u32) -> bool {
+        self.parts[part as usize].file.is_some()
+    }
+
     /// Fills the buffer as [`read_at`](Self::read_at) does, but past the page cache where the file
     /// system can do that. The place of a read, its length and the address of the buffer must be
     /// multiples of [`DIRECT_ALIGNMENT`]; where the part ends before, the rest of the buffer stays
@@ -165,7 +169,7 @@ impl Source {
         let wanted = part.identity.bytes.saturating_sub(offset);
         let wanted = usize::try_from(wanted).map_or(buffer.len(), |n| n.min(buffer.len()));
         part.with_file(|file| {
-            let read = part.direct().is_some_and(
+            let read = part.direct.as_ref().is_some_and(
                 |direct| matches!(direct.read_at(buffer, offset), Ok(read) if read >= wanted),
             );
             let read = if read {
@@ -177,10 +181,11 @@ impl Source {
         })
     }
 
-    /// Whether a range of a part is in the page cache, so that reading it costs no disk.
+    /// Whether a range of a part is in the page cache, so that reading it costs no disk. The kernel
+    /// tells since Linux 6.5, and only the owner of the part or who may write to it.
     pub fn is_cached(&self, part: u32, offset: u64, bytes: u64) -> bool {
         let file = self.parts[part as usize].file.as_ref();
-        file.is_some_and(|file| is_cached(file, offset, bytes))
+        file.is_some_and(|file| is_cached(file, offset, bytes).unwrap_or(false))
     }
 
     /// Fails if a part has changed since it was opened.
@@ -230,19 +235,16 @@ impl Source {
 }
 
 impl PartFile {
-    /// The file, open for reading past the page cache; not of a part that is opened for each read.
-    fn direct(&self) -> Option<&File> {
-        let file = self.file.as_ref()?;
-        let direct = self.direct.get_or_init(|| reopen_direct(file).ok());
-        direct.as_ref()
-    }
-
     /// Fills the buffer, and leaves the page cache as it was if that can be done.
     fn read_unchanged(&self, file: &File, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        if self.file.is_none() {
+            only_what_is_read(file); // opened just now
+        }
         read_exact_uncached(file, buffer, offset, |buffer, offset| {
             // Btrfs, and every file system before Linux 6.14.
-            let direct = self.direct();
-            let direct = direct.filter(|_| !is_cached(file, offset, buffer.len() as u64));
+            let direct = self.direct.as_ref();
+            let direct =
+                direct.filter(|_| !is_cached(file, offset, buffer.len() as u64).unwrap_or(false));
             if direct.is_some_and(|direct| read_exact_direct(direct, buffer, offset).is_ok()) {
                 return Ok(());
             }
@@ -315,14 +317,6 @@ impl PartFile {
             cause,
         }
     }
-}
-
-/// Whether a range of a file is in the page cache.
-fn is_cached(file: &File, offset: u64, bytes: u64) -> bool {
-    let first = offset / DIRECT_ALIGNMENT;
-    let end = (offset + bytes).div_ceil(DIRECT_ALIGNMENT);
-    // Pages may be larger, which only makes this say no.
-    cached_pages(file, offset, bytes).is_ok_and(|pages| pages >= end - first)
 }
 
 /// Opens a file for reading if it is a regular one; never waits for the writer of a FIFO.

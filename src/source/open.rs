@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::io::{self, BufReader};
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 use std::sync::atomic::AtomicBool;
 
 use super::{Identity, PageCache, PartFile, Source, open_regular};
@@ -183,7 +182,7 @@ fn join(parts: Vec<Opened>, given: usize) -> Result<(ModelHeader, Source), OpenE
             path: part.path,
             identity: part.identity,
             file: part.file,
-            direct: OnceLock::new(),
+            direct: None,
             changed: AtomicBool::new(false),
             missed: AtomicBool::new(false),
         });

@@ -50,7 +50,9 @@ pub fn next_data(file: &File, offset: u64) -> io::Result<Option<Range<u64>>> {
     }
 }
 
-pub use imp::{allocate, clone_range, copy_range, flush_file_system, takes_uncached_writes};
+pub use imp::{
+    allocate, clone_range, copy_range, flush_file_system, flushes_whole, takes_uncached_writes,
+};
 
 #[cfg(target_os = "linux")]
 mod imp {
@@ -131,6 +133,18 @@ mod imp {
         Ok(())
     }
 
+    /// Whether [`flush_file_system`] does what it says on the file system of a file: not on those
+    /// that stand before another, overlayfs and FUSE, where it flushes or reports less.
+    pub fn flushes_whole(file: &File) -> bool {
+        const OVERLAYFS: u64 = 0x794c_7630;
+        const FUSE: u64 = 0x6573_5546;
+        // SAFETY: statfs is plain data, for which zeros are a value.
+        let mut stats: libc::statfs = unsafe { std::mem::zeroed() };
+        // SAFETY: the buffer is a statfs.
+        let asked = check(unsafe { libc::fstatfs(file.as_raw_fd(), &mut stats) });
+        asked.is_ok() && ![OVERLAYFS, FUSE].contains(&(stats.f_type as u64))
+    }
+
     /// Waits until everything written to the file system of `file` is on its disk; fails if any of
     /// it got lost since the file was opened, or since the last call (Linux 5.8).
     pub fn flush_file_system(file: &File) -> io::Result<()> {
@@ -170,6 +184,10 @@ mod imp {
 
     pub fn allocate(_: &File, _: u64, _: u64) -> io::Result<()> {
         refused()
+    }
+
+    pub fn flushes_whole(_: &File) -> bool {
+        false
     }
 
     /// There is no such call here: files are flushed one by one.

@@ -66,7 +66,7 @@ pub fn takes_uncached_reads(file: &File) -> bool {
     imp::read_uncached(file, &mut [0], 0).is_ok()
 }
 
-pub use imp::{cached_pages, forget, only_what_is_read, reopen_direct};
+pub use imp::{forget, is_cached, only_what_is_read, reopen_direct};
 
 #[cfg(target_os = "linux")]
 mod imp {
@@ -98,9 +98,12 @@ mod imp {
             .open(format!("/proc/self/fd/{}", file.as_raw_fd()))
     }
 
-    /// How many pages of a range are in the page cache (`cachestat`, Linux 6.5).
-    pub fn cached_pages(file: &File, offset: u64, len: u64) -> io::Result<u64> {
-        /// The same number on every architecture.
+    /// Whether all pages of a range are in the page cache (`cachestat`, Linux 6.5).
+    ///
+    /// # Errors
+    /// `EPERM` for a file that is neither ours nor open for writing to us.
+    pub fn is_cached(file: &File, offset: u64, len: u64) -> io::Result<bool> {
+        /// The same number on all architectures that matter here.
         const SYS_CACHESTAT: libc::c_long = 451;
         let range = [offset, len];
         // Pages: in the cache, dirty, under writeback, evicted, recently evicted.
@@ -117,7 +120,9 @@ mod imp {
             )
         };
         check(result as libc::c_int)?;
-        Ok(counts[0])
+        // SAFETY: no memory is involved.
+        let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) }.max(1) as u64;
+        Ok(counts[0] >= (offset + len).div_ceil(page) - offset / page)
     }
 
     /// Asks that reads of a file bring only their own pages into the cache. Only advice.
@@ -149,7 +154,7 @@ mod imp {
         refused()
     }
 
-    pub fn cached_pages(_: &File, _: u64, _: u64) -> io::Result<u64> {
+    pub fn is_cached(_: &File, _: u64, _: u64) -> io::Result<bool> {
         refused()
     }
 

@@ -158,6 +158,18 @@ def test_another_model_of_the_same_shape_is_not_taken_for_this_one(model, tmp_pa
     assert contents(out) == before
 
 
+@pytest.mark.parametrize("flags", [[], ["--force"]], ids=str)
+def test_experts_of_another_model_of_the_same_shape_are_never_listed_beside_those_of_this_one(tmp_path, flags):
+    out = tmp_path / "out"
+    for seed, layer in ((1, 0), (2, 1)):
+        succeed("toy", tmp_path / f"{seed}.gguf", "--seed", seed)
+        if seed == 1:
+            succeed("materialize", tmp_path / "1.gguf", out, "--experts-only", "--layers", layer)
+    before = contents(out)
+    fail("materialize", tmp_path / "2.gguf", out, "--experts-only", "--layers", 1, *flags, naming=[named(0, 0), "other bytes"])
+    assert contents(out) == before
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_run_that_is_cut_short_leaves_only_whole_files_and_the_next_run_finishes(tmp_path, how):
     model, whole, out = tmp_path / "toy.gguf", tmp_path / "whole", tmp_path / "out"
