@@ -41,6 +41,10 @@ python() {
     need command -v python3 -- python3 python3
     need python3 -c "import ensurepip, venv" -- "Python's venv module" python3-venv
     need command -v fusermount3 -- fusermount3 fuse3
+    if [ "$(id -u)" = 0 ]; then # only root can mount what these make
+        need command -v mkfs.xfs -- mkfs.xfs xfsprogs
+        need command -v mkfs.btrfs -- mkfs.btrfs btrfs-progs
+    fi
     # Made anew only when the interpreter or the requirements change.
     wanted=$(python3 -VV && cat tests/python/requirements.txt)
     if [ "$(cat "$venv/made-from" 2>/dev/null)" != "$wanted" ]; then

@@ -18,6 +18,7 @@ from odmoe import (
     BINARY,
     DOCUMENTS,
     MIB,
+    cached,
     counters,
     evict,
     expert_gguf,
@@ -26,7 +27,6 @@ from odmoe import (
     files_of,
     needs_root,
     odmoe,
-    run,
     sparse_gguf,
     succeed,
     wait_for,
@@ -230,7 +230,8 @@ def bytes_read(*arguments):
 
 
 def resident(path):
-    return int(run("fincore", "-b", "-n", "-r", "-o", "RES", path).stdout)
+    with path.open("rb") as file:
+        return cached(file)
 
 
 def headers(whole):
@@ -264,11 +265,11 @@ def test_what_others_have_cached_of_the_model_stays_and_nothing_is_added(model, 
     with here.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         os.pread(file.fileno(), 4 * MIB, 10 * MIB)
-    cached = resident(here)
-    assert cached >= 4 * MIB
+    before = resident(here)
+    assert before >= 4 * MIB
     succeed("materialize", here, out, "--reflink", "never")
     # Opening a model reads a little ahead of its header.
-    assert cached <= resident(here) <= cached + MIB
+    assert before <= resident(here) <= before + MIB
     assert sum(resident(path) for path in files_of(out).values()) <= MIB
 
 
