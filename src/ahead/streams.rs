@@ -24,14 +24,14 @@ const LOOK_BYTES: u64 = 128 << 10;
 const DISORDER_BYTES: u64 = 512 << 10;
 /// How many readers are known at a time. One that is forgotten is taken for a new one.
 const MAX_STREAMS: usize = 64;
+/// How many of them in one file: no more can have two buffers each. One who reads here and there
+/// would fill the table.
+const MAX_STREAMS_OF_FILE: usize = BUFFERS / 2;
 /// So many requests here and there in a file, and it will be wanted whole: a program has mapped an
 /// expert and computes with it.
 const SCATTERED_REQUESTS: usize = 8;
 /// The largest file that is read whole for that: all buffers hold it.
 const WHOLE_FILE_BYTES: u64 = (BUFFERS * BUFFER_BYTES) as u64;
-/// How many of them in one file: no more can have two buffers each. One who reads here and there
-/// would fill the table.
-const MAX_STREAMS_OF_FILE: usize = BUFFERS / 2;
 /// A stream that asked for nothing during so many requests of others may lose its chunks.
 const IDLE_REQUESTS: u64 = 256;
 
