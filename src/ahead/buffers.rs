@@ -3,9 +3,7 @@
 //! They lie in huge pages where the kernel gives them: a device then writes each in one piece,
 //! which made direct reads of a virtual disk more than twice as fast (`docs/performance.md`).
 
-use std::iter::Take;
 use std::ops::{Deref, DerefMut};
-use std::slice::ChunksExactMut;
 use std::sync::LazyLock;
 
 use memmap2::MmapMut;
@@ -21,35 +19,30 @@ const HUGE_PAGE_BYTES: usize = 2 << 20;
 /// The size of the smallest page.
 const PAGE_BYTES: usize = 4096;
 
-/// The buffers that nobody uses. Never unmapped: they are the process's for as long as it lives.
-static FREE: LazyLock<Mutex<Free>> = LazyLock::new(|| {
+/// The buffers that nobody uses; the last used one is the next to be taken. Never unmapped: they are
+/// the process's for as long as it lives.
+static FREE: LazyLock<Mutex<Vec<Memory>>> = LazyLock::new(|| {
     // The kernel may place the map anywhere: one huge page more lets it start at one.
     let map = MmapMut::map_anon(BUFFERS * BUFFER_BYTES + HUGE_PAGE_BYTES);
     let Ok(map) = map else {
         tracing::warn!("no memory for reading ahead; sequential reads will be slower");
-        return Mutex::new(Free::of(&mut []));
+        return Mutex::default();
     };
     // Without huge pages it only is slower.
     let _ = advise_huge(&map);
     let map = Box::leak(Box::new(map));
     let start = map.as_ptr().align_offset(HUGE_PAGE_BYTES);
     let aligned = map.get_mut(start..).unwrap_or_default();
-    Mutex::new(Free::of(aligned))
+    let buffers = aligned.chunks_exact_mut(BUFFER_BYTES).take(BUFFERS);
+    let buffers = buffers.map(|bytes| Memory { bytes, fresh: true });
+    Mutex::new(buffers.collect())
 });
 
-struct Free {
-    used_before: Vec<&'static mut [u8]>,
-    /// Address space, without memory yet.
-    fresh: Take<ChunksExactMut<'static, u8>>,
-}
-
-impl Free {
-    fn of(memory: &'static mut [u8]) -> Self {
-        Self {
-            used_before: Vec::with_capacity(BUFFERS),
-            fresh: memory.chunks_exact_mut(BUFFER_BYTES).take(BUFFERS),
-        }
-    }
+#[derive(Debug, Default)]
+struct Memory {
+    bytes: &'static mut [u8],
+    /// Whether it may be address space without memory.
+    fresh: bool,
 }
 
 #[cfg(target_os = "linux")]
@@ -65,19 +58,22 @@ fn advise_huge(_: &MmapMut) -> std::io::Result<()> {
 /// A buffer of [`BUFFER_BYTES`], given back when dropped. It starts at a multiple of its size, as
 /// direct reads need.
 #[derive(Debug)]
-pub struct Buffer(&'static mut [u8]);
+pub struct Buffer(Memory);
 
 impl Buffer {
     /// Takes a buffer that nobody uses.
     pub fn take() -> Option<Self> {
-        let mut free = FREE.lock();
-        if let Some(buffer) = free.used_before.pop() {
-            return Some(Self(buffer));
+        FREE.lock().pop().map(Self)
+    }
+
+    /// Makes sure that there is memory behind all of the buffer: where there is none, Btrfs reads
+    /// through the page cache. It may take the kernel milliseconds to find huge pages.
+    pub fn populate(&mut self) {
+        if self.0.fresh {
+            let pages = self.0.bytes.chunks_mut(PAGE_BYTES);
+            pages.for_each(|page| page[0] = 0);
         }
-        let buffer = free.fresh.next()?;
-        // Where there is no memory yet, Btrfs reads through the page cache.
-        buffer.chunks_mut(PAGE_BYTES).for_each(|page| page[0] = 0);
-        Some(Self(buffer))
+        self.0.fresh = false;
     }
 
     /// Whether [`take`](Self::take) would have none to give.
@@ -87,14 +83,13 @@ impl Buffer {
 
     /// How many nobody uses.
     pub fn unused() -> usize {
-        let free = FREE.lock();
-        free.used_before.len() + free.fresh.len()
+        FREE.lock().len()
     }
 }
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        FREE.lock().used_before.push(std::mem::take(&mut self.0));
+        FREE.lock().push(std::mem::take(&mut self.0));
     }
 }
 
@@ -102,12 +97,12 @@ impl Deref for Buffer {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        self.0
+        self.0.bytes
     }
 }
 
 impl DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [u8] {
-        self.0
+        self.0.bytes
     }
 }

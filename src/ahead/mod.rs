@@ -83,6 +83,7 @@ impl Chunk {
         let source = model.source();
         let read = self.read.get_or_init(|| {
             let mut buffer = self.empty.lock().take()?;
+            buffer.populate();
             let bytes = self.skip as u64 + (self.file.end - self.file.start);
             let aligned = bytes.next_multiple_of(crate::source::DIRECT_ALIGNMENT) as usize;
             let read = source.read_aligned(self.part, self.first, &mut buffer[..aligned]);
