@@ -34,6 +34,7 @@ use crate::layout::{
 };
 use crate::model::Model;
 use crate::source::ReadError;
+use crate::sys;
 use crate::tree::Ino;
 
 /// Why a tree cannot be written. What is complete stays, and the same command goes on from there.
@@ -49,6 +50,10 @@ pub enum MaterializeError {
         "{path:?} exists, but {reason}; it was not made from this model as it is now. Remove it, replace such files with --force, or choose another directory"
     )]
     Foreign { path: PathBuf, reason: String },
+    #[error(
+        "{0:?} was not chosen, but the registry would list it, and it holds other bytes: those of another model of the same shape. Remove it, or choose another directory"
+    )]
+    OtherModel(PathBuf),
     #[error("another odmoe-fs is writing to {0:?}; wait until it has finished")]
     Locked(PathBuf),
     #[error(
@@ -229,9 +234,17 @@ impl<'a> Plan<'a> {
         self.incongruent_bytes
     }
 
-    /// Fails if the target's file system has less room than the plan needs.
+    /// Fails if the target's file system has less room than the plan needs. Before it does, it removes
+    /// what a killed run has left there, which nobody else can use.
     pub fn check_room(&self) -> Result<(), MaterializeError> {
-        let (needed, available) = (self.cost.room, self.ways.available);
+        let (needed, mut available) = (self.cost.room, self.ways.available);
+        if needed > available && self.target.is_dir() {
+            self.remove_leftovers()?;
+            let room = sys::room(&self.target);
+            available = room
+                .map_err(io_error("ask for room in", &self.target))?
+                .available;
+        }
         if needed > available {
             return Err(MaterializeError::NoRoom {
                 target: self.target.clone(),
@@ -320,9 +333,9 @@ impl<'a> Plan<'a> {
         for (file, _) in files.filter(|(_, chosen)| !**chosen) {
             let ino = self.find(&file.kind.path());
             if matches!(self.state(ino)?, State::OtherTime)
-                && let State::Foreign(reason) = self.compared_state(ino)?
+                && let State::Foreign(_) = self.compared_state(ino)?
             {
-                return Err(self.foreign(ino, &reason));
+                return Err(MaterializeError::OtherModel(self.path(ino)));
             }
         }
         Ok(())

@@ -56,10 +56,7 @@ impl Plan<'_> {
             fs::create_dir_all(&directory).map_err(io_error("make", &directory))?;
         }
         let _lock = self.lock()?;
-        for directory in DIRECTORIES {
-            let directory = self.target.join(directory);
-            remove_leftovers(&directory).map_err(io_error("clean", &directory))?;
-        }
+        self.remove_leftovers_of_killed_runs()?;
         for &ino in &self.touch {
             let path = self.path(ino);
             File::open(&path)
@@ -75,6 +72,25 @@ impl Plan<'_> {
             File::open(&directory)
                 .and_then(|folder| folder.sync_all())
                 .map_err(io_error("flush", &directory))?;
+        }
+        Ok(())
+    }
+
+    /// Removes what killed runs have left in the target, and waits until its room is free.
+    pub(super) fn remove_leftovers(&self) -> Result<(), MaterializeError> {
+        let lock = self.lock()?;
+        self.remove_leftovers_of_killed_runs()?;
+        sys::copy::flush_file_system(&lock).map_err(io_error("flush", &self.target))
+    }
+
+    /// Only with the lock: a run that lives has such files, too.
+    fn remove_leftovers_of_killed_runs(&self) -> Result<(), MaterializeError> {
+        for directory in DIRECTORIES {
+            let directory = self.target.join(directory);
+            match remove_leftovers(&directory) {
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                removed => removed.map_err(io_error("clean", &directory))?,
+            }
         }
         Ok(())
     }

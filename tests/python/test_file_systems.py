@@ -179,6 +179,24 @@ def test_a_disk_that_fills_up_meanwhile_costs_no_file_its_truth(model, whole, ro
     assert_same(out, whole)
 
 
+@pytest.mark.parametrize("kind", ["tmpfs", "ext4", "xfs"])
+def test_what_a_killed_run_has_left_does_not_stand_in_the_way_of_the_next(model, whole, room_for, kind):
+    at = room_for(kind)
+    out = at / "out"
+    leftover = out / "experts" / ".odmoe-killed.tmp"
+    leftover.parent.mkdir(parents=True)
+    subprocess.run(["fallocate", "-l", str(free(at) - payload(whole) // 2), leftover], check=True)
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        fail("materialize", model, out, naming=["another odmoe-fs"])
+        assert leftover.exists(), "it may be of the run that holds the lock"
+    finally:
+        os.close(folder)
+    succeed("materialize", model, out)
+    assert_same(out, whole)
+
+
 @pytest.mark.parametrize("kind", ["ext4", "xfs"])
 def test_holes_of_the_model_stay_holes(room_for, kind):
     at = room_for(kind)

@@ -164,6 +164,19 @@ fn one_who_reads_here_and_there_takes_nothing_from_others() {
 }
 
 #[test]
+fn a_reader_without_buffers_gets_one_of_the_reader_who_has_the_most() {
+    let mut asked = Asked::of(Kind::sparse(2, 2600));
+    let files = asked.sample.experts();
+    for n in 0..8 {
+        asked.ask(files[0], n * 3 * MIB, REQUEST_BYTES);
+    }
+    assert!(Buffer::are_all_taken());
+    assert_eq!(asked.ask(files[1], 0, REQUEST_BYTES), []);
+    let wanted = asked.ask(files[1], REQUEST_BYTES, REQUEST_BYTES);
+    assert_eq!(wanted[0].start, 2 * REQUEST_BYTES);
+}
+
+#[test]
 fn what_is_in_the_page_cache_is_not_read_ahead() {
     let mut asked = Asked::of(Kind::sparse(1, 1000));
     let file = asked.sample.experts()[0];
