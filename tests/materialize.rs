@@ -4,6 +4,7 @@ use std::fs;
 use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
+use std::time::{Duration, SystemTime};
 
 use odmoe_fs::gguf::GgmlType;
 use odmoe_fs::gguf::write::Writer;
@@ -13,6 +14,11 @@ use tempfile::TempDir;
 
 /// A model of two layers with two experts each.
 fn model(folder: &Path) -> Model {
+    model_of(folder, 7)
+}
+
+/// The same, of this byte, and of a time of its own.
+fn model_of(folder: &Path, byte: u8) -> Model {
     let mut writer = Writer::new();
     for layer in 0..2 {
         let name = format!("blk.{layer}.ffn_up_exps.weight");
@@ -21,8 +27,11 @@ fn model(folder: &Path) -> Model {
     let written = writer.header();
     let path = folder.join("model.gguf");
     let mut bytes = written.bytes;
-    bytes.resize(written.file_bytes as usize, 7);
+    bytes.resize(written.file_bytes as usize, byte);
     fs::write(&path, bytes).unwrap();
+    let time = SystemTime::UNIX_EPOCH + Duration::from_secs(byte.into());
+    let file = fs::File::open(&path).unwrap();
+    file.set_modified(time).unwrap();
     Model::open(&path).unwrap()
 }
 
@@ -51,6 +60,44 @@ fn the_documents_list_what_another_run_has_written_since_the_plan_was_made() {
     let registry = model.tree().find("experts/registry.json").unwrap();
     let written = fs::read(out.join("experts/registry.json")).unwrap();
     assert_eq!(written, model.read(registry).unwrap());
+}
+
+#[test]
+fn the_documents_do_not_list_what_another_model_has_written_since_the_plan_was_made() {
+    let folder = TempDir::new().unwrap();
+    let out = folder.path().join("out");
+    let [one, other] = [7, 8].map(|byte| {
+        let folder = folder.path().join(byte.to_string());
+        fs::create_dir(&folder).unwrap();
+        model_of(&folder, byte)
+    });
+    let only_experts = |number| {
+        let mut options = layer(number);
+        options.selection.without_base = true;
+        options
+    };
+    let first = Plan::new(&one, &out, &only_experts("0")).unwrap();
+    let second = Plan::new(&other, &out, &only_experts("1")).unwrap();
+    run(&first).unwrap();
+    run(&second).unwrap();
+    let registry = fs::read_to_string(out.join("experts/registry.json")).unwrap();
+    assert!(registry.contains("layer_01_expert_000"), "{registry}");
+    assert!(!registry.contains("layer_00_expert_000"), "{registry}");
+}
+
+#[test]
+fn experts_of_an_earlier_run_whose_time_differs_are_listed_once_their_bytes_were_compared() {
+    let folder = TempDir::new().unwrap();
+    let (model, out) = (model(folder.path()), folder.path().join("out"));
+    run(&Plan::new(&model, &out, &layer("0")).unwrap()).unwrap();
+    let touched = out.join("experts/layer_00_expert_001.safetensors");
+    let file = fs::File::open(&touched).unwrap();
+    file.set_modified(SystemTime::UNIX_EPOCH).unwrap();
+    run(&Plan::new(&model, &out, &layer("1")).unwrap()).unwrap();
+    let registry = fs::read_to_string(out.join("experts/registry.json")).unwrap();
+    assert!(registry.contains("layer_00_expert_001"), "{registry}");
+    let modified = touched.metadata().unwrap().modified().unwrap();
+    assert_eq!(modified, model.source().modified());
 }
 
 #[test]

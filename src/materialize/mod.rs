@@ -34,7 +34,6 @@ use crate::layout::{
 };
 use crate::model::Model;
 use crate::source::ReadError;
-use crate::sys;
 use crate::tree::Ino;
 
 /// Why a tree cannot be written. What is complete stays, and the same command goes on from there.
@@ -117,7 +116,7 @@ pub struct Plan<'a> {
     replaced: HashSet<Ino>,
     /// Chosen files that are complete already.
     done: Vec<Ino>,
-    /// Of those, the ones that only need the tree's time.
+    /// Complete files, chosen or not, that only need the tree's time.
     touch: Vec<Ino>,
     /// By index in [`Layout::files`](crate::layout::Layout::files): is chosen, so that it will be
     /// there when the plan has been run.
@@ -239,11 +238,7 @@ impl<'a> Plan<'a> {
     pub fn check_room(&self) -> Result<(), MaterializeError> {
         let (needed, mut available) = (self.cost.room, self.ways.available);
         if needed > available && self.target.is_dir() {
-            self.remove_leftovers()?;
-            let room = sys::room(&self.target);
-            available = room
-                .map_err(io_error("ask for room in", &self.target))?
-                .available;
+            available = self.room_without_leftovers()?;
         }
         if needed > available {
             return Err(MaterializeError::NoRoom {
@@ -296,16 +291,18 @@ impl<'a> Plan<'a> {
 
     /// As [`state`](Self::state), but where only the time differs all bytes are compared.
     fn compared_state(&self, ino: Ino) -> Result<State, MaterializeError> {
-        let state = self.state(ino)?;
-        if !matches!(state, State::OtherTime) {
-            return Ok(state);
-        }
+        Ok(match self.state(ino)? {
+            State::OtherTime if self.holds_other_bytes(ino)? => {
+                State::Foreign("holds other bytes".into())
+            }
+            state => state,
+        })
+    }
+
+    fn holds_other_bytes(&self, ino: Ino) -> Result<bool, MaterializeError> {
         let (mut buffer, stop) = (copy::buffer(1), AtomicBool::new(false));
         let difference = self.payload_difference(ino, &mut buffer, &stop, &|_| {})?;
-        Ok(match difference {
-            Some(_) => State::Foreign("holds other bytes".into()),
-            None => state,
-        })
+        Ok(difference.is_some())
     }
 
     fn plan_to_write(&mut self, ino: Ino) -> Result<(), MaterializeError> {
@@ -328,30 +325,28 @@ impl<'a> Plan<'a> {
 
     /// Fails if a file that was not chosen looks like one of this model, so that the documents would
     /// list it, but holds other bytes: those of another model of the same shape.
-    fn check_others(&self) -> Result<(), MaterializeError> {
+    fn check_others(&mut self) -> Result<(), MaterializeError> {
         let files = self.model.layout().files().iter().zip(&self.chosen);
-        for (file, _) in files.filter(|(_, chosen)| !**chosen) {
-            let ino = self.find(&file.kind.path());
-            if matches!(self.state(ino)?, State::OtherTime)
-                && let State::Foreign(_) = self.compared_state(ino)?
-            {
-                return Err(MaterializeError::OtherModel(self.path(ino)));
+        let others = files.filter(|(_, chosen)| !**chosen);
+        let others: Vec<_> = others.map(|(f, _)| self.find(&f.kind.path())).collect();
+        for ino in others {
+            if matches!(self.state(ino)?, State::OtherTime) {
+                if self.holds_other_bytes(ino)? {
+                    return Err(MaterializeError::OtherModel(self.path(ino)));
+                }
+                self.touch.push(ino);
             }
         }
         Ok(())
     }
 
     /// Which files the documents shall list, by index in `Layout::files`: those that were chosen, and
-    /// those that other runs have left there.
+    /// those that other runs of this model have left there.
     fn present(&self) -> Result<Vec<bool>, MaterializeError> {
         let files = self.model.layout().files().iter().zip(&self.chosen);
         files
             .map(|(file, &chosen)| {
-                Ok(chosen
-                    || matches!(
-                        self.state(self.find(&file.kind.path()))?,
-                        State::Done | State::OtherTime
-                    ))
+                Ok(chosen || matches!(self.state(self.find(&file.kind.path()))?, State::Done))
             })
             .collect()
     }

@@ -55,8 +55,8 @@ impl Plan<'_> {
             let directory = self.target.join(directory);
             fs::create_dir_all(&directory).map_err(io_error("make", &directory))?;
         }
-        let _lock = self.lock()?;
-        self.remove_leftovers_of_killed_runs()?;
+        let lock = self.lock()?;
+        self.remove_leftovers(&lock)?;
         for &ino in &self.touch {
             let path = self.path(ino);
             File::open(&path)
@@ -76,18 +76,23 @@ impl Plan<'_> {
         Ok(())
     }
 
-    /// Removes what killed runs have left in the target, and waits until its room is free.
-    pub(super) fn remove_leftovers(&self) -> Result<(), MaterializeError> {
+    /// Removes what killed runs have left in the target, and returns the bytes that may then be
+    /// written to its file system.
+    pub(super) fn room_without_leftovers(&self) -> Result<u64, MaterializeError> {
         let lock = self.lock()?;
-        self.remove_leftovers_of_killed_runs()?;
-        sys::copy::flush_file_system(&lock).map_err(io_error("flush", &self.target))
+        self.remove_leftovers(&lock)?;
+        // Some file systems free room only then.
+        sys::copy::flush_file_system(&lock).map_err(io_error("flush", &self.target))?;
+        let room = sys::room(&self.target).map_err(io_error("ask for room in", &self.target))?;
+        Ok(room.available)
     }
 
-    /// Only with the lock: a run that lives has such files, too.
-    fn remove_leftovers_of_killed_runs(&self) -> Result<(), MaterializeError> {
+    /// Removes the temporary files of runs that were killed. Only with the lock: a run that lives has
+    /// such files, too.
+    fn remove_leftovers(&self, _lock: &File) -> Result<(), MaterializeError> {
         for directory in DIRECTORIES {
             let directory = self.target.join(directory);
-            match remove_leftovers(&directory) {
+            match remove_temporaries(&directory) {
                 Err(e) if e.kind() == io::ErrorKind::NotFound => {}
                 removed => removed.map_err(io_error("clean", &directory))?,
             }
@@ -376,8 +381,7 @@ fn temporary_beside(path: &Path) -> io::Result<NamedTempFile> {
         .tempfile_in(path.parent().unwrap_or(Path::new(".")))
 }
 
-/// Removes the temporary files of a run that was killed.
-fn remove_leftovers(directory: &Path) -> io::Result<()> {
+fn remove_temporaries(directory: &Path) -> io::Result<()> {
     for entry in directory.read_dir()? {
         let entry = entry?;
         let name = entry.file_name();
