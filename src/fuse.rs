@@ -24,7 +24,7 @@ use fuser::{
 
 use crate::ahead::ReadAhead;
 use crate::model::Model;
-use crate::source::{PageCache, ReadError};
+use crate::source::ReadError;
 use crate::tree::{Ino, Kind, ROOT};
 
 /// How long the kernel may keep what it was told: longer than any mount lives.
@@ -69,7 +69,7 @@ pub enum Cache {
 #[derive(Debug)]
 pub struct OdmoeFs {
     model: Arc<Model>,
-    ahead: Option<ReadAhead>,
+    ahead: ReadAhead,
     owner: Owner,
     modified: SystemTime,
     cache: Cache,
@@ -87,11 +87,9 @@ impl OdmoeFs {
     pub fn new(model: Model, owner: Owner, cache: Cache) -> Self {
         let modified = model.source().modified();
         let model = Arc::new(model);
-        let ahead = (model.source().page_cache() == PageCache::Unchanged)
-            .then(|| ReadAhead::new(model.clone()));
         Self {
+            ahead: ReadAhead::new(model.clone()),
             model,
-            ahead,
             owner,
             modified,
             cache,
@@ -278,17 +276,7 @@ impl Filesystem for OdmoeFs {
                     Ok(bytes) => reply.data(bytes),
                     Err(error) => reply.error(errno(&error)),
                 };
-                let size = size as usize;
-                match &self.ahead {
-                    Some(ahead) => ahead.read(ino.0, offset, size as u64, buffer, reply),
-                    None => {
-                        if buffer.len() < size {
-                            buffer.resize(size, 0);
-                        }
-                        let read = self.model.read_at(ino.0, offset, &mut buffer[..size]);
-                        reply(read.map(|read| &buffer[..read]));
-                    }
-                }
+                self.ahead.read(ino.0, offset, size.into(), buffer, reply);
             });
         });
     }

@@ -12,7 +12,8 @@
 //! cache into a fixed number of buffers. A request that a chunk holds is answered from its
 //! memory; all others are read as they come. So no answer ever depends on what was read ahead.
 //!
-//! What is in the page cache already, is not read from the disk again.
+//! What is in the page cache already, is not read from the disk again. Where the model's own page
+//! cache shall keep what was read, the kernel reads ahead, and we do not.
 
 mod buffers;
 mod streams;
@@ -29,14 +30,14 @@ use parking_lot::{Condvar, Mutex};
 use self::buffers::Buffer;
 use self::streams::Streams;
 use crate::model::Model;
-use crate::source::ReadError;
+use crate::source::{PageCache, ReadError};
 use crate::tree::Ino;
 
 /// Threads that read ahead. They wait for the disk; more of them than this did not make one faster
 /// that we measured.
 const READERS: usize = 4;
 
-/// Reads the files of a model, ahead of those who read them in order.
+/// Reads the files of a model, ahead of those who read them in order if nothing else does.
 #[derive(Debug)]
 pub struct ReadAhead {
     shared: Arc<Shared>,
@@ -130,9 +131,12 @@ impl ReadAhead {
     ) {
         let shared = &*self.shared;
         let size = shared.model.tree().size(file).unwrap_or(0);
+        let range = offset.min(size)..offset.saturating_add(len).min(size);
+        if shared.model.source().page_cache() == PageCache::Filled {
+            return reply(shared.assemble(file, range, &[], space));
+        }
         let header = shared.model.tree().extents(file).first();
         let header = header.map_or(0, |extent| extent.len);
-        let range = offset.min(size)..offset.saturating_add(len).min(size);
         let chunks = shared
             .streams
             .lock()

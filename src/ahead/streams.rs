@@ -190,15 +190,16 @@ impl Streams {
         }
         let active = self.streams.iter().filter(|s| !s.chunks.is_empty()).count();
         let share = (BUFFERS / active.max(1)).max(2);
+        let stream = &self.streams[index];
+        // Farther the more was read, so that who stops soon costs little.
+        let depth = match stream.whole {
+            true => size,
+            false => DEPTH_BYTES.min(4 * (stream.next - stream.start)),
+        };
+        let target = (stream.next + depth).min(limit);
         loop {
             let stream = &self.streams[index];
-            // Farther the more was read, so that who stops soon costs little.
-            let depth = match stream.whole {
-                true => size,
-                false => DEPTH_BYTES.min(4 * (stream.next - stream.start)),
-            };
             let start = stream.ahead.max(stream.next);
-            let target = (stream.next + depth).min(limit);
             if start >= target || stream.chunks.len() >= share {
                 return wanted;
             }

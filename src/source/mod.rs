@@ -185,7 +185,7 @@ impl Source {
     /// tells since Linux 6.5, and only the owner of the part or who may write to it.
     pub fn is_cached(&self, part: u32, offset: u64, bytes: u64) -> bool {
         let file = self.parts[part as usize].file.as_ref();
-        file.is_some_and(|file| is_cached(file, offset, bytes).unwrap_or(false))
+        file.is_some_and(|file| is_cached(file, offset, bytes))
     }
 
     /// Fails if a part has changed since it was opened.
@@ -218,19 +218,9 @@ impl Source {
     /// rewritten one changes bytes behind shared references.
     #[allow(unsafe_code)]
     pub unsafe fn map(&self, part: u32) -> Result<Mmap, ReadError> {
-        let part = &self.parts[part as usize];
-        let reopened;
-        let file = match &part.file {
-            Some(file) => file,
-            None => {
-                reopened = part.reopen()?;
-                &reopened
-            }
-        };
         // SAFETY: the caller promises that the file does not change.
-        let map = unsafe { sys::map(file) }.map_err(|cause| part.read_error(0, cause))?;
-        part.check(file)?;
-        Ok(map)
+        let map = self.with_part(part, |file| unsafe { sys::map(file) })?;
+        map.map_err(|cause| self.parts[part as usize].read_error(0, cause))
     }
 }
 
@@ -243,8 +233,7 @@ impl PartFile {
         read_exact_uncached(file, buffer, offset, |buffer, offset| {
             // Btrfs, and every file system before Linux 6.14.
             let direct = self.direct.as_ref();
-            let direct =
-                direct.filter(|_| !is_cached(file, offset, buffer.len() as u64).unwrap_or(false));
+            let direct = direct.filter(|_| !is_cached(file, offset, buffer.len() as u64));
             if direct.is_some_and(|direct| read_exact_direct(direct, buffer, offset).is_ok()) {
                 return Ok(());
             }
