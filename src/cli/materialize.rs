@@ -104,7 +104,7 @@ pub fn run(args: &MaterializeArgs, quiet: bool) -> anyhow::Result<()> {
         return Ok(plan.check_room()?);
     }
     plan.check_room()?;
-    if !quiet {
+    if !quiet && plan.files() > 0 {
         let taken = text::size(plan.cost().room);
         let _ = writeln!(
             Diagnostics,

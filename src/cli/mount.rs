@@ -58,7 +58,7 @@ pub struct MountArgs {
 
 #[derive(Clone, Copy, clap::ValueEnum)]
 enum CacheArg {
-    /// That of the mounted files: repeated reads are as fast as of native files
+    /// That of the mounted files: repeated reads come from memory, without us
     Page,
     /// That of the model: for loaders that read each byte once with pread, such as MLX
     Direct,
