@@ -2,6 +2,7 @@
 # Every check of the project, in one command.
 #
 #   tests/run.sh                    all of it
+#   tests/run.sh long               all of it, with the long forms: more kills, more mounts, an hour of use
 #   tests/run.sh rust               formatting, lints, documentation, Rust tests, builds
 #   tests/run.sh python [ARGS...]   the tests on real mounts, which need the builds; ARGS go to pytest, such as -k NAME
 set -euo pipefail
@@ -61,13 +62,17 @@ all)
     rust
     python
     ;;
+long)
+    rust
+    python --long
+    ;;
 rust) rust ;;
 python)
     shift
     python "$@"
     ;;
 *)
-    sed -n '2,6s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,7s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac

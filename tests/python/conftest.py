@@ -12,6 +12,17 @@ from odmoe import BINARY, ME, User, detach, mounted, mounts, public_copy, sparse
 from reference import Shown
 
 
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="the long forms of tests that repeat something")
+
+
+@pytest.fixture(scope="session")
+def times(request):
+    """How often a test repeats something: `times(20, long=200)`."""
+    is_long = request.config.getoption("--long")
+    return lambda short, long: long if is_long else short
+
+
 def pytest_sessionstart(session):
     if not BINARY.exists():
         pytest.exit(f"{BINARY} is missing: build it with `cargo build --release --bins --examples`", returncode=2)
