@@ -5,8 +5,8 @@
 //!
 //! ```text
 //! model.gguf ─> gguf ──────> layout ───────> tree ──┬─> fuse, mounts   serve it
-//!               what is      what goes       files  └─> materialize    writes it
-//!               in it        where           = extents
+//!               what is      what goes       files  ├─> materialize    writes it
+//!               in it        where           = extents └─> verify      compares with it
 //!               source: the only code that reads model bytes
 //! ```
 //!
@@ -59,3 +59,5 @@ pub mod safetensors;
 pub mod source;
 mod sys;
 pub mod tree;
+pub mod verify;
+pub mod work;

@@ -1,18 +1,17 @@
 //! `materialize`: the tree as real files.
 
-use std::io::{self, IsTerminal, Write};
+use std::io::Write;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
 
 use anyhow::bail;
-use indicatif::{ProgressBar, ProgressStyle};
-use odmoe_fs::materialize::{Numbers, Options, Plan, Progress, Reflink, Selection};
+use odmoe_fs::materialize::{Numbers, Options, Plan, Reflink, Selection};
 use odmoe_fs::model::Model;
 use odmoe_fs::mounts::{MountEntry, mount_of};
 use odmoe_fs::source::PageCache;
+use odmoe_fs::work::default_jobs;
 
+use super::progress::Meter;
 use super::{Diagnostics, ModelArg, Stop, print, say, text};
 
 /// Write the tree of a model as real files
@@ -170,77 +169,4 @@ fn refuse_mounts(directory: &Path) -> anyhow::Result<()> {
         );
     }
     Ok(())
-}
-
-fn default_jobs() -> NonZeroUsize {
-    let processors = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
-    processors.min(const { NonZeroUsize::new(8).unwrap() })
-}
-
-/// Progress on stderr: a bar on a terminal, else a line for every tenth, once it has taken a
-/// second.
-struct Meter {
-    bar: ProgressBar,
-    lines: bool,
-    total_bytes: u64,
-    bytes: AtomicU64,
-    files: AtomicU64,
-    tenths: AtomicU64,
-    started: Instant,
-}
-
-impl Meter {
-    fn new(total_bytes: u64, quiet: bool) -> Self {
-        let terminal = io::stderr().is_terminal();
-        let bar = if quiet || !terminal {
-            ProgressBar::hidden()
-        } else {
-            let style = ProgressStyle::with_template(
-                "{wide_bar} {bytes}/{total_bytes} {binary_bytes_per_sec} {msg} {eta} left",
-            );
-            ProgressBar::new(total_bytes)
-                .with_style(style.expect("the template is valid"))
-                .with_message("0 files")
-        };
-        Self {
-            bar,
-            lines: !quiet && !terminal,
-            total_bytes,
-            bytes: AtomicU64::new(0),
-            files: AtomicU64::new(0),
-            tenths: AtomicU64::new(0),
-            started: Instant::now(),
-        }
-    }
-
-    fn add(&self, progress: Progress) {
-        let bytes = self.bytes.fetch_add(progress.bytes, Ordering::Relaxed) + progress.bytes;
-        let files = self.files.fetch_add(progress.files, Ordering::Relaxed) + progress.files;
-        self.bar.inc(progress.bytes);
-        if progress.files > 0 {
-            self.bar
-                .set_message(format!("{} files", text::count(files)));
-        }
-        let tenth = bytes * 10 / self.total_bytes.max(1);
-        let elapsed = self.started.elapsed();
-        if self.lines
-            && elapsed > Duration::from_secs(1)
-            && self.tenths.fetch_max(tenth, Ordering::Relaxed) < tenth
-        {
-            let rate = bytes as f64 / elapsed.as_secs_f64();
-            let _ = writeln!(
-                Diagnostics,
-                "{}0 %: {} of {}, {} files, {}/s",
-                tenth,
-                text::size(bytes),
-                text::size(self.total_bytes),
-                text::count(files),
-                text::size(rate as u64)
-            );
-        }
-    }
-
-    fn finish(&self) {
-        self.bar.finish_and_clear();
-    }
 }

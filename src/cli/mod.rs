@@ -4,10 +4,12 @@ mod demo;
 mod inspect;
 mod materialize;
 mod mount;
+mod progress;
 mod stop;
 mod text;
 mod toy;
 mod umount;
+mod verify;
 
 use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
@@ -45,6 +47,7 @@ enum Command {
     Mount(mount::MountArgs),
     Umount(umount::UmountArgs),
     Materialize(materialize::MaterializeArgs),
+    Verify(verify::VerifyArgs),
     Inspect(inspect::InspectArgs),
     Toy(toy::ToyArgs),
     Demo(demo::DemoArgs),
@@ -58,6 +61,9 @@ struct ModelArg {
     model: PathBuf,
 }
 
+/// The exit status of `verify` when a tree is not that of the model.
+const FOUND_A_DIFFERENCE: u8 = 3;
+
 /// Runs the command line of this process.
 pub fn run() -> ExitCode {
     let cli = Cli::parse();
@@ -68,6 +74,10 @@ pub fn run() -> ExitCode {
         Command::Mount(args) => mount::run(args),
         Command::Umount(args) => umount::run(args),
         Command::Materialize(args) => materialize::run(args, cli.quiet),
+        Command::Verify(args) => match verify::run(args, cli.quiet) {
+            Ok(false) => return ExitCode::from(FOUND_A_DIFFERENCE),
+            result => result.map(drop),
+        },
         Command::Inspect(args) => inspect::run(args),
         Command::Toy(args) => toy::run(args),
         Command::Demo(args) => demo::run(args),

@@ -2,7 +2,6 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -10,6 +9,7 @@ use super::{MaterializeError, Plan, Progress, io_error};
 use crate::layout::Doc;
 use crate::sys::read;
 use crate::tree::Ino;
+use crate::verify::{Fault, first_difference};
 
 /// Headers are compared in pieces of this size; most take one.
 const PIECE_BYTES: u64 = 64 << 10;
@@ -95,8 +95,6 @@ impl Plan<'_> {
         Ok((size != found).then_some(common))
     }
 
-    /// Where a file differs first from what would be written, within a range that it has. The
-    /// buffer takes a piece of each.
     fn first_difference(
         &self,
         ino: Ino,
@@ -104,22 +102,10 @@ impl Plan<'_> {
         range: std::ops::Range<u64>,
         buffer: &mut [u8],
     ) -> Result<Option<u64>, MaterializeError> {
-        let (expected, found) = buffer.split_at_mut(buffer.len() / 2);
-        let mut offset = range.start;
-        while offset < range.end {
-            let len = (range.end - offset).min(expected.len() as u64) as usize;
-            let (expected, found) = (&mut expected[..len], &mut found[..len]);
-            self.model.read_at(ino, offset, expected)?;
-            let plainly = |buffer: &mut [u8], offset| file.read_exact_at(buffer, offset);
-            let read = read::read_exact_uncached(file, found, offset, plainly);
-            read.map_err(|e| io_error("read", &self.path(ino))(e))?;
-            if expected != found {
-                let same = expected.iter().zip(&*found).take_while(|(a, b)| a == b);
-                return Ok(Some(offset + same.count() as u64));
-            }
-            offset += len as u64;
-        }
-        Ok(None)
+        first_difference(self.model, ino, file, range, buffer).map_err(|fault| match fault {
+            Fault::Model(e) => e.into(),
+            Fault::File { cause, .. } => io_error("read", &self.path(ino))(cause),
+        })
     }
 
     /// What a byte of a file belongs to, in words.

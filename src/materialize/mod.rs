@@ -23,7 +23,6 @@ use std::sync::atomic::AtomicBool;
 use indicatif::HumanBytes;
 pub use selection::{NotNumbers, Numbers, Selection};
 pub use ways::{Cost, Reflink};
-pub use write::Progress;
 
 use self::compare::{State, is_folder};
 use self::ways::Ways;
@@ -35,6 +34,7 @@ use crate::layout::{
 use crate::model::Model;
 use crate::source::ReadError;
 use crate::tree::Ino;
+pub use crate::work::Progress;
 
 /// Why a tree cannot be written. What is complete stays, and the same command goes on from there.
 #[derive(Debug, thiserror::Error)]

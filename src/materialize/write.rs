@@ -12,7 +12,7 @@ use std::io::{self, Write};
 use std::num::NonZeroUsize;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use parking_lot::Mutex;
 use tempfile::{NamedTempFile, TempPath};
@@ -23,6 +23,7 @@ use super::{DIRECTORIES, DOCUMENTS, MaterializeError, Plan, io_error};
 use crate::layout::{Doc, File as LayoutFile};
 use crate::sys;
 use crate::tree::Ino;
+use crate::work::{Progress, in_parallel};
 
 /// Complete files that are flushed together: so many, or so many bytes of them. What is killed
 /// before its flush is written again by the next run.
@@ -31,15 +32,6 @@ const GROUP_BYTES: u64 = 2 << 30;
 /// Temporary files are named `.odmoe-RANDOM.tmp`: no loader takes them for a model.
 const TEMPORARY_PREFIX: &str = ".odmoe-";
 const TEMPORARY_SUFFIX: &str = ".tmp";
-
-/// What was done since the last report.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Progress {
-    /// Bytes written.
-    pub bytes: u64,
-    /// Files that got their names.
-    pub files: u64,
-}
 
 impl Plan<'_> {
     /// Writes what the plan found missing with `jobs` workers, and the documents. `progress` is
@@ -125,7 +117,8 @@ impl Plan<'_> {
             in_kernel: AtomicBool::new(self.ways.in_kernel),
         };
         let publisher = Publisher::new(self, progress)?;
-        let written = in_parallel(jobs, &self.missing, |ino, buffer| {
+        let buffer = || copy::buffer(jobs.get().min(self.missing.len()));
+        let written = in_parallel(jobs, &self.missing, buffer, |ino, buffer| {
             let path = self.path(ino);
             let file = temporary_beside(&path).map_err(io_error("create a file beside", &path))?;
             let target = Target {
@@ -151,7 +144,8 @@ impl Plan<'_> {
         progress: &(dyn Fn(Progress) + Sync),
     ) -> Result<(), MaterializeError> {
         let chosen: Vec<Ino> = self.done.iter().chain(&self.missing).copied().collect();
-        in_parallel(jobs, &chosen, |ino, buffer| {
+        let buffer = || copy::buffer(jobs.get().min(chosen.len()));
+        in_parallel(jobs, &chosen, buffer, |ino, buffer| {
             match self.payload_difference(ino, buffer, stop, progress)? {
                 None => Ok(()),
                 Some(offset) => Err(MaterializeError::Differs {
@@ -340,37 +334,6 @@ impl<'a> Publisher<'a> {
         (self.progress)(Progress { bytes: 0, files: 1 });
         Ok(())
     }
-}
-
-/// Deals with each file in one of `jobs` threads, which have a buffer each, until one fails.
-fn in_parallel(
-    jobs: NonZeroUsize,
-    files: &[Ino],
-    work: impl Fn(Ino, &mut [u8]) -> Result<(), MaterializeError> + Sync,
-) -> Result<(), MaterializeError> {
-    let next = AtomicUsize::new(0);
-    let failed = AtomicBool::new(false);
-    let first_error = Mutex::new(None);
-    let jobs = jobs.get().min(files.len());
-    let worker = || {
-        let mut buffer = copy::buffer(jobs);
-        while !failed.load(Ordering::Relaxed) {
-            let index = next.fetch_add(1, Ordering::Relaxed);
-            let Some(&ino) = files.get(index) else {
-                break;
-            };
-            if let Err(e) = work(ino, &mut buffer) {
-                failed.store(true, Ordering::Relaxed);
-                first_error.lock().get_or_insert(e);
-            }
-        }
-    };
-    std::thread::scope(|scope| {
-        for _ in 0..jobs {
-            scope.spawn(worker);
-        }
-    });
-    first_error.into_inner().map_or(Ok(()), Err)
 }
 
 fn temporary_beside(path: &Path) -> io::Result<NamedTempFile> {

@@ -1,0 +1,189 @@
+//! `verify`: is a model sound, is a tree that of a model.
+
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+
+use odmoe_fs::layout::Layout;
+use odmoe_fs::model::Model;
+use odmoe_fs::source::PageCache;
+use odmoe_fs::verify::{Comparison, Depth, Difference, Report};
+use odmoe_fs::work::default_jobs;
+use serde::Serialize;
+
+use super::progress::Meter;
+use super::{ModelArg, Stop, print, text};
+
+/// Check a model, or compare a mounted or materialized tree with it, byte for byte
+///
+/// Without DIR, it checks the model alone: that every part is there, whole, and well-formed, and that
+/// every byte of every tensor is in exactly one file of the tree. With DIR, it compares that tree
+/// with the model: what its documents list, and nothing more, must be there and be the same. The
+/// exit status is 3 if there is a difference.
+#[derive(clap::Args)]
+pub struct VerifyArgs {
+    #[command(flatten)]
+    model: ModelArg,
+    /// A tree that was mounted or materialized, whole or in part
+    #[arg(value_name = "DIR")]
+    directory: Option<PathBuf>,
+    /// Compare names, sizes, headers and documents, but not the tensors' bytes
+    #[arg(long, requires = "directory")]
+    quick: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+    /// Files to compare at the same time, 1 to 256 [default: the processors, at most 8]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256), requires = "directory")]
+    jobs: Option<u16>,
+}
+
+/// Runs the command; says whether all is as it should be.
+pub fn run(args: &VerifyArgs, quiet: bool) -> anyhow::Result<bool> {
+    let mut model = Model::open(&args.model.model)?;
+    let Some(directory) = &args.directory else {
+        let sound = Sound::of(&model);
+        print(&if args.json {
+            json(&sound)?
+        } else {
+            sound.text(&args.model.model)
+        })?;
+        return Ok(true);
+    };
+    // Each byte is read once, and shall not wash out what others have cached.
+    model.set_page_cache(PageCache::Unchanged);
+    let depth = if args.quick {
+        Depth::Quick
+    } else {
+        Depth::Whole
+    };
+    let jobs = args.jobs.and_then(|n| NonZeroUsize::new(n.into()));
+    let jobs = jobs.unwrap_or_else(default_jobs);
+    let stop = Stop::on_signals()?;
+    let comparison = Comparison::new(&model, directory, depth)?;
+    let meter = Meter::new(comparison.bytes(), quiet);
+    let result = comparison.run(jobs, &stop.flag, &|progress| meter.add(progress));
+    meter.finish();
+    let report = stop.explain(result)?;
+    print(&if args.json {
+        json(&TreeReport::of(&report, depth, model.layout()))?
+    } else {
+        in_words(&report, depth, model.layout(), directory)
+    })?;
+    Ok(report.differences.is_empty())
+}
+
+fn json(value: &impl Serialize) -> anyhow::Result<String> {
+    Ok(serde_json::to_string_pretty(value)? + "\n")
+}
+
+/// A model that has no fault; one that has does not get so far.
+#[derive(Serialize)]
+struct Sound {
+    parts: usize,
+    tensors: usize,
+    /// Payload bytes of all tensors.
+    tensor_bytes: u64,
+    /// Files of the tree.
+    files: usize,
+}
+
+impl Sound {
+    fn of(model: &Model) -> Self {
+        let tensors = &model.layout().model().tensors;
+        Self {
+            parts: model.source().paths().len(),
+            tensors: tensors.len(),
+            tensor_bytes: tensors.iter().map(|tensor| tensor.info.bytes).sum(),
+            files: model.tree().files().count(),
+        }
+    }
+
+    fn text(&self, path: &Path) -> String {
+        format!(
+            "{} is sound: {} in {}; each of their {} is in exactly one of {}\n",
+            text::path(path),
+            text::counted(self.tensors, "tensor"),
+            text::counted(self.parts, "part"),
+            text::size(self.tensor_bytes),
+            text::counted(self.files, "file"),
+        )
+    }
+}
+
+#[derive(Serialize)]
+struct TreeReport<'a> {
+    identical: bool,
+    /// Whether payloads were left out.
+    quick: bool,
+    /// Whether the tree lists all files of the model.
+    whole: bool,
+    /// Files and bytes that were compared.
+    files: usize,
+    bytes: u64,
+    differences: Vec<DifferenceReport<'a>>,
+}
+
+#[derive(Serialize)]
+struct DifferenceReport<'a> {
+    path: std::borrow::Cow<'a, str>,
+    kind: &'static str,
+    offset: Option<u64>,
+    tensor: Option<&'a str>,
+    gguf_name: Option<&'a str>,
+    message: String,
+}
+
+impl<'a> TreeReport<'a> {
+    fn of(report: &'a Report, depth: Depth, layout: &Layout) -> Self {
+        let difference = |difference: &'a Difference| DifferenceReport {
+            path: difference.path.to_string_lossy(),
+            kind: difference.what.code(),
+            offset: difference.offset,
+            tensor: difference.tensor.as_ref().map(|t| t.name.as_str()),
+            gguf_name: difference.tensor.as_ref().map(|t| t.gguf_name.as_str()),
+            message: difference.to_string(),
+        };
+        Self {
+            identical: report.differences.is_empty(),
+            quick: depth == Depth::Quick,
+            whole: report.experts + report.base_files == layout.files().len(),
+            files: report.files,
+            bytes: report.bytes,
+            differences: report.differences.iter().map(difference).collect(),
+        }
+    }
+}
+
+fn in_words(report: &Report, depth: Depth, layout: &Layout, directory: &Path) -> String {
+    let lines = report.differences.iter();
+    let mut said: String = lines
+        .map(|difference| format!("{} {difference}\n", text::path(&difference.path)))
+        .collect();
+    let directory = text::path(directory);
+    said += &match report.differences.len() {
+        0 => format!("{directory} is identical to the model"),
+        n => format!(
+            "{directory} differs from the model in {}",
+            text::counted(n, "place")
+        ),
+    };
+    said += &format!(
+        ": {} compared, {}",
+        text::counted(report.files, "file"),
+        text::size(report.bytes)
+    );
+    if depth == Depth::Quick {
+        said += ", tensors left out";
+    }
+    let all_base = layout.files().len() - layout.experts().len();
+    if (report.experts, report.base_files) != (layout.experts().len(), all_base) {
+        said += &format!(
+            "; it lists {} of {}, {} of {}",
+            text::count(report.experts),
+            text::counted(layout.experts().len(), "expert"),
+            text::count(report.base_files),
+            text::counted(all_base, "base file"),
+        );
+    }
+    said + "\n"
+}

@@ -1,0 +1,322 @@
+"""`verify`: a tree that is the model's is told from every other, and each difference is named; section 2 of the contract."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+
+import pytest
+
+import models
+from odmoe import (
+    BINARY,
+    DATA,
+    PATIENCE,
+    expert_gguf,
+    fail,
+    files_of,
+    mounted,
+    needs_root,
+    odmoe,
+    sparse_gguf,
+    succeed,
+    wait_for,
+)
+from reference import read_header
+
+EXPERT = "experts/layer_00_expert_001.safetensors"
+EMBEDDINGS = "base_model/embeddings.safetensors"
+REGISTRY = "experts/registry.json"
+METADATA = "base_model/metadata.json"
+
+
+@pytest.fixture(scope="module")
+def whole(small, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "out"
+    succeed("materialize", small[0], out)
+    return out
+
+
+@pytest.fixture
+def tree(whole, tmp_path):
+    """A copy of a materialized tree that a test may damage."""
+    return shutil.copytree(whole, tmp_path / "tree")
+
+
+def report(model, tree, *flags, **options):
+    """What `verify --json` says; its exit status must say the same, and so must the text for people."""
+    done = odmoe("verify", model, tree, "--json", *flags, **options)
+    said = json.loads(done.stdout)
+    assert done.returncode == (0 if said["identical"] else 3), done.stderr
+    assert said["identical"] == (said["differences"] == [])
+    text = odmoe("verify", model, tree, *flags, **options)
+    assert text.returncode == done.returncode
+    *lines, summary = text.stdout.splitlines()
+    assert lines == [f"{d['path']} {d['message']}" for d in said["differences"]]
+    assert (" is identical to the model" in summary) == said["identical"]
+    return said
+
+
+def differences(model, tree, *flags, **options):
+    return [(d["path"], d["kind"]) for d in report(model, tree, *flags, **options)["differences"]]
+
+
+def change(path, offset):
+    """Makes one byte of a file another one, at a place that may be counted from its end."""
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+    return offset % len(data)
+
+
+# --- nothing is different -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("jobs", [1, 8])
+def test_a_materialized_tree_is_identical(small, whole, jobs):
+    said = report(small[0], whole, "--jobs", jobs)
+    assert said["whole"] and not said["quick"]
+    sizes = [path.stat().st_size for path in files_of(whole).values()]
+    assert (said["files"], said["bytes"]) == (len(sizes), sum(sizes))
+
+
+def test_a_mounted_tree_is_identical(shown):
+    said = report(shown.paths[0], shown.root)
+    assert said["identical"] and said["whole"]
+    assert said["bytes"] == sum(path.stat().st_size for path in files_of(shown.root).values())
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [["--base-only"], ["--experts-only"], ["--layers", "0"], ["--experts", "1,2"], ["--experts-only", "--experts", "0"]],
+    ids=" ".join,
+)
+def test_of_a_part_that_was_materialized_what_it_lists_is_compared(small, tmp_path, chosen):
+    succeed("materialize", small[0], tmp_path / "out", *chosen)
+    said = report(small[0], tmp_path / "out")
+    assert said["identical"] and not said["whole"]
+    assert said["files"] == len(files_of(tmp_path / "out"))
+    assert "; it lists " in succeed("verify", small[0], tmp_path / "out")
+    # And what it lists must be there.
+    path = next(path for name, path in files_of(tmp_path / "out").items() if name.endswith(".safetensors"))
+    path.unlink()
+    assert [kind for _, kind in differences(small[0], tmp_path / "out")] == ["missing"]
+
+
+def test_a_model_beside_its_tree_is_not_extra(tmp_path):
+    parts = models.write_small(tmp_path, split_max_tensors=3)
+    succeed("materialize", parts[0], tmp_path)
+    assert report(parts[0], tmp_path)["identical"]
+
+
+def test_a_sparse_model_of_full_size_is_compared_quickly_by_its_headers(tmp_path):
+    (model,) = sparse_gguf("qwen3-30b-a3b-q4_k_m", tmp_path / "model.gguf")
+    with mounted(model, tmp_path / "mnt") as root:
+        said = report(model, root, "--quick")
+    assert said["identical"] and said["quick"] and said["files"] > 6000
+
+
+# --- something is different -----------------------------------------------------------------------------------------
+
+
+def test_a_byte_of_each_tensor_is_named_by_file_tensor_and_offset(small, tree):
+    header = read_header(tree / EXPERT)
+    expected = []
+    for name, info in header.tensors.items():
+        begin, end = (header.start + at for at in info["data_offsets"])
+        # Only the first of several in one tensor is named.
+        change(tree / EXPERT, end - 1)
+        if len(expected) % 2:
+            change(tree / EXPERT, begin)
+        expected.append((EXPERT, "payload", name, begin if len(expected) % 2 else end - 1))
+    assert len(expected) == 3
+    said = report(small[0], tree)["differences"]
+    assert [(d["path"], d["kind"], d["tensor"], d["offset"]) for d in said] == expected
+    assert {d["gguf_name"] for d in said} == {f"blk.0.ffn_{m}_exps.weight" for m in ("gate", "down", "up")}
+    assert differences(small[0], tree, "--quick") == []
+
+
+@pytest.mark.parametrize("offset", [0, 8, 300, "last"])
+def test_a_byte_of_a_header_is_named(small, tree, offset):
+    at = change(tree / EXPERT, read_header(tree / EXPERT).start - 1 if offset == "last" else offset)
+    for flags in [], ["--quick"]:
+        (only,) = report(small[0], tree, *flags)["differences"]
+        assert (only["path"], only["kind"], only["offset"], only["tensor"]) == (EXPERT, "header", at, None)
+
+
+@pytest.mark.parametrize("name", [REGISTRY, METADATA, "base_model/metadata.gguf"])
+@pytest.mark.parametrize("offset", [5, -3])
+def test_a_byte_of_a_document_is_named(small, tree, name, offset):
+    at = change(tree / name, offset)
+    for flags in [], ["--quick"]:
+        said = report(small[0], tree, *flags)["differences"]
+        assert (name, "document", at) in [(d["path"], d["kind"], d["offset"]) for d in said]
+
+
+@pytest.mark.parametrize("bytes_more", [-1, -100, 1, 4096])
+def test_a_file_of_another_size_is_named(small, tree, bytes_more):
+    size = (tree / EXPERT).stat().st_size
+    os.truncate(tree / EXPERT, size + bytes_more)
+    (only,) = report(small[0], tree)["differences"]
+    assert (only["path"], only["kind"], only["offset"]) == (EXPERT, "size", min(size, size + bytes_more))
+    assert (only["tensor"] is None) == (bytes_more > 0)
+    assert f"has {size + bytes_more} bytes instead of {size}" in only["message"]
+
+
+@pytest.mark.parametrize("name", [EXPERT, EMBEDDINGS, REGISTRY, METADATA, "base_model/metadata.gguf"])
+def test_a_missing_file_is_named(small, tree, name):
+    (tree / name).unlink()
+    assert differences(small[0], tree) == [(name, "missing")]
+
+
+EXTRA = ["note.txt", "experts/layer_99_expert_000.safetensors", "base_model/.odmoe-abc.tmp", "base_model/a\x1b[2J\n"]
+
+
+@pytest.mark.parametrize("name", EXTRA)
+def test_an_extra_file_is_named(small, tree, name):
+    (tree / name).write_bytes(b"")
+    done = odmoe("verify", small[0], tree)
+    assert done.returncode == 3
+    assert len(done.stdout.splitlines()) == 2 and "\x1b" not in done.stdout
+    (only,) = json.loads(odmoe("verify", small[0], tree, "--json").stdout)["differences"]
+    assert (only["path"], only["kind"]) == (name, "extra")
+
+
+def test_a_file_that_the_registry_does_not_list_is_extra(small, tree, tmp_path):
+    succeed("materialize", small[0], tmp_path / "part", "--layers", "0")
+    moved = next(path for name, path in files_of(tree).items() if "layer_01" in name)
+    shutil.copy2(moved, tmp_path / "part/experts")
+    assert differences(small[0], tmp_path / "part") == [(f"experts/{moved.name}", "extra")]
+
+
+def as_link(path):
+    shutil.move(path, path.parent.parent / "elsewhere")
+    path.symlink_to("../elsewhere")
+    return [("elsewhere", "extra")]
+
+
+def as_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+    return []
+
+
+def as_folder(path):
+    path.unlink()
+    path.mkdir()
+    return []
+
+
+@pytest.mark.parametrize("name", [EXPERT, REGISTRY])
+@pytest.mark.parametrize("make", [as_link, as_pipe, as_folder])
+def test_what_is_no_regular_file_is_named_and_never_waited_for(small, tree, name, make):
+    also = make(tree / name)
+    assert differences(small[0], tree) == sorted([*also, (name, "kind")])
+
+
+def test_a_folder_that_is_a_link_is_named(small, tree):
+    os.rename(tree / "experts", tree.parent / "elsewhere")
+    (tree / "experts").symlink_to("../elsewhere")
+    assert differences(small[0], tree) == [(METADATA, "document"), ("experts", "kind"), (REGISTRY, "missing")]
+
+
+def test_what_is_there_is_compared_when_the_documents_are_not(small, tree):
+    """As after a run of `materialize` that was killed: the documents are written last."""
+    (tree / REGISTRY).unlink()
+    (tree / METADATA).write_text("no JSON")
+    change(tree / EXPERT, -1)
+    change(tree / EMBEDDINGS, -1)
+    assert differences(small[0], tree) == [
+        (EMBEDDINGS, "payload"),
+        (METADATA, "document"),
+        (EXPERT, "payload"),
+        (REGISTRY, "missing"),
+    ]
+
+
+def test_a_document_that_is_too_long_is_not_read(small, tree):
+    os.truncate(tree / REGISTRY, 1 << 40)
+    assert differences(small[0], tree) == [(REGISTRY, "size")]
+
+
+def test_another_model_of_the_same_shape_is_told_though_it_looks_finished(tmp_path):
+    """`materialize` goes by size, time and header, which such a model shares; `verify` reads the bytes."""
+    ours = expert_gguf(tmp_path, experts=2)
+    other = shutil.copy2(ours, tmp_path / "other.gguf")
+    change(other, -1)
+    shutil.copystat(ours, other)
+    succeed("materialize", other, tmp_path / "out")
+    assert "nothing to write" in succeed("materialize", ours, tmp_path / "out")
+    assert [kind for _, kind in differences(ours, tmp_path / "out")] == ["payload"]
+
+
+@needs_root
+def test_a_file_that_cannot_be_read_is_named(small, tree, nobody, tmp_path):
+    tmp_path.chmod(0o755)
+    (tree / EXPERT).chmod(0)
+    public = tree.parent
+    while public != public.parent:
+        public.chmod(public.stat().st_mode | 0o111)
+        public = public.parent
+    model = shutil.copy(small[0], tmp_path / small[0].name)
+    assert differences(model, tree, user=nobody) == [(EXPERT, "unreadable")]
+
+
+# --- it cannot be done ----------------------------------------------------------------------------------------------
+
+
+def test_a_sound_model_is_said_to_be_so(shown):
+    said = json.loads(succeed("verify", shown.paths[0], "--json"))
+    assert said["parts"] == len(shown.paths)
+    assert said["files"] == len(files_of(shown.root))
+    assert f"{said['tensors']} tensor" in succeed("verify", shown.paths[0]).replace(",", "")
+
+
+def test_a_model_with_a_fault_is_an_error_not_a_difference(tmp_path):
+    hostile = DATA / "hostile" / "data-truncated.gguf"
+    said = fail("verify", hostile, status=1, naming=[hostile.name])
+    assert fail("verify", hostile, tmp_path, status=1) == said
+
+
+def test_what_is_no_tree_is_an_error(small, tmp_path):
+    fail("verify", small[0], tmp_path / "nothing", naming=["nothing", "does not exist"])
+    fail("verify", small[0], small[0], naming=[small[0].name, "not a directory"])
+    for usage in [[], [small[0], "--quick"], [small[0], tmp_path, "--jobs", "0"]]:
+        fail("verify", *usage, status=2)
+
+
+def test_an_empty_folder_lacks_the_documents(small, tmp_path):
+    assert differences(small[0], tmp_path) == [(METADATA, "missing"), (REGISTRY, "missing")]
+
+
+def test_a_model_that_changes_meanwhile_is_an_error(tmp_path):
+    """Nothing can be said of the tree then."""
+    model = expert_gguf(tmp_path, experts=64)
+    with mounted(model, tmp_path / "mnt") as root:
+        process = verifying(model, root)
+        os.utime(model, (1, 1))
+        _, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1
+    assert model.name in errors and "has changed" in errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it(number, tmp_path):
+    parts = sparse_gguf("kimi-k2.5-q4_k_m", tmp_path / "model.gguf", "--splits", 3)
+    with mounted(parts[0], tmp_path / "mnt") as root:
+        process = verifying(parts[0], root)
+        process.send_signal(number)
+        output, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 128 + number, errors
+    assert output == "" and "stopped before everything was compared" in errors
+
+
+def verifying(model, root):
+    """A run of `verify` that has begun to compare, and is far from its end."""
+    process = subprocess.Popen(
+        [BINARY, "verify", model, root], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    # It blocks the signals, and starts its workers, right before it compares.
+    wait_for(lambda: len(os.listdir(f"/proc/{process.pid}/task")) > 2 or process.poll() is not None)
+    return process
