@@ -4,6 +4,7 @@
 #   tests/run.sh                    all of it
 #   tests/run.sh long               all of it, with the long forms: more kills, more mounts, an hour of use
 #   tests/run.sh rust               formatting, lints, documentation, Rust tests, builds
+#   tests/run.sh fuzz [SECONDS]     the fuzzers, each for so long, where a nightly toolchain is there
 #   tests/run.sh python [ARGS...]   the tests on real mounts, which need the builds; ARGS go to pytest, such as -k NAME
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -57,22 +58,38 @@ python() {
     step "$venv/bin/python" -m pytest tests/python "$@"
 }
 
+fuzz() { # fuzz SECONDS
+    if ! cargo +nightly --version >/dev/null 2>&1 || ! command -v cargo-fuzz >/dev/null; then
+        echo "==> NOT FUZZED: that needs a nightly toolchain and cargo-fuzz (cargo install cargo-fuzz)" >&2
+        return
+    fi
+    step cargo run --quiet --example seeds -- fuzz/corpus
+    for name in gguf model slices; do
+        # No sanitizer: there is no unsafe code on these ways.
+        step cargo +nightly fuzz run --sanitizer none "$name" -- -max_len=16384 -timeout=20 -verbosity=0 \
+            -print_final_stats=1 -max_total_time="$1"
+    done
+}
+
 case "${1:-all}" in
 all)
     rust
+    fuzz 15
     python
     ;;
 long)
     rust
+    fuzz 600
     python --long
     ;;
+fuzz) fuzz "${2:-60}" ;;
 rust) rust ;;
 python)
     shift
     python "$@"
     ;;
 *)
-    sed -n '2,7s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac

@@ -180,8 +180,9 @@ impl<R: BufRead + Seek> Cursor<R> {
     }
 
     pub(super) fn key_values(&mut self, count: u64) -> Result<Vec<KeyValue>, HeaderError> {
-        let mut key_values: Vec<KeyValue> = Vec::with_capacity(count as usize);
-        let mut seen = HashSet::with_capacity(count as usize);
+        // Not for `count` at once: of a sparse file, it is no more than a claim.
+        let mut key_values: Vec<KeyValue> = Vec::new();
+        let mut seen = HashSet::new();
         for index in 0..count {
             let start = self.position;
             let key = self.name(MAX_KEY_BYTES, &format_args!("key {index}"))?;
@@ -267,7 +268,7 @@ impl<R: BufRead + Seek> Cursor<R> {
         let short = len <= MAX_KEPT_ITEMS && of != ValueType::Array;
         let keep = short || self.keep == Keep::Everything;
         // Items take more memory than their bytes in the file, so not all of it is taken at once.
-        let mut items = keep.then(|| Vec::with_capacity(len.min(1 << 16) as usize));
+        let mut items = keep.then(|| Vec::with_capacity(len.min(MAX_KEPT_ITEMS) as usize));
         match (of, of.fixed_bytes()) {
             (_, Some(bytes)) if !keep => self.skip(len * bytes, field)?,
             (ValueType::String, _) if !keep => {
@@ -293,8 +294,8 @@ impl<R: BufRead + Seek> Cursor<R> {
         &mut self,
         count: u64,
     ) -> Result<Vec<(TensorInfo, u64)>, HeaderError> {
-        let mut infos = Vec::with_capacity(count as usize);
-        let mut seen = HashSet::with_capacity(count as usize);
+        let mut infos = Vec::new();
+        let mut seen = HashSet::new();
         for index in 0..count {
             let start = self.position;
             let name = self.name(MAX_NAME_BYTES, &format_args!("tensor {index}, name"))?;

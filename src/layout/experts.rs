@@ -13,7 +13,7 @@ use crate::safetensors::Shape;
 /// llama.cpp stops at 1,024 experts; the ceilings keep a hostile file from asking for a tree that
 /// does not fit memory.
 const MAX_EXPERTS_PER_LAYER: u64 = 1 << 16;
-const MAX_EXPERTS: u64 = 1 << 19;
+const MAX_EXPERTS: u64 = 1 << 18;
 
 /// The routed experts of one layer.
 #[derive(Debug, Default)]

@@ -36,9 +36,9 @@ pub const EXPERTS_DIRECTORY: &str = "experts";
 
 /// The page size that payloads are aligned to; that of the file systems that share blocks.
 const PAGE_BYTES: u64 = 4096;
-/// Tensors of all expert files together: 60 times those of Kimi-K2.5. Each costs memory and the time
+/// Tensors of all expert files together: 15 times those of Kimi-K2.5. Each costs memory and the time
 /// to describe it, so a hostile model must not multiply experts and suffixes.
-const MAX_EXPERT_TENSORS: usize = 1 << 22;
+const MAX_EXPERT_TENSORS: usize = 1 << 20;
 /// Payloads start at multiples of this, the widest dtype.
 const PAYLOAD_ALIGNMENT: u64 = 8;
 

@@ -1,0 +1,372 @@
+//! What must hold for any bytes: of the GGUF reader, of the whole way from bytes to files, and of
+//! the slices that answer reads.
+//!
+//! The fuzz targets call these with bytes that a fuzzer makes up; `tests/fuzzed.rs` calls them with
+//! the seeds and with damaged seeds, so that every run of the tests does a little of it.
+
+use std::alloc::{GlobalAlloc, Layout as Allocation, System};
+use std::cell::Cell;
+use std::io::{self, BufRead, Cursor, Read, Seek, SeekFrom};
+
+use odmoe_fs::gguf::{Header, ModelHeader};
+use odmoe_fs::layout::{Doc, Layout};
+use odmoe_fs::tree::{Content, DocId, From, Kind, NewFile, ROOT, Tree};
+
+/// Heap that a byte of a header may cost, at most: a key/value of 14 bytes becomes a record, an
+/// entry in a set of names, and what both leave unused as they grow.
+const BYTES_PER_BYTE: usize = 64;
+/// Heap for each expert that a tensor's shape announces: a file with a name, its tensors and runs.
+const BYTES_PER_EXPERT: usize = 1024;
+/// Heap whatever the input is: one key or string of 64 KiB may be asked for where a sparse file ends in
+/// a hole.
+const CONSTANT_BYTES: usize = 192 << 10;
+/// Calls of the reader per byte of a header, at most: a call takes a byte or more.
+const CALLS_PER_BYTE: u64 = 4;
+
+// --- memory and work, counted -----------------------------------------------------------------
+
+thread_local! {
+    static LIVE: Cell<usize> = const { Cell::new(0) };
+    static PEAK: Cell<usize> = const { Cell::new(0) };
+}
+
+/// The system's allocator, which remembers how much each thread has had at the same time.
+pub struct Counting;
+
+fn count(grown: usize, shrunk: usize) {
+    // A thread that ends has no counters any more.
+    let _ = LIVE.try_with(|live| {
+        let now = live.get().wrapping_add(grown).wrapping_sub(shrunk);
+        live.set(now);
+        let _ = PEAK.try_with(|peak| peak.set(peak.get().max(now)));
+    });
+}
+
+// SAFETY: all of it is the system's allocator; counting allocates nothing.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Allocation) -> *mut u8 {
+        count(layout.size(), 0);
+        // SAFETY: the caller's promise.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Allocation) {
+        count(0, layout.size());
+        // SAFETY: the caller's promise.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+/// The result of some work, and the most heap that it had at the same time.
+fn measured<T>(work: impl FnOnce() -> T) -> (T, usize) {
+    let before = LIVE.get();
+    PEAK.set(before);
+    let result = work();
+    (result, PEAK.get().saturating_sub(before))
+}
+
+/// A reader that counts how often it is called.
+struct Counted<'a> {
+    bytes: Cursor<&'a [u8]>,
+    calls: &'a Cell<u64>,
+}
+
+impl Counted<'_> {
+    fn called(&self) {
+        self.calls.set(self.calls.get() + 1);
+    }
+}
+
+impl Read for Counted<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.called();
+        self.bytes.read(buffer)
+    }
+}
+
+impl BufRead for Counted<'_> {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
+        self.called();
+        self.bytes.fill_buf()
+    }
+
+    fn consume(&mut self, count: usize) {
+        self.bytes.consume(count);
+    }
+}
+
+impl Seek for Counted<'_> {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        self.called();
+        self.bytes.seek(to)
+    }
+}
+
+fn read_header(bytes: &[u8], file_bytes: u64) -> Option<Header> {
+    let calls = Cell::new(0);
+    let reader = Counted {
+        bytes: Cursor::new(bytes),
+        calls: &calls,
+    };
+    let (header, peak) = measured(|| Header::read(reader, file_bytes));
+    let bound = BYTES_PER_BYTE * bytes.len() + CONSTANT_BYTES;
+    assert!(
+        peak <= bound,
+        "{peak} bytes of heap for {} of header",
+        bytes.len()
+    );
+    let calls = calls.get();
+    assert!(
+        calls <= CALLS_PER_BYTE * bytes.len() as u64 + 16,
+        "{calls} calls for {} bytes",
+        bytes.len()
+    );
+    match header {
+        Ok(header) => Some(header),
+        Err(e) => {
+            assert_is_one_line(&e.to_string());
+            None
+        }
+    }
+}
+
+/// What is said to a user must not move the cursor, and must end.
+fn assert_is_one_line(text: &str) {
+    assert!(!text.contains(char::is_control), "{text:?}");
+    assert!(text.len() < 4096, "{} bytes of message", text.len());
+}
+
+// --- the checks -------------------------------------------------------------------------------
+
+/// Any bytes are a header or an error, in little memory and few steps.
+pub fn gguf(data: &[u8]) {
+    let Some(header) = read_header(data, data.len() as u64) else {
+        return;
+    };
+    for tensor in &header.tensors {
+        assert!(
+            tensor
+                .offset
+                .checked_add(tensor.bytes)
+                .is_some_and(|end| end <= data.len() as u64)
+        );
+        assert!(!tensor.name.is_empty() && tensor.name.len() <= 63 && !tensor.name.contains('\0'));
+    }
+    for kv in &header.key_values {
+        assert!(
+            header.key_value_range.start < kv.range.start
+                && kv.range.end <= header.key_value_range.end
+        );
+        let (whole, peak) = measured(|| kv.read_whole(Cursor::new(data), data.len() as u64));
+        whole.expect("what was skipped can be read");
+        let bound = BYTES_PER_BYTE * (kv.range.end - kv.range.start) as usize + CONSTANT_BYTES;
+        assert!(
+            peak <= bound,
+            "{peak} bytes of heap for the value of {:?}",
+            kv.key
+        );
+    }
+}
+
+/// Any parts of a model are files of a tree, or an error.
+///
+/// Of the input, the first byte tells the number of parts; each but the last starts with its length
+/// (two bytes). In front of each, a byte tells how long the hole is that follows its bytes.
+pub fn model(data: &[u8]) {
+    let Some(files) = parts_of(data) else {
+        return;
+    };
+    let mut headers = Vec::new();
+    for (bytes, file_bytes) in &files {
+        match read_header(bytes, *file_bytes) {
+            Some(header) => headers.push((header, *file_bytes)),
+            None => return,
+        }
+    }
+    let experts: u64 = headers
+        .iter()
+        .flat_map(|(header, _)| &header.tensors)
+        .map(announced)
+        .sum();
+    let (laid_out, peak) = measured(|| {
+        let model = ModelHeader::join(headers).map_err(|(_, e)| e.to_string())?;
+        Layout::new(model).map_err(|e| e.to_string())
+    });
+    let experts = usize::try_from(experts).unwrap_or(usize::MAX);
+    let bound = (BYTES_PER_EXPERT.saturating_mul(experts))
+        .saturating_add(BYTES_PER_BYTE * data.len() + CONSTANT_BYTES)
+        .min(MOST_BYTES);
+    assert!(
+        peak <= bound,
+        "{peak} bytes of heap for {experts} experts in {} bytes",
+        data.len()
+    );
+    match laid_out {
+        Ok((layout, tree)) => check_tree(&layout, &tree),
+        Err(said) => {
+            assert_is_one_line(&said);
+            assert!(!said.contains("this is a bug"), "{said}");
+        }
+    }
+}
+
+/// Heap for the largest tree that is not refused.
+const MOST_BYTES: usize = 512 << 20;
+
+/// Experts that a tensor can have by its shape.
+fn announced(tensor: &odmoe_fs::gguf::TensorInfo) -> u64 {
+    tensor.dims().iter().copied().max().unwrap_or(1)
+}
+
+/// The bytes of each part, and the size of its file.
+fn parts_of(data: &[u8]) -> Option<Vec<(&[u8], u64)>> {
+    let (&first, mut rest) = data.split_first()?;
+    let count = first % 4 + 1;
+    let mut files = Vec::new();
+    for number in 1..=count {
+        let (&hole, bytes) = rest.split_first()?;
+        let length = if number == count {
+            bytes.len()
+        } else {
+            let (length, bytes) = bytes.split_first_chunk::<2>()?;
+            rest = bytes;
+            usize::from(u16::from_le_bytes(*length)).min(bytes.len())
+        };
+        let bytes = if number == count { bytes } else { rest };
+        let (part, behind) = bytes.split_at(length);
+        rest = behind;
+        let hole = if hole == 0 { 0 } else { 1 << (hole % 44) };
+        files.push((part, part.len() as u64 + hole));
+    }
+    Some(files)
+}
+
+/// Documents that are looked at: all of small trees, some of large ones.
+const LOOKED_AT: usize = 64;
+
+fn check_tree(layout: &Layout, tree: &Tree) {
+    for ino in tree.files() {
+        let path = tree.path(ino).unwrap();
+        let (directory, name) = path.split_once('/').unwrap();
+        assert!(matches!(directory, "base_model" | "experts"), "{path}");
+        let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "._".contains(c);
+        assert!(name.chars().all(plain) && !name.starts_with('.'), "{path}");
+        assert_eq!(tree.find(&path), Some(ino));
+    }
+    let total: u64 = layout.model().tensors.iter().map(|t| t.info.bytes).sum();
+    assert_eq!(
+        layout
+            .files()
+            .iter()
+            .map(|file| file.payload_bytes)
+            .sum::<u64>(),
+        total
+    );
+    if tree.len() > 4096 {
+        return; // checked for smaller ones; each run shall be short
+    }
+    for ino in tree.files().take(LOOKED_AT) {
+        let is_tensors = tree.path(ino).unwrap().ends_with(".safetensors");
+        let mut end = 0;
+        for extent in tree.extents(ino) {
+            assert!(extent.start == end && extent.len > 0);
+            end += extent.len;
+            if let Content::Made(doc) = extent.content {
+                let mut bytes = Vec::new();
+                layout.render(Doc::of_id(doc), &mut bytes).unwrap();
+                assert_eq!(bytes.len() as u64, extent.len);
+                if is_tensors {
+                    check_header(&bytes);
+                } else if tree.path(ino).unwrap().ends_with(".json") {
+                    serde_json::from_slice::<serde_json::Value>(&bytes).unwrap();
+                }
+            }
+        }
+        assert_eq!(tree.size(ino), Some(end));
+    }
+}
+
+/// A header is one that the reference parser takes.
+fn check_header(bytes: &[u8]) {
+    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap());
+    assert_eq!(length + 8, bytes.len() as u64);
+    let parsed: serde_json::Value = serde_json::from_slice(&bytes[8..]).unwrap();
+    let tensors = parsed
+        .as_object()
+        .unwrap()
+        .iter()
+        .filter(|(name, _)| *name != "__metadata__");
+    let end = tensors
+        .map(|(_, t)| t["data_offsets"][1].as_u64().unwrap())
+        .max();
+    if end.unwrap_or(0) < 1 << 16 {
+        let mut whole = bytes.to_vec();
+        whole.resize(bytes.len() + end.unwrap_or(0) as usize, 0);
+        safetensors::SafeTensors::deserialize(&whole).unwrap();
+    }
+}
+
+/// The slices of any range of any file are what a walk over its bytes gives.
+pub fn slices(data: &[u8]) {
+    let mut bytes = data.iter().copied();
+    let mut next = || bytes.next();
+    let mut runs = Vec::new();
+    let Some(count) = next() else { return };
+    for _ in 0..count % 12 {
+        let (Some(len), Some(kind), Some(offset)) = (next(), next(), next()) else {
+            return;
+        };
+        let content = match kind % 3 {
+            0 => Content::Made(DocId(u32::from(offset))),
+            _ => Content::Model {
+                part: u32::from(kind),
+                offset: u64::from(offset) * 1000,
+            },
+        };
+        runs.push((u64::from(len % 50), content));
+    }
+    // Every byte by itself: where it comes from.
+    let naive: Vec<(From, u64)> = runs
+        .iter()
+        .flat_map(|&(len, content)| {
+            (0..len).map(move |at| match content {
+                Content::Made(doc) => (From::Made(doc), at),
+                Content::Model { part, offset } => (From::Part(part), offset + at),
+            })
+        })
+        .collect();
+    let file = |name: &str, runs| NewFile {
+        name: name.into(),
+        runs,
+    };
+    let other = vec![(7, Content::Made(DocId(9)))];
+    let tree = Tree::new(vec![(
+        "d",
+        vec![file("a", other.clone()), file("b", runs), file("c", other)],
+    )]);
+    let ino = tree.find("d/b").unwrap();
+    assert_eq!(tree.size(ino), Some(naive.len() as u64));
+    while let (Some(offset), Some(len)) = (next(), next()) {
+        // Also far behind the end.
+        let far = |n: u8| if n == 255 { u64::MAX } else { u64::from(n) * 3 };
+        let (offset, len) = (far(offset), far(len));
+        let answer: Vec<_> = tree
+            .slices(ino, offset, len)
+            .inspect(|slice| assert!(slice.len > 0))
+            .flat_map(|slice| (0..slice.len).map(move |at| (slice.from, slice.offset + at)))
+            .collect();
+        let from = usize::try_from(offset)
+            .unwrap_or(usize::MAX)
+            .min(naive.len());
+        let to = usize::try_from(offset.saturating_add(len))
+            .unwrap_or(usize::MAX)
+            .min(naive.len());
+        assert_eq!(answer, naive[from..to.max(from)]);
+    }
+    for ino in ROOT..=tree.len() + 1 {
+        assert_eq!(
+            tree.slices(ino, 0, 1).count() > 0,
+            tree.kind(ino) == Some(Kind::File) && tree.size(ino) != Some(0)
+        );
+    }
+}
