@@ -5,6 +5,7 @@ mod inspect;
 mod materialize;
 mod mount;
 mod progress;
+mod status;
 mod stop;
 mod text;
 mod toy;
@@ -17,6 +18,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
+use odmoe_fs::mounts::no_new_privileges;
 use tracing::Level;
 
 use self::stop::{Interrupted, Stop};
@@ -46,11 +48,19 @@ struct Cli {
 enum Command {
     Mount(mount::MountArgs),
     Umount(umount::UmountArgs),
+    Status(status::StatusArgs),
     Materialize(materialize::MaterializeArgs),
     Verify(verify::VerifyArgs),
     Inspect(inspect::InspectArgs),
     Toy(toy::ToyArgs),
     Demo(demo::DemoArgs),
+}
+
+impl Command {
+    /// Whether it may need the set-user-id helper that mounts and unmounts for users.
+    fn mounts(&self) -> bool {
+        matches!(self, Self::Mount(_) | Self::Umount(_) | Self::Demo(_))
+    }
 }
 
 /// The model of a command.
@@ -70,9 +80,13 @@ pub fn run() -> ExitCode {
     start_diagnostics(&cli);
     // More parts of a split set can stay open. Where it is refused, fewer do.
     let _ = odmoe_fs::source::raise_descriptor_limit();
+    if !cli.command.mounts() {
+        no_new_privileges();
+    }
     let result = match &cli.command {
         Command::Mount(args) => mount::run(args),
         Command::Umount(args) => umount::run(args),
+        Command::Status(args) => status::run(args),
         Command::Materialize(args) => materialize::run(args, cli.quiet),
         Command::Verify(args) => match verify::run(args, cli.quiet) {
             Ok(false) => return ExitCode::from(FOUND_A_DIFFERENCE),

@@ -47,6 +47,20 @@ pub fn path(path: &Path) -> String {
     name(&path.to_string_lossy())
 }
 
+/// Columns as wide as what is in them, the last one open.
+pub fn table<const N: usize>(rows: Vec<[String; N]>) -> String {
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max();
+    let widths: Vec<usize> = (0..N).map(|column| width(column).unwrap_or(0)).collect();
+    let line = |row: &[String; N]| {
+        let cells = row.iter().zip(&widths);
+        let cells: Vec<String> = cells
+            .map(|(cell, width)| format!("{cell:width$}"))
+            .collect();
+        cells.join("  ").trim_end().to_owned() + "\n"
+    };
+    rows.iter().map(line).collect()
+}
+
 /// A path as a shell takes it.
 pub fn shell(path: &Path) -> String {
     let text = self::path(path);

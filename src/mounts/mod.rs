@@ -11,6 +11,7 @@
 mod background;
 mod preflight;
 mod read_ahead;
+mod status;
 mod table;
 mod unmount;
 
@@ -23,6 +24,7 @@ use std::time::Duration;
 use fuser::{Config, MountOption, Session, SessionACL};
 
 pub use read_ahead::{ReadAheadError, set_read_ahead};
+pub use status::{MountStatus, State, status};
 pub use table::{MountEntry, mount_of, mount_table};
 pub use unmount::{UnmountError, unmount};
 
@@ -30,6 +32,8 @@ pub use crate::fuse::Cache;
 use crate::fuse::{OdmoeFs, Owner};
 use crate::model::Model;
 use crate::source::PageCache;
+use crate::sys::privileges;
+pub use crate::sys::privileges::no_new_privileges;
 use crate::sys::process::effective_ids;
 pub use crate::sys::process::{Signals, close_inherited_descriptors};
 
@@ -73,6 +77,20 @@ pub enum MountError {
     AlreadyMounted {
         directory: PathBuf,
         source_name: String,
+    },
+    #[error(
+        "{source_name:?} is mounted on {directory:?}, but {} does not answer; unmount it, with `odmoe-fs umount --lazy`, and end the process",
+        process(*.pid)
+    )]
+    NotAnswering {
+        directory: PathBuf,
+        source_name: String,
+        pid: Option<u32>,
+    },
+    #[error("{directory:?} is a mount whose process is dead, and cannot be repaired: {cause}")]
+    Repair {
+        directory: PathBuf,
+        cause: UnmountError,
     },
     #[error(
         "{0:?} is locked by another program, perhaps another mount that is being made; try again"
@@ -123,6 +141,10 @@ pub enum MountError {
     Daemon(String),
     #[error("the background process ended before the mount was ready ({0})")]
     DaemonDied(String),
+}
+
+fn process(pid: Option<u32>) -> String {
+    pid.map_or("its process".into(), |pid| format!("its process {pid}"))
 }
 
 /// A mount that can be made, as far as can be known before.
@@ -200,6 +222,7 @@ impl Mount {
             }
         })?;
         drop(self.lock);
+        give_up_privileges();
         let attached = Attached {
             entry: table::mounted_on(&directory),
             directory: directory.clone(),
@@ -273,6 +296,15 @@ fn stop_on_signal(mount: &Attached, signals: Signals) {
     }
     if let Ok(second) = signals.wait() {
         std::process::exit(128 + second);
+    }
+}
+
+/// From here on nothing is mounted, only served and unmounted. A user's daemon unmounts with the
+/// set-user-id helper, which has to keep working; it has no privileges of its own to give up.
+fn give_up_privileges() {
+    if effective_ids().0 == 0 {
+        privileges::keep_what_serving_needs();
+        privileges::no_new_privileges();
     }
 }
 

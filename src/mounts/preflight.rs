@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use super::{MountEntry, MountError, Options, table, unmount};
+use super::{MountEntry, MountError, Options, State, status, table, unmount};
 use crate::model::Model;
 use crate::sys::process::effective_ids;
 
@@ -79,11 +79,40 @@ fn usable_directory(given: &Path) -> Result<PathBuf, MountError> {
         },
     };
     let directory = table::resolved(given).map_err(fail)?;
+    repair(&directory)?;
     not_mounted(&directory)?;
     if !directory.metadata().map_err(fail)?.is_dir() {
         return Err(MountError::NotADirectory(directory));
     }
     Ok(directory)
+}
+
+/// Unmounts what a daemon of ours that is dead has left on the directory: nobody can use it, and
+/// nothing is lost.
+fn repair(directory: &Path) -> Result<(), MountError> {
+    while let Some(mount) = table::mounted_on(directory).filter(MountEntry::is_odmoe) {
+        let source_name = || mount.source.to_string_lossy().into_owned();
+        match status::state_of(directory) {
+            State::Stale => {}
+            State::NotAnswering => {
+                return Err(MountError::NotAnswering {
+                    directory: directory.to_owned(),
+                    source_name: source_name(),
+                    pid: status::pid_of(&mount),
+                });
+            }
+            State::Alive | State::NotReadable => return Ok(()), // for `not_mounted` to say
+        }
+        unmount::unmount(directory, true).map_err(|cause| MountError::Repair {
+            directory: directory.to_owned(),
+            cause,
+        })?;
+        tracing::warn!(
+            "{directory:?} was a mount of {:?} whose process is dead; unmounted it",
+            source_name()
+        );
+    }
+    Ok(())
 }
 
 /// Fails if one of our mounts is on the directory, or around it.

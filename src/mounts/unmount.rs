@@ -13,7 +13,7 @@ use crate::sys;
 pub enum UnmountError {
     #[error("{0:?} does not exist")]
     Missing(PathBuf),
-    #[error("{0:?} is no odmoe-fs mount; `grep fuse.odmoe /proc/mounts` lists them")]
+    #[error("{0:?} is no odmoe-fs mount; `odmoe-fs status` lists them")]
     NotOurs(PathBuf),
     #[error(
         "{0:?} is in use: a program has a file open or works in it; close it, or say --lazy to unmount when the last has left"

@@ -4,6 +4,7 @@
 
 pub mod copy;
 pub mod mount;
+pub mod privileges;
 pub mod process;
 pub mod read;
 

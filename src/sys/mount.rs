@@ -1,5 +1,6 @@
-//! Unmounting with the system call, which needs root.
+//! Unmounting with the system call, which needs root, and asking mounts that may never answer.
 
+use std::ffi::CString;
 use std::io;
 use std::path::Path;
 
@@ -21,5 +22,83 @@ pub fn unmount(path: &Path, lazy: bool) -> io::Result<()> {
         // SAFETY: the path ends with NUL.
         check(unsafe { libc::unmount(path.as_ptr(), flags) })?;
     }
+    Ok(())
+}
+
+/// A question to a file system that may never answer, asked by a child process: where a daemon is
+/// stopped, the asker may hang and cannot even be killed. Dropping it leaves such a child behind,
+/// which ends when the file system does.
+#[derive(Debug)]
+pub struct Question {
+    child: libc::pid_t,
+    answer: Option<Answer>,
+}
+
+/// What a file system answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Answer {
+    Alive,
+    /// An errno.
+    Error(i32),
+}
+
+impl Question {
+    /// Asks what is mounted at `path` for something that the kernel does not remember.
+    pub fn ask(path: &Path) -> io::Result<Self> {
+        let path = c_path(path)?;
+        // SAFETY: the child makes system calls only, on memory that was there before, and ends. So it
+        // does not matter what other threads of this process have locked.
+        match check(unsafe { libc::fork() })? {
+            0 => {
+                let errno = unanswered(&path).err().and_then(|e| e.raw_os_error());
+                // SAFETY: no arguments of concern; nothing of the parent's is run at this exit.
+                unsafe { libc::_exit(errno.unwrap_or(0)) }
+            }
+            child => Ok(Self {
+                child,
+                answer: None,
+            }),
+        }
+    }
+
+    /// The answer, if it is there.
+    pub fn answer(&mut self) -> Option<Answer> {
+        if self.answer.is_none() {
+            let mut status = 0;
+            // SAFETY: the pointer is to an int.
+            let ended = unsafe { libc::waitpid(self.child, &mut status, libc::WNOHANG) };
+            if ended == self.child {
+                self.answer = Some(match libc::WIFEXITED(status) {
+                    true if libc::WEXITSTATUS(status) == 0 => Answer::Alive,
+                    true => Answer::Error(libc::WEXITSTATUS(status)),
+                    false => Answer::Error(libc::EINTR),
+                });
+            }
+        }
+        self.answer
+    }
+}
+
+impl Drop for Question {
+    fn drop(&mut self) {
+        if self.answer.is_none() {
+            // SAFETY: the child is ours and was not waited for, so that the number is still its.
+            unsafe { libc::kill(self.child, libc::SIGKILL) };
+            // Most die at once; who does not must not hold us up.
+            std::thread::sleep(std::time::Duration::from_millis(10));
+            self.answer();
+        }
+    }
+}
+
+/// Asks with `stat` first, which tells who may not enter: to those, `statfs` answers with zeros. And
+/// with `statfs`, since the kernel knows all else by itself.
+fn unanswered(path: &CString) -> io::Result<()> {
+    // SAFETY: both are plain data, for which zeros are a value.
+    let (mut stat, mut statfs): (libc::stat, libc::statfs) = unsafe { std::mem::zeroed() };
+    // SAFETY: the path ends with NUL and the buffer is a stat.
+    check(unsafe { libc::stat(path.as_ptr(), &mut stat) })?;
+    // SAFETY: the path ends with NUL and the buffer is a statfs.
+    check(unsafe { libc::statfs(path.as_ptr(), &mut statfs) })?;
     Ok(())
 }

@@ -50,6 +50,12 @@ ME = User(os.getuid(), os.getgid())
 needs_root = pytest.mark.skipif(ME.uid != 0, reason="only root can become another user, or mount other file systems")
 
 
+def promises(*sentences):
+    """Marks a test as one that holds these sentences of docs/SEMANTICS.md; test_semantics.py looks for them."""
+    assert sentences
+    return lambda test: test
+
+
 def run(*command, user=ME, **options):
     """Runs any command with its output captured, without raising."""
     return subprocess.run(
@@ -255,6 +261,14 @@ def daemon_of(where):
     mine = os.fsencode(where)
     (pid,) = [int(p) for p in os.listdir("/proc") if p.isdigit() and mine in words(p) and b"mount" in words(p)]
     return pid
+
+
+def is_running(pid):
+    """A daemon whose new parent does not wait for it leaves a zombie, which runs no more."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def counters(pid):

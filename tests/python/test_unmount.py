@@ -1,10 +1,10 @@
 """How mounts end: by `umount`, by a signal, by force; and what they leave to others."""
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -18,8 +18,10 @@ from odmoe import (
     detach,
     fail,
     foreground,
+    is_running,
     mount_at,
     needs_root,
+    promises,
     succeed,
     wait_for,
 )
@@ -32,23 +34,27 @@ def model(public):
     return models.write_small(public)[0]
 
 
-def is_running(pid):
-    """A daemon whose new parent does not wait for it leaves a zombie, which runs no more."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+HOLDERS = {
+    "open": "read = lambda: len(file.read())",
+    "mapped": "held = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ); read = lambda: len(held[:])",
+}
 
 
 @contextlib.contextmanager
-def holding(person, path):
-    """A process of the user that has opened a file; yields a function that makes it read the file and returns its size."""
+def holding(person, path, how="open"):
+    """A process of the user that has a file open, or mapped; yields a function that makes it read it all and returns its size."""
     code = f"""
-import sys
-with open({str(path)!r}, "rb") as file:
-    print("open", flush=True)
-    for _ in sys.stdin:
-        print(len(file.read()), flush=True)
+import mmap, os, sys
+file = open({str(path)!r}, "rb")
+{HOLDERS[how]}
+if {how!r} == "mapped":
+    file.close()
+print("held", flush=True)
+for _ in sys.stdin:
+    try:
+        print(read(), flush=True)
+    except OSError as e:
+        print(-e.errno, flush=True)
 """
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([PYTHON, "-c", code], text=True, bufsize=1, **pipes, **person.switch()) as process:
@@ -57,7 +63,7 @@ with open({str(path)!r}, "rb") as file:
             process.stdin.write("read\n")
             return int(process.stdout.readline())
 
-        assert process.stdout.readline() == "open\n"
+        assert process.stdout.readline() == "held\n"
         yield read
 
 
@@ -92,16 +98,8 @@ def test_a_busy_mount_stays_unless_lazily_unmounted_and_then_serves_to_the_end(p
     wait_for(lambda: not is_running(daemon))
 
 
-def test_a_mount_whose_daemon_was_killed_can_be_unmounted_and_is_not_mounted_over(person, model, folder):
-    succeed("mount", model, folder, user=person)
-    os.kill(daemon_of(folder), signal.SIGKILL)
-    wait_for(lambda: ask(person, "os.listdir(root)", root=folder) != 0)
-    fail("mount", model, folder, user=person, naming=[folder, "umount"])
-    succeed("umount", folder, user=person)
-    assert mount_at(folder) is None
-
-
 @needs_root
+@promises("Only mounts of our own are ever unmounted.")
 def test_only_our_own_mounts_are_unmounted(public, person):
     plain, other = public / "plain", public / "other"
     for path in (plain, other):
@@ -125,23 +123,60 @@ def test_a_folder_of_the_tree_is_no_mount(person, model, folder):
 # --- by a signal ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_a_foreground_mount_stays_until_it_is_told_to_end(person, model, folder, how):
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+DETACHED = (
+    "SIGINT, SIGTERM and SIGHUP detach the mount at once; open files and maps stay readable, and the daemon ends with "
+    "the last of them."
+)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_foreground_mount_stays_until_it_is_told_to_end(person, model, folder, number):
     with foreground(model, folder, user=person) as process:
         assert ask(person, LISTING, root=folder) == ["base_model", "experts"]
-        process.send_signal(how)
+        process.send_signal(number)
         assert process.wait(60) == 0
         assert mount_at(folder) is None
 
 
-def test_a_busy_foreground_mount_that_is_told_to_end_serves_its_readers_first(person, model, folder):
+@promises(DETACHED)
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("how", HOLDERS)
+def test_a_busy_foreground_mount_that_is_told_to_end_serves_its_readers_first(person, model, folder, number, how):
     with foreground(model, folder, user=person) as process:
         size = ask(person, "answer = os.stat(path).st_size", path=folder / EXPERT)
-        with holding(person, folder / EXPERT) as read:
-            process.send_signal(signal.SIGTERM)
+        with holding(person, folder / EXPERT, how) as read:
+            process.send_signal(number)
             wait_for(lambda: mount_at(folder) is None)
             assert read() == size
         assert process.wait(60) == 0
+
+
+@promises(DETACHED)
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("how", HOLDERS)
+def test_a_busy_background_mount_that_is_told_to_end_serves_its_readers_first(person, model, folder, number, how):
+    succeed("mount", model, folder, user=person)
+    daemon = daemon_of(folder)
+    size = ask(person, "answer = os.stat(path).st_size", path=folder / EXPERT)
+    with holding(person, folder / EXPERT, how) as read:
+        os.kill(daemon, number)
+        wait_for(lambda: mount_at(folder) is None)
+        assert read() == size
+        assert is_running(daemon)
+    wait_for(lambda: not is_running(daemon))
+
+
+@promises("A second signal ends the daemon at once.")
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_second_signal_ends_a_busy_mount_and_its_readers_get_an_error(person, model, folder, number):
+    with foreground(model, folder, user=person) as process, holding(person, folder / EXPERT) as read:
+        process.send_signal(number)
+        wait_for(lambda: mount_at(folder) is None)
+        assert process.poll() is None
+        process.send_signal(number)
+        assert process.wait(60) == 128 + number
+        assert -read() in (errno.ENOTCONN, errno.ECONNABORTED, errno.EIO)
 
 
 def test_a_foreground_mount_ends_when_it_is_unmounted(person, model, folder):

@@ -1,0 +1,58 @@
+//! `status`: our mounts, and whether they answer.
+
+use odmoe_fs::mounts::{MountStatus, status};
+use serde::Serialize;
+
+use super::{print, text};
+
+/// List the mounts of odmoe-fs on this machine, and whether each answers
+///
+/// A mount is alive; not answering, when its process is stopped or waits for the disk; stale, when its
+/// process is dead (`umount` removes it, and so does the next `mount` there); or not readable, when it
+/// is another user's.
+#[derive(clap::Args)]
+pub struct StatusArgs {
+    /// Print a JSON array of {"directory", "model", "pid", "state"}
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct Line {
+    directory: String,
+    model: String,
+    pid: Option<u32>,
+    state: &'static str,
+}
+
+impl Line {
+    fn of(mount: MountStatus) -> Self {
+        Self {
+            directory: mount.directory.to_string_lossy().into_owned(),
+            model: mount.model.to_string_lossy().into_owned(),
+            pid: mount.pid,
+            state: mount.state.name(),
+        }
+    }
+}
+
+pub fn run(args: &StatusArgs) -> anyhow::Result<()> {
+    let lines: Vec<Line> = status().into_iter().map(Line::of).collect();
+    if args.json {
+        return print(&(serde_json::to_string_pretty(&lines)? + "\n"));
+    }
+    if lines.is_empty() {
+        return print("no odmoe-fs mounts\n");
+    }
+    let head = ["DIRECTORY", "STATE", "PID", "MODEL"].map(str::to_owned);
+    let rows = lines.iter().map(|line| {
+        let pid = line.pid.map_or("-".into(), |pid| pid.to_string());
+        [
+            text::name(&line.directory),
+            line.state.to_owned(),
+            pid,
+            text::name(&line.model),
+        ]
+    });
+    print(&text::table(std::iter::once(head).chain(rows).collect()))
+}

@@ -1,0 +1,172 @@
+//! Which mounts of ours are there, and does each of them answer.
+//!
+//! The problem: `stat` on a mount whose daemon is stopped hangs, and for one that is dead it may be
+//! answered from the kernel's memory.
+//!
+//! The plan: the mount table says what there is. A child asks each, all at the same time, and who
+//! has not answered within a second does not answer. No file is kept about any of it.
+
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use super::table::{self, MountEntry};
+use crate::sys::mount::{Answer, Question};
+
+/// How long a mount may take to answer.
+const PATIENCE: Duration = Duration::from_secs(1);
+const POLL: Duration = Duration::from_millis(2);
+
+/// One of our mounts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MountStatus {
+    pub directory: PathBuf,
+    /// The model's path, or `odmoe` where the table cannot hold it.
+    pub model: OsString,
+    /// The process that serves it; `None` where that is dead, or nothing of it can be seen.
+    pub pid: Option<u32>,
+    pub state: State,
+}
+
+/// Whether a mount can be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    Alive,
+    /// Its process is stopped, or waits for something.
+    NotAnswering,
+    /// Its process is dead.
+    Stale,
+    /// It is another user's.
+    NotReadable,
+}
+
+impl State {
+    /// The state in words.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Alive => "alive",
+            Self::NotAnswering => "not answering",
+            Self::Stale => "stale",
+            Self::NotReadable => "not readable",
+        }
+    }
+
+    fn of(answer: Option<Answer>) -> Self {
+        match answer {
+            None => Self::NotAnswering,
+            Some(Answer::Alive) => Self::Alive,
+            Some(Answer::Error(libc::EACCES | libc::EPERM)) => Self::NotReadable,
+            // ENOTCONN; ECONNABORTED if somebody has aborted the connection.
+            Some(Answer::Error(_)) => Self::Stale,
+        }
+    }
+}
+
+/// Our mounts, in the order they were made. Takes little more than a second, whatever they do.
+pub fn status() -> Vec<MountStatus> {
+    let mounts: Vec<_> = table::mount_table()
+        .into_iter()
+        .filter(MountEntry::is_odmoe)
+        .collect();
+    let directories: Vec<_> = mounts.iter().map(|m| m.directory.as_path()).collect();
+    let states = states(&directories);
+    let processes = processes();
+    let one = |(mount, state): (MountEntry, State)| MountStatus {
+        pid: serving(&mount, &processes),
+        model: mount.source,
+        directory: mount.directory,
+        state,
+    };
+    mounts.into_iter().zip(states).map(one).collect()
+}
+
+/// The state of the mount on a directory.
+pub(super) fn state_of(directory: &Path) -> State {
+    states(&[directory])[0]
+}
+
+/// The process that serves a mount, if it can be seen.
+pub(super) fn pid_of(mount: &MountEntry) -> Option<u32> {
+    serving(mount, &processes())
+}
+
+fn states(directories: &[&Path]) -> Vec<State> {
+    let mut questions: Vec<_> = directories.iter().map(|d| Question::ask(d).ok()).collect();
+    let give_up = Instant::now() + PATIENCE;
+    loop {
+        let answers = questions.iter_mut().flatten().map(Question::answer);
+        let open = answers.filter(Option::is_none).count();
+        if open == 0 || Instant::now() > give_up {
+            break;
+        }
+        std::thread::sleep(POLL);
+    }
+    let answers = questions
+        .iter_mut()
+        .map(|q| q.as_mut().and_then(Question::answer));
+    answers.map(State::of).collect()
+}
+
+/// A process that has opened the FUSE device.
+struct Process {
+    pid: u32,
+    /// The connections that it serves, which are the minor numbers of their mounts; only recent
+    /// kernels tell.
+    connections: Vec<String>,
+    arguments: Vec<Vec<u8>>,
+}
+
+/// Every process that serves a FUSE file system, as far as this user may look.
+fn processes() -> Vec<Process> {
+    let numbers = std::fs::read_dir("/proc").into_iter().flatten();
+    let pids = numbers.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    pids.filter_map(Process::of).collect()
+}
+
+impl Process {
+    fn of(pid: u32) -> Option<Self> {
+        let folder = PathBuf::from(format!("/proc/{pid}"));
+        let descriptors = folder.join("fd").read_dir().ok()?.flatten();
+        let devices: Vec<_> = descriptors
+            .filter(|fd| {
+                fd.path()
+                    .read_link()
+                    .is_ok_and(|to| to == Path::new("/dev/fuse"))
+            })
+            .collect();
+        if devices.is_empty() {
+            return None;
+        }
+        let connection = |fd: &std::fs::DirEntry| {
+            let info = std::fs::read_to_string(folder.join("fdinfo").join(fd.file_name())).ok()?;
+            let value = info
+                .lines()
+                .find_map(|line| line.strip_prefix("fuse_connection:"))?;
+            Some(value.trim().to_owned())
+        };
+        let arguments = std::fs::read(folder.join("cmdline")).unwrap_or_default();
+        Some(Self {
+            pid,
+            connections: devices.iter().filter_map(connection).collect(),
+            arguments: arguments.split(|b| *b == 0).map(<[u8]>::to_vec).collect(),
+        })
+    }
+
+    fn serves(&self, mount: &MountEntry) -> bool {
+        if self.connections.is_empty() {
+            // An older kernel. Relative paths were those of a folder that the daemon has left.
+            let directory = mount.directory.as_os_str().as_bytes();
+            return self.arguments.iter().any(|argument| argument == directory);
+        }
+        let connection = mount.device.strip_prefix("0:");
+        connection.is_some_and(|number| self.connections.iter().any(|n| n == number))
+    }
+}
+
+fn serving(mount: &MountEntry, processes: &[Process]) -> Option<u32> {
+    processes
+        .iter()
+        .find(|process| process.serves(mount))
+        .map(|process| process.pid)
+}

@@ -1,0 +1,250 @@
+"""`status`, and mounts whose process is dead or stopped: found out without hanging, and repaired."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+
+import models
+from odmoe import (
+    LISTING,
+    ME,
+    User,
+    ask,
+    daemon_of,
+    detach,
+    fail,
+    mount_at,
+    mounted,
+    mounts,
+    needs_root,
+    odmoe,
+    promises,
+    run,
+    succeed,
+    wait_for,
+)
+
+EXPERT = "experts/layer_00_expert_000.safetensors"
+KILLED = "A daemon that is killed leaves readers an error, never wrong bytes; `status` calls its mount stale."
+REPAIRED = "`umount` removes a stale mount, and the next `mount` on its directory repairs it."
+STOPPED = (
+    "A daemon that is stopped is said by `status` not to answer, within two seconds; `mount` and `umount` do not hang "
+    "on it."
+)
+
+
+@pytest.fixture
+def model(public):
+    return models.write_small(public)[0]
+
+
+def status(where, user=ME):
+    """What `status --json` says of a mount; the table for people must say the same."""
+    (line,) = [line for line in json.loads(succeed("status", "--json", user=user)) if line["directory"] == str(where)]
+    row = next(row for row in succeed("status", user=user).splitlines() if str(where) in row)
+    assert row.split("  ", 1)[1].strip().startswith(line["state"])
+    return line
+
+
+@contextlib.contextmanager
+def stopped(pid):
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def kill(folder, person):
+    os.kill(daemon_of(folder), signal.SIGKILL)
+    wait_for(lambda: ask(person, "os.listdir(root)", root=folder) != 0)
+
+
+# --- alive ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_mount_is_listed_with_its_model_and_process(person, model, folder):
+    with mounted(model, folder, user=person):
+        expected = {"directory": str(folder), "model": str(model), "pid": daemon_of(folder), "state": "alive"}
+        assert status(folder, person) == expected
+    listed = json.loads(succeed("status", "--json", user=person))
+    assert str(folder) not in [line["directory"] for line in listed]
+
+
+@needs_root
+def test_without_mounts_status_says_so():
+    done = run("unshare", "-m", "sh", "-c", 'umount -l -a -t fuse.odmoe; "$0" status; "$0" status --json', ME.binary)
+    assert done.stdout == "no odmoe-fs mounts\n[]\n"
+
+
+@needs_root
+def test_the_mount_of_another_user_is_listed_as_not_readable(model, public, nobody):
+    with mounted(model, public / "mine"), mounted(model, public / "theirs", user=nobody):
+        assert status(public / "mine", nobody) | {"model": None} == {
+            "directory": str(public / "mine"),
+            "model": None,
+            "pid": None,
+            "state": "not readable",
+        }
+        # Root may look at the process, but not into the mount.
+        assert status(public / "theirs") == {
+            "directory": str(public / "theirs"),
+            "model": str(model),
+            "pid": daemon_of(public / "theirs"),
+            "state": "not readable",
+        }
+
+
+@needs_root
+def test_names_cannot_break_the_table(model, public):
+    where = public / "a\nb \x1b[2J"
+    where.mkdir()
+    with mounted(model, where):
+        lines = succeed("status").splitlines()
+        assert len([line for line in lines if r"a\nb \u{1b}[2J" in line]) == 1
+        assert len(lines) == 1 + len([m for m in mounts() if m.kind == "fuse.odmoe"])
+        assert str(where) in [line["directory"] for line in json.loads(succeed("status", "--json"))]
+
+
+# --- dead -----------------------------------------------------------------------------------------------------------
+
+
+@promises(KILLED, REPAIRED)
+def test_a_mount_whose_daemon_was_killed_is_stale_and_umount_removes_it(person, model, folder):
+    succeed("mount", model, folder, user=person)
+    kill(folder, person)
+    reading = "answer = len(open(path, 'rb').read())"
+    assert ask(person, reading, path=folder / EXPERT) in (errno.ENOTCONN, errno.EIO)
+    assert status(folder, person) == {
+        "directory": str(folder),
+        "model": str(model),
+        "pid": None,
+        "state": "stale",
+    }
+    succeed("umount", folder, user=person)
+    assert mount_at(folder) is None
+
+
+@promises(REPAIRED)
+def test_the_next_mount_repairs_one_whose_daemon_was_killed(person, model, folder):
+    for _ in range(2):
+        succeed("mount", model, folder, user=person)
+        kill(folder, person)
+    done = odmoe("mount", model, folder, user=person)
+    assert done.returncode == 0, done.stderr
+    assert "process is dead; unmounted it" in done.stderr
+    assert ask(person, LISTING, root=folder) == ["base_model", "experts"]
+    assert [m.at for m in mounts()].count(str(folder)) == 1
+
+
+def test_a_stale_mount_that_is_busy_is_repaired_all_the_same(person, model, folder):
+    succeed("mount", model, folder, user=person)
+    code = f"import sys; file = open({str(folder / EXPERT)!r}, 'rb'); print(1, flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(["python3", "-c", code], **pipes, **person.switch()) as holder:
+        holder.stdout.readline()
+        kill(folder, person)
+        succeed("mount", model, folder, user=person)
+        assert status(folder, person)["state"] == "alive"
+
+
+@needs_root
+@promises("Only mounts of our own are ever unmounted.")
+def test_the_dead_mount_of_another_file_system_is_left_alone(model, public):
+    where = public / "mnt"
+    where.mkdir()
+    device = os.open("/dev/fuse", os.O_RDWR)
+    options = f"fd={device},rootmode=40000,user_id=0,group_id=0"
+    try:
+        subprocess.run(["mount", "-i", "-t", "fuse.other", "-o", options, "none", where], check=True, pass_fds=[device])
+        os.close(device)
+        assert ask(ME, "os.listdir(root)", root=where) == errno.ENOTCONN
+        for command in (["mount", model, where], ["umount", where], ["umount", "--lazy", where]):
+            fail(*command, naming=[where])
+        assert mount_at(where).kind == "fuse.other"
+        assert str(where) not in succeed("status")
+    finally:
+        detach(where)
+
+
+@needs_root
+@promises(REPAIRED)
+def test_the_dead_mount_of_another_user_is_only_repaired_by_root(model, public, nobody):
+    where = public / "mnt"
+    where.mkdir(mode=0o777)
+    where.chmod(0o777)
+    succeed("mount", model, where)
+    kill(where, ME)
+    stranger = User(65533, 65533, nobody.binary)
+    for user in (nobody, stranger):
+        fail("umount", where, user=user, naming=[where])
+        fail("mount", model, where, user=user, naming=[where])
+        assert mount_at(where)
+    succeed("umount", where)
+    # The other way round, root may.
+    shutil.chown(where, nobody.uid, nobody.gid)
+    succeed("mount", model, where, user=nobody)
+    kill(where, nobody)
+    fail("umount", where, user=stranger, naming=[where])
+    succeed("umount", where)
+
+
+# --- stopped --------------------------------------------------------------------------------------------------------
+
+
+def test_status_asks_all_mounts_at_the_same_time(public, model):
+    with contextlib.ExitStack() as stack:
+        for number in range(12):
+            where = stack.enter_context(mounted(model, public / f"mnt{number}"))
+            stack.enter_context(stopped(daemon_of(where)))
+        began = time.monotonic()
+        states = [line["state"] for line in json.loads(succeed("status", "--json")) if str(public) in line["directory"]]
+        # Far less than a second for each.
+        assert time.monotonic() - began < 10
+        assert states == ["not answering"] * 12
+
+
+@promises(STOPPED)
+def test_a_stopped_daemon_does_not_answer_and_nothing_hangs_on_it(person, model, folder):
+    succeed("mount", model, folder, user=person)
+    daemon = daemon_of(folder)
+    with stopped(daemon):
+        took = []
+        for _ in range(3):  # the machine may be busy
+            began = time.monotonic()
+            (line,) = [x for x in json.loads(succeed("status", "--json", user=person)) if x["directory"] == str(folder)]
+            took.append(time.monotonic() - began)
+        assert min(took) < 2
+        assert (line["state"], line["pid"]) == ("not answering", daemon)
+        fail("mount", model, folder, user=person, naming=[folder, f"process {daemon} does not answer"])
+        fail("mount", model, folder / "experts", user=person)
+        succeed("umount", folder, user=person)
+        assert mount_at(folder) is None
+
+
+@promises(STOPPED)
+def test_a_stopped_and_busy_daemon_is_unmounted_lazily(person, model, folder):
+    succeed("mount", model, folder, user=person)
+    code = f"import sys; file = open({str(folder / EXPERT)!r}, 'rb'); print(1, flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(["python3", "-c", code], **pipes, **person.switch()) as holder:
+        holder.stdout.readline()
+        with stopped(daemon_of(folder)):
+            fail("umount", folder, user=person, naming=["--lazy"])
+            succeed("umount", "--lazy", folder, user=person)
+            assert mount_at(folder) is None
+
+
+def test_a_stopped_daemon_that_goes_on_is_alive_again(person, model, folder):
+    with mounted(model, folder, user=person):
+        with stopped(daemon_of(folder)):
+            assert status(folder, person)["state"] == "not answering"
+        assert status(folder, person)["state"] == "alive"
