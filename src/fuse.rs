@@ -27,6 +27,9 @@ use crate::model::Model;
 use crate::source::ReadError;
 use crate::tree::{Ino, Kind, ROOT};
 
+#[cfg(test)]
+mod tests;
+
 /// How long the kernel may keep what it was told: longer than any mount lives.
 const FOR_EVER: Duration = Duration::from_secs(u32::MAX as u64);
 /// One generation of inode numbers: they are never reused.
@@ -181,6 +184,11 @@ impl OdmoeFs {
 /// Runs a callback. A panic must not cost the user the mount: the reply, dropped on the way out,
 /// tells the caller EIO.
 fn guarded(operation: &str, ino: INodeNo, callback: impl FnOnce()) {
+    let callback = || {
+        #[cfg(test)]
+        tests::panic_if_told(operation);
+        callback();
+    };
     if catch_unwind(AssertUnwindSafe(callback)).is_err() {
         tracing::error!("{operation} of inode {ino} panicked; this is a bug in odmoe-fs");
     }

@@ -43,6 +43,11 @@ pub enum VerifyError {
     NotADirectory(PathBuf),
     #[error("cannot list {path:?}: {cause}")]
     List { path: PathBuf, cause: io::Error },
+    /// Our own fault, which says nothing of the tree.
+    #[error(
+        "cannot open {path:?}: {cause}; allow more open files with `ulimit -n`, or use fewer --jobs"
+    )]
+    Descriptors { path: PathBuf, cause: io::Error },
     #[error("stopped before everything was compared")]
     Stopped,
     /// The model, not the tree, cannot be read, so nothing can be said.
@@ -197,7 +202,7 @@ impl<'a> Comparison<'a> {
             bytes: AtomicU64::new(0),
             differences: Mutex::new(found.strangers),
         };
-        let claims = comparison.claims(&found.known);
+        let claims = comparison.claims(&found.known)?;
         (comparison.experts, comparison.base_files) = claims.counts(model);
         let mut expected = claims.files(model);
         let is_document = |ino| DOCUMENTS.iter().any(|path| comparison.ino(path) == ino);
@@ -266,9 +271,9 @@ impl<'a> Comparison<'a> {
 
     /// Reads what the documents claim, and compares them with what they would have to say. Where one
     /// cannot be understood, what is there counts as claimed.
-    fn claims(&mut self, found: &HashSet<Ino>) -> Claims {
-        let documents = DOCUMENTS.map(|path| self.document(self.ino(path), found));
-        let [registry, metadata] = &documents;
+    fn claims(&mut self, found: &HashSet<Ino>) -> Result<Claims, VerifyError> {
+        let registry = self.document(self.ino(REGISTRY_PATH), found)?;
+        let metadata = self.document(self.ino(METADATA_PATH), found)?;
         let listed = Listed::of(registry.as_deref(), metadata.as_deref());
         let (layout, tree) = (self.model.layout(), self.model.tree());
         let is_there = |path: &str| tree.find(path).is_some_and(|ino| found.contains(&ino));
@@ -287,7 +292,11 @@ impl<'a> Comparison<'a> {
             .render_registry(&is_claimed, &mut rendered[0])
             .and_then(|()| layout.render_metadata(&is_claimed, &mut rendered[1]))
             .expect("writing to memory cannot fail");
-        for ((path, found), expected) in DOCUMENTS.into_iter().zip(documents).zip(rendered) {
+        for ((path, found), expected) in DOCUMENTS
+            .into_iter()
+            .zip([registry, metadata])
+            .zip(rendered)
+        {
             let Some(found) = found else {
                 continue; // said already
             };
@@ -303,7 +312,7 @@ impl<'a> Comparison<'a> {
                 );
             }
         }
-        Claims(layout.files().iter().map(is_claimed).collect())
+        Ok(Claims(layout.files().iter().map(is_claimed).collect()))
     }
 
     fn ino(&self, path: &str) -> Ino {
@@ -314,12 +323,14 @@ impl<'a> Comparison<'a> {
     }
 
     /// The bytes of a document of the tree, if it can be one of this model.
-    fn document(&self, ino: Ino, found: &HashSet<Ino>) -> Option<Vec<u8>> {
+    fn document(&self, ino: Ino, found: &HashSet<Ino>) -> Result<Option<Vec<u8>>, VerifyError> {
         if !found.contains(&ino) {
             self.add(ino, None, None, What::Missing);
-            return None;
+            return Ok(None);
         }
-        let (file, size) = self.open(ino)?;
+        let Some((file, size)) = self.open(ino)? else {
+            return Ok(None);
+        };
         // A part of the model has shorter lists, never longer ones.
         let longest = self.model.tree().size(ino).unwrap_or(0);
         if size > longest {
@@ -328,22 +339,24 @@ impl<'a> Comparison<'a> {
                 found: size,
             };
             self.add(ino, None, None, what);
-            return None;
+            return Ok(None);
         }
         let mut bytes = vec![0; size as usize];
         match file.read_exact_at(&mut bytes, 0) {
-            Ok(()) => Some(bytes),
+            Ok(()) => Ok(Some(bytes)),
             Err(e) => {
                 self.add(ino, None, None, What::Unreadable(e.to_string()));
-                None
+                Ok(None)
             }
         }
     }
 
     /// Opens a file of the tree, and tells its size. What is no regular file is never followed and
     /// never waited for.
-    fn open(&self, ino: Ino) -> Option<(File, u64)> {
-        let path = self.root.join(self.model.tree().path(ino)?);
+    fn open(&self, ino: Ino) -> Result<Option<(File, u64)>, VerifyError> {
+        let path = self
+            .root
+            .join(self.model.tree().path(ino).unwrap_or_default());
         let what = match fs::symlink_metadata(&path) {
             Ok(metadata) if !metadata.is_file() => What::Kind {
                 expected: "regular file",
@@ -357,13 +370,18 @@ impl<'a> Comparison<'a> {
                     .open(&path)
                     .and_then(|file| Ok((file.metadata()?.len(), file)));
                 match opened {
-                    Ok((size, file)) => return Some((file, size)),
+                    Ok((size, file)) => return Ok(Some((file, size))),
+                    Err(cause)
+                        if matches!(cause.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) =>
+                    {
+                        return Err(VerifyError::Descriptors { path, cause });
+                    }
                     Err(e) => What::Unreadable(e.to_string()),
                 }
             }
         };
         self.add(ino, None, None, what);
-        None
+        Ok(None)
     }
 
     fn compare(
@@ -373,7 +391,7 @@ impl<'a> Comparison<'a> {
         watch: &Watch,
     ) -> Result<(), VerifyError> {
         let ino = expected.ino;
-        let Some((file, found)) = self.open(ino) else {
+        let Some((file, found)) = self.open(ino)? else {
             return Ok(());
         };
         read::forget(&file);

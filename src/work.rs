@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 
+use crate::sys::process::descriptor_limit;
+
 /// What was done since the last report.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Progress {
@@ -20,8 +22,16 @@ pub fn default_jobs() -> NonZeroUsize {
     processors.min(const { NonZeroUsize::new(8).unwrap() })
 }
 
-/// Deals with each item in one of `jobs` threads, in order of their starts, until one fails; its
-/// error is the result. Each thread makes itself a `state`, such as a buffer.
+/// Threads that find descriptors to work with: a file and a part that must be opened again for each.
+/// Parts that are kept open may take two thirds of all descriptors, and we a few.
+fn most_jobs() -> usize {
+    let limit = descriptor_limit().unwrap_or(256);
+    let left = usize::try_from(limit / 3).unwrap_or(usize::MAX);
+    (left.saturating_sub(8) / 2).max(1)
+}
+
+/// Deals with each item in one of `jobs` threads, or fewer where descriptors are short, until one
+/// fails; its error is the result. Each thread makes itself a `state`, such as a buffer.
 pub(crate) fn in_parallel<T: Copy + Sync, S, E: Send>(
     jobs: NonZeroUsize,
     items: &[T],
@@ -45,7 +55,7 @@ pub(crate) fn in_parallel<T: Copy + Sync, S, E: Send>(
         }
     };
     std::thread::scope(|scope| {
-        for _ in 0..jobs.get().min(items.len()) {
+        for _ in 0..jobs.get().min(items.len()).min(most_jobs()) {
             scope.spawn(worker);
         }
     });

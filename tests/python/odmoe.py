@@ -20,6 +20,7 @@ REPO = Path(__file__).resolve().parents[2]
 DATA = REPO / "tests" / "data"
 BINARY = Path(os.environ.get("ODMOE_FS") or REPO / "target/release/odmoe-fs").resolve()
 SPARSE_GGUF = BINARY.parent / "examples" / "sparse_gguf"
+FAILING_DISK = BINARY.parent / "examples" / "failing_disk"
 
 # A Python that every user can run: the one of the tests may lie in a closed home.
 PYTHON = shutil.which("python3", path="/usr/local/bin:/usr/bin:/bin") or sys.executable
@@ -156,6 +157,36 @@ def file_system(kind, folder, size):
         # Not there if mounting failed.
         subprocess.run(["umount", at], check=False, capture_output=True)
         image.unlink(missing_ok=True)
+
+
+class FailingDisk:
+    """A mount of tests/support/failing_disk.rs: `at` shows the files of a folder, and `fails` makes it fail."""
+
+    def __init__(self, at, faults):
+        self.at = at
+        self._faults = faults
+
+    def fails(self, *faults):
+        """From now on, instead of what was said before: `("eio", start, end)`, or with `short`, `empty` or `hang`."""
+        new = self._faults.with_suffix(".new")
+        new.write_text("".join(" ".join(map(str, fault)) + "\n" for fault in faults))
+        new.rename(self._faults)  # it is read at any time
+
+
+@contextlib.contextmanager
+def failing_disk(folder, scratch):
+    at = Path(scratch) / "disk"
+    at.mkdir()
+    disk = FailingDisk(at, Path(scratch) / "faults")
+    with subprocess.Popen([FAILING_DISK, folder, at, disk._faults], stderr=subprocess.PIPE) as process:
+        try:
+            wait_for(lambda: mount_at(at) or process.poll() is not None)
+            assert process.poll() is None, process.stderr.read()
+            yield disk
+        finally:
+            disk.fails()  # what hangs goes on
+            detach(at)
+            process.kill()
 
 
 def evict(path):

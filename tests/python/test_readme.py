@@ -34,6 +34,6 @@ def test_the_snippets_of_the_readme_run_as_they_stand(code, beside_a_mount):
 
 
 def test_the_options_that_the_readme_names_exist():
-    helps = "".join(succeed(c, "--help") for c in ("mount", "umount", "materialize", "inspect", "toy", "demo"))
+    helps = "".join(succeed(c, "--help") for c in ("mount", "umount", "status", "materialize", "verify", "inspect", "toy", "demo"))
     for option in set(re.findall(r"`(--[a-z-]+)", README)):
         assert option in helps, option

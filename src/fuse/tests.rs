@@ -1,0 +1,73 @@
+//! What no file and no kernel can bring about from outside: a fault of our own in a callback.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::sync::Mutex;
+
+use fuser::{Config, MountOption, Session};
+use tempfile::TempDir;
+
+use super::*;
+use crate::gguf::GgmlType;
+use crate::gguf::write::Writer;
+
+/// The callback that is to panic, by its name.
+static PANICS: Mutex<Option<&str>> = Mutex::new(None);
+
+pub(super) fn panic_if_told(operation: &str) {
+    let told = *PANICS.lock().unwrap();
+    assert_ne!(told, Some(operation), "as the test wants it");
+}
+
+fn model(folder: &TempDir) -> Model {
+    let mut writer = Writer::new();
+    let f32 = GgmlType::from_name("F32").unwrap();
+    for name in ["gate", "down", "up"] {
+        writer.tensor(&format!("blk.0.ffn_{name}_exps.weight"), &[32, 32, 2], f32);
+    }
+    let written = writer.header();
+    let path = folder.path().join("model.gguf");
+    fs::write(&path, &written.bytes).unwrap();
+    let file = File::options().write(true).open(&path).unwrap();
+    file.set_len(written.file_bytes).unwrap();
+    Model::open(&path).unwrap()
+}
+
+/// Promise: A panic in a callback costs its caller EIO, and the mount goes on.
+#[test]
+fn a_panic_in_a_callback_is_eio_for_its_caller_and_the_mount_goes_on() {
+    let folder = TempDir::new().unwrap();
+    let root = folder.path().join("mnt");
+    fs::create_dir(&root).unwrap();
+    let (uid, gid) = crate::sys::process::effective_ids();
+    let file_system = OdmoeFs::new(model(&folder), Owner { uid, gid }, Cache::Direct);
+    let mut config = Config::default();
+    config.mount_options = vec![MountOption::RO];
+    config.n_threads = Some(2);
+    let session = Session::new(file_system, &root, &config)
+        .unwrap()
+        .spawn()
+        .unwrap();
+
+    let expert = root.join("experts/layer_00_expert_000.safetensors");
+    let read = || fs::read(&expert).map(|bytes| bytes.len());
+    let size = read().unwrap();
+    let eio = |result: io::Result<usize>| result.unwrap_err().raw_os_error() == Some(libc::EIO);
+    let told = |operation| *PANICS.lock().unwrap() = operation;
+    // Each worker, and each more than once.
+    for _ in 0..8 {
+        told(Some("read"));
+        assert!(eio(read()));
+        told(Some("lookup"));
+        assert!(eio(fs::metadata(root.join("experts/nothing")).map(|_| 0)));
+        told(None);
+        assert_eq!(read().unwrap(), size);
+    }
+    let held = File::open(&expert).unwrap();
+    told(Some("read"));
+    assert!(eio(held.read_at(&mut [0; 16], 0)));
+    told(None);
+    assert_eq!(held.read_at(&mut [0; 16], 0).unwrap(), 16);
+    drop(held);
+    drop(session);
+}

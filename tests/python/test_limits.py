@@ -1,0 +1,254 @@
+"""Little memory, few descriptors, few threads, many readers, many mounts: all of it still works, and nothing is left."""
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import models
+from odmoe import (
+    MIB,
+    PYTHON,
+    contents,
+    daemon_of,
+    detach,
+    expert_gguf,
+    files_of,
+    is_running,
+    mount_at,
+    mounted,
+    mounts,
+    needs_root,
+    promises,
+    run,
+    sparse_gguf,
+    succeed,
+    wait_for,
+)
+
+# Reads the files of a folder that its arguments name, in one way, and prints a digest of each; a process of its own,
+# whose memory can be limited.
+DIGESTS = """
+import hashlib, mmap, sys
+way, paths = sys.argv[1], sys.argv[2:]
+for path in paths:
+    digest = hashlib.blake2b()
+    with open(path, "rb", buffering=0) as file:
+        if way == "map":
+            held = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+            for at in range(0, len(held), 1 << 20):
+                digest.update(held[at : at + (1 << 20)])
+        else:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    print(digest.hexdigest())
+"""
+
+
+def digests(way, paths, **options):
+    done = run(PYTHON, "-c", DIGESTS, way, *paths, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def memory_limit(name, size):
+    """A control group of its own; yields a function for `preexec_fn` that joins it."""
+    old, new = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+    above, limit = (old, "memory.limit_in_bytes") if old.exists() else (new, "memory.max")
+    if above == new:
+        assert "memory" in (new / "cgroup.controllers").read_text().split(), "this machine limits no memory"
+        (new / "cgroup.subtree_control").write_text("+memory")
+    group = above / f"odmoe-tests-{os.getpid()}-{name}"
+    group.mkdir()
+    try:
+        (group / limit).write_text(str(size))
+
+        def join():
+            with open(group / "cgroup.procs", "w") as processes:
+                processes.write("0")
+
+        yield join
+    finally:
+        wait_for(lambda: not (group / "cgroup.procs").read_text())
+        group.rmdir()
+
+
+@needs_root
+@promises("The memory of the daemon does not grow with what is read.")
+@pytest.mark.parametrize("way", ["read", "map"])
+@pytest.mark.parametrize("cache", ["page", "direct"])
+def test_a_reader_and_a_daemon_of_64_mib_each_read_a_model_of_many_times_that(tmp_path, way, cache):
+    model = expert_gguf(tmp_path, experts=80)
+    assert model.stat().st_size > 4 * 64 * MIB
+    succeed("materialize", model, tmp_path / "out")
+    with memory_limit("daemon", 64 * MIB) as join_daemon, memory_limit("reader", 64 * MIB) as join_reader:
+        with mounted(model, tmp_path / "mnt", "--cache", cache, preexec_fn=join_daemon) as root:
+            experts = [name for name in files_of(root) if "expert_" in name]
+            found = digests(way, [root / name for name in experts], preexec_fn=join_reader)
+            assert "Rss" in Path(f"/proc/{daemon_of(root)}/status").read_text()
+    assert found == digests("read", [tmp_path / "out" / name for name in experts])
+
+
+@promises("The memory of the daemon does not grow with what is read.")
+def test_a_thousand_reads_leave_nothing_in_the_daemon(tmp_path, times):
+    (model,) = models.write_small(tmp_path)
+    with mounted(model, tmp_path / "mnt", "--cache", "direct") as root:
+        daemon = daemon_of(root)
+        files = list(files_of(root).values())
+
+        def use(rounds):
+            for _ in range(rounds):
+                for path in files:
+                    with path.open("rb") as file:
+                        os.pread(file.fileno(), 4096, 100)
+            lines = Path(f"/proc/{daemon}/status").read_text().splitlines()
+            fields = dict(line.split(":", 1) for line in lines)
+            anonymous = int(fields["RssAnon"].split()[0]) << 10
+            return anonymous, int(fields["Threads"]), len(os.listdir(f"/proc/{daemon}/fd"))
+
+        before = use(20)
+        after = use(times(100, long=2000))
+        assert after[0] < before[0] + 4 * MIB
+        assert after[1:] == before[1:]
+
+
+# --- threads --------------------------------------------------------------------------------------------------------
+
+# Forks that many readers, each of which faults pages of mapped files in an order of its own, and compares them.
+FAULTING = """
+import mmap, os, random, sys
+mounted, real, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+names = sorted(name for name in os.listdir(mounted) if name.endswith(".safetensors"))
+def wrong(number):
+    order = random.Random(number)
+    for name in order.sample(names, min(4, len(names))):
+        with open(f"{mounted}/{name}", "rb") as file, open(f"{real}/{name}", "rb") as wanted:
+            ours, theirs = (mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ) for f in (file, wanted))
+            for _ in range(40):
+                at = order.randrange(len(theirs))
+                if ours[at : at + 9000] != theirs[at : at + 9000]:
+                    return 1
+    return 0
+children = []
+for number in range(count):
+    child = os.fork()
+    if not child:
+        os._exit(wrong(number))
+    children.append(child)
+sys.exit(sum(os.waitpid(child, 0)[1] != 0 for child in children))
+"""
+
+
+@promises("Any number of readers may read at once, whatever the number of worker threads.")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("cache", ["page", "direct"])
+def test_64_readers_that_fault_on_maps_do_not_wait_for_each_other_for_ever(tmp_path, threads, cache):
+    model = expert_gguf(tmp_path, experts=16)
+    succeed("materialize", model, tmp_path / "out")
+    with mounted(model, tmp_path / "mnt", "--threads", threads, "--cache", cache) as root:
+        done = run(PYTHON, "-c", FAULTING, root / "experts", tmp_path / "out/experts", 64)
+        assert done.returncode == 0, done.stderr
+
+
+# --- descriptors ----------------------------------------------------------------------------------------------------
+
+
+def few_descriptors():
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+
+
+@pytest.fixture(scope="module")
+def many_parts(tmp_path_factory):
+    """A model of 200 parts, nearly all of them experts."""
+    folder = tmp_path_factory.mktemp("many")
+    stacks = [[f"blk.{n}.ffn_{m}_exps.weight", [64, 64, 4], "F32"] for n in range(66) for m in ("gate", "down", "up")]
+    kv = {"general.architecture": "moe", "moe.block_count": 66, "moe.expert_count": 4, "moe.expert_used_count": 2}
+    table = folder / "table.json"
+    table.write_text(json.dumps({"kv": kv, "tensors": [*stacks, ["output_norm.weight", [64], "F32"]]}))
+    parts = sparse_gguf(table, folder / "model.gguf", "--one-per-part", "--fill-words")
+    assert len(parts) == 200
+    return parts
+
+
+def test_200_parts_are_mounted_with_64_descriptors(many_parts, tmp_path):
+    with mounted(many_parts[0], tmp_path / "mnt", preexec_fn=few_descriptors) as root:
+        assert len(os.listdir(f"/proc/{daemon_of(root)}/fd")) <= 64
+        succeed("verify", many_parts[0], root)
+
+
+@pytest.mark.parametrize("jobs", [1, 8, 64])
+def test_200_parts_are_materialized_and_verified_with_64_descriptors(many_parts, tmp_path, jobs):
+    succeed("materialize", many_parts[0], tmp_path / "out", "--jobs", jobs, preexec_fn=few_descriptors)
+    succeed("verify", many_parts[0], tmp_path / "out", "--jobs", jobs, preexec_fn=few_descriptors)
+
+
+# --- mounts ---------------------------------------------------------------------------------------------------------
+
+
+def daemons():
+    """Processes of ours that run."""
+    found = subprocess.run(["pgrep", "-x", "odmoe-fs"], capture_output=True, text=True, check=False)
+    return {int(pid) for pid in found.stdout.split() if is_running(pid)}
+
+
+def test_a_hundred_mounts_at_once(tmp_path):
+    (model,) = models.write_small(tmp_path)
+    before = daemons()
+    places = [tmp_path / f"mnt{number}" for number in range(100)]
+    try:
+        for where in places:
+            where.mkdir()
+            succeed("mount", model, where)
+        listed = {line["directory"]: line for line in json.loads(succeed("status", "--json"))}
+        assert [listed[str(where)]["state"] for where in places] == ["alive"] * 100
+        assert len({listed[str(where)]["pid"] for where in places}) == 100
+        first = contents(places[0])
+        for where in places[1::9]:
+            assert contents(where) == first
+        for where in places:
+            succeed("umount", where)
+    finally:
+        for where in places:
+            if mount_at(where):
+                detach(where)
+    wait_for(lambda: daemons() == before)
+    assert not [m.at for m in mounts() if m.at.startswith(str(tmp_path))]
+
+
+def test_mounting_and_unmounting_again_and_again_leaves_nothing(tmp_path, times):
+    (model,) = models.write_small(tmp_path)
+    where = tmp_path / "mnt"
+    where.mkdir()
+    before = daemons()
+    expert = where / "experts/layer_00_expert_000.safetensors"
+
+    def files_in_use():
+        return int(Path("/proc/sys/fs/file-nr").read_text().split()[0])
+
+    in_use = files_in_use()
+    try:
+        for number in range(times(60, long=1000)):
+            succeed("mount", model, where)
+            expert.read_bytes()
+            if number % 3 == 2:
+                # Its predecessor may still be on its way out, with the same arguments.
+                (mount,) = [m for m in json.loads(succeed("status", "--json")) if m["directory"] == str(where)]
+                os.kill(mount["pid"], signal.SIGTERM)
+                wait_for(lambda: mount_at(where) is None)
+            else:
+                succeed("umount", where)
+    finally:
+        detach(where)
+    wait_for(lambda: daemons() == before)
+    assert mount_at(where) is None
+    # Of the whole machine, so others add to it; one a round would be far more in the long form.
+    wait_for(lambda: files_in_use() < in_use + 200)
