@@ -4,11 +4,13 @@ use std::io::Write;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
-use anyhow::bail;
+use anyhow::{bail, ensure};
+use odmoe_fs::materialize::ignore_file_size_signal;
 use odmoe_fs::materialize::{Numbers, Options, Plan, Reflink, Selection};
 use odmoe_fs::model::Model;
 use odmoe_fs::mounts::{MountEntry, mount_of};
 use odmoe_fs::source::PageCache;
+use odmoe_fs::verify::{Comparison, Depth, What};
 use odmoe_fs::work::default_jobs;
 
 use super::progress::Meter;
@@ -76,6 +78,8 @@ impl From<When> for Reflink {
 }
 
 pub fn run(args: &MaterializeArgs, quiet: bool) -> anyhow::Result<()> {
+    // Beyond `ulimit -f`, writing shall be an error and not the end.
+    ignore_file_size_signal();
     let mut model = Model::open(&args.model.model)?;
     // Each byte is read once: 578 GiB shall not wash out what others have cached.
     model.set_page_cache(PageCache::Unchanged);
@@ -123,13 +127,35 @@ pub fn run(args: &MaterializeArgs, quiet: bool) -> anyhow::Result<()> {
         _ => format!("wrote {announcement} into {directory}\n"),
     });
     if args.verify {
-        let meter = Meter::new(plan.chosen_bytes(), quiet);
-        let result = plan.verify(jobs, &stop.flag, &|progress| meter.add(progress));
-        meter.finish();
-        stop.explain(result)?;
-        let bytes = text::size(plan.chosen_bytes());
-        say(&format!("verified: {bytes} are those of the model\n"));
+        read_back(&model, &args.directory, jobs, &stop, quiet)?;
     }
+    Ok(())
+}
+
+/// Compares all that is there with the model. What others have put beside it is theirs.
+fn read_back(
+    model: &Model,
+    directory: &Path,
+    jobs: NonZeroUsize,
+    stop: &Stop,
+    quiet: bool,
+) -> anyhow::Result<()> {
+    let comparison = Comparison::new(model, directory, Depth::Whole)?;
+    let meter = Meter::new(comparison.bytes(), quiet);
+    let result = comparison.run(jobs, &stop.flag, &|progress| meter.add(progress));
+    meter.finish();
+    let report = stop.explain(result)?;
+    let differences = report.differences.iter().filter(|d| d.what != What::Extra);
+    let lines: Vec<String> = differences
+        .map(|d| format!("\n  {} {d}", text::path(&directory.join(&d.path))))
+        .collect();
+    ensure!(
+        lines.is_empty(),
+        "what was read back from {directory:?} is not what the model holds; remove these files, and the same command writes them again:{}",
+        lines.concat()
+    );
+    let bytes = text::size(report.bytes);
+    say(&format!("verified: {bytes} are those of the model\n"));
     Ok(())
 }
 

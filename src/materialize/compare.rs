@@ -108,37 +108,21 @@ impl Plan<'_> {
         })
     }
 
-    /// What a byte of a file belongs to, in words.
-    pub(super) fn described(&self, ino: Ino, offset: u64) -> String {
-        let path = self.model.tree().path(ino).unwrap_or_default();
-        let layout = self.model.layout();
-        let Some(file) = layout.files().iter().find(|f| f.kind.path() == path) else {
-            return "what the model says of itself".into();
-        };
-        let mut end = file.header_bytes;
-        if offset < end {
-            return "its header".into();
-        }
-        for tensor in layout.tensors(file) {
-            end += tensor.bytes;
-            if offset < end {
-                return format!(
-                    "tensor {:?} ({:?} of the model)",
-                    tensor.name, tensor.gguf_name
-                );
-            }
-        }
-        "its length".into()
-    }
-
     /// A document that is there will be replaced, so it must be one of this model.
     pub(super) fn check_document(&self, path: &str, doc: Doc) -> Result<(), MaterializeError> {
         let full_path = self.target.join(path);
-        let found = match fs::read(&full_path) {
-            Ok(found) => found,
+        match fs::symlink_metadata(&full_path) {
+            Ok(metadata) if metadata.is_file() => {}
+            Ok(_) => {
+                return Err(MaterializeError::Foreign {
+                    path: full_path,
+                    reason: "is no regular file".into(),
+                });
+            }
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-            Err(e) => return Err(io_error("read", &full_path)(e)),
-        };
+            Err(e) => return Err(io_error("look at", &full_path)(e)),
+        }
+        let found = fs::read(&full_path).map_err(io_error("read", &full_path))?;
         let mut whole = Vec::new();
         let rendered = self.model.layout().render(doc, &mut whole);
         rendered.expect("writing to memory cannot fail");

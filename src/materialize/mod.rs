@@ -33,6 +33,7 @@ use crate::layout::{
 };
 use crate::model::Model;
 use crate::source::ReadError;
+pub use crate::sys::process::ignore_file_size_signal;
 use crate::tree::Ino;
 pub use crate::work::Progress;
 
@@ -53,31 +54,44 @@ pub enum MaterializeError {
         "{0:?} was not chosen, but the registry would list it, and it holds other bytes: those of another model of the same shape. Remove it, or choose another directory"
     )]
     OtherModel(PathBuf),
+    #[error("{0:?} is not a directory; choose another place to write to")]
+    NotADirectory(PathBuf),
+    #[error(
+        "{0:?} is a link, which is not written through; remove it, or choose another directory"
+    )]
+    Link(PathBuf),
+    #[error(
+        "{0:?} was moved or replaced while it was written to, so nothing more was put there; the same command writes what is missing"
+    )]
+    Replaced(PathBuf),
     #[error("another odmoe-fs is writing to {0:?}; wait until it has finished")]
     Locked(PathBuf),
     #[error(
-        "{target:?} has room for {}, but {} are needed; free some, or choose fewer files with --layers, --experts, --base-only or --experts-only",
-        HumanBytes(*available), HumanBytes(*needed)
+        "{target:?} has room for {}, but {} are needed{}; free some, or choose fewer files with --layers, --experts, --base-only or --experts-only",
+        HumanBytes(*available), HumanBytes(*needed),
+        if *replacing { ", since with --force files that are replaced stay until the new ones are complete" } else { "" }
     )]
     NoRoom {
         target: PathBuf,
         needed: u64,
         available: u64,
+        /// Whether files are to be replaced.
+        replacing: bool,
     },
     #[error(
         "{target:?} cannot share disk blocks with the model: {reason}; with --reflink auto they are copied"
     )]
     CannotShare { target: PathBuf, reason: String },
     #[error(
-        "{path:?} differs from the model at byte {offset}, in {what}; remove it, and the same command writes it again"
+        "--{what}s {asked} asks for what the model does not have; its {what}s with routed experts are {existing}"
     )]
-    Differs {
-        path: PathBuf,
-        what: String,
-        offset: u64,
+    NotThere {
+        what: &'static str,
+        asked: String,
+        existing: String,
     },
-    #[error("nothing to write: the model has no such experts (its layers with experts: {layers})")]
-    NothingSelected { layers: String },
+    #[error("nothing to write: of the chosen layers, none has an expert of the chosen numbers")]
+    NothingSelected,
     #[error(
         "stopped; files that have their names are complete, and the same command goes on from there"
     )]
@@ -128,10 +142,39 @@ pub struct Plan<'a> {
 }
 
 /// The folder of the target that exists: its file system is the one to be written to.
-fn existing_folder(target: &Path) -> &Path {
-    let folder = target.ancestors().find(|folder| folder.is_dir());
-    let folder = folder.filter(|folder| !folder.as_os_str().is_empty());
-    folder.unwrap_or(Path::new("."))
+fn existing_folder(target: &Path) -> Result<&Path, MaterializeError> {
+    for folder in target
+        .ancestors()
+        .filter(|folder| !folder.as_os_str().is_empty())
+    {
+        match folder.metadata() {
+            Ok(metadata) if metadata.is_dir() => return Ok(folder),
+            Ok(_) => return Err(MaterializeError::NotADirectory(folder.to_owned())),
+            // A name below something that is no folder.
+            Err(e)
+                if matches!(
+                    e.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+                ) => {}
+            Err(e) => return Err(io_error("look at", folder)(e)),
+        }
+    }
+    Ok(Path::new("."))
+}
+
+/// Fails if a folder of the target is a link: somebody else may have put it there.
+fn refuse_links(target: &Path) -> Result<(), MaterializeError> {
+    for directory in DIRECTORIES {
+        let path = target.join(directory);
+        match path.symlink_metadata() {
+            Ok(metadata) if metadata.is_symlink() => return Err(MaterializeError::Link(path)),
+            Ok(metadata) if !metadata.is_dir() => {
+                return Err(MaterializeError::NotADirectory(path));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 impl<'a> Plan<'a> {
@@ -144,6 +187,8 @@ impl<'a> Plan<'a> {
     ) -> Result<Self, MaterializeError> {
         let layout = model.layout();
         let selection = &options.selection;
+        selection.check(layout)?;
+        refuse_links(target)?;
         let mut plan = Self {
             model,
             target: target.to_owned(),
@@ -153,7 +198,7 @@ impl<'a> Plan<'a> {
             touch: Vec::new(),
             chosen: vec![false; layout.files().len()],
             options: options.clone(),
-            ways: Ways::probe(model, existing_folder(target), options.reflink)?,
+            ways: Ways::probe(model, existing_folder(target)?, options.reflink)?,
             cost: Cost::default(),
             incongruent_bytes: 0,
         };
@@ -168,11 +213,7 @@ impl<'a> Plan<'a> {
             }
         }
         if chosen_experts == 0 && (selection.layers.is_some() || selection.experts.is_some()) {
-            let layers = layout.moe_layers().map(|n| n.to_string());
-            let layers: Vec<_> = layers.collect();
-            return Err(MaterializeError::NothingSelected {
-                layers: layers.join(","),
-            });
+            return Err(MaterializeError::NothingSelected);
         }
         if !selection.without_base {
             plan.take(plan.find(METADATA_GGUF_PATH))?;
@@ -210,13 +251,6 @@ impl<'a> Plan<'a> {
         self.cost
     }
 
-    /// Bytes of all chosen files, which is what [`verify`](Self::verify) reads.
-    pub fn chosen_bytes(&self) -> u64 {
-        let files = self.missing.iter().chain(&self.done);
-        let bytes = files.map(|&ino| self.model.tree().size(ino).unwrap_or(0));
-        bytes.sum()
-    }
-
     /// Bytes that may still be written to the target's file system.
     pub fn available_bytes(&self) -> u64 {
         self.ways.available
@@ -233,9 +267,17 @@ impl<'a> Plan<'a> {
         self.incongruent_bytes
     }
 
-    /// Fails if the target's file system has less room than the plan needs. Before it does, it removes
-    /// what a killed run has left there, which nobody else can use.
+    /// Fails if the target cannot be written to, or its file system has less room than the plan needs.
+    /// Before it does, it removes what a killed run has left there, which nobody else can use.
     pub fn check_room(&self) -> Result<(), MaterializeError> {
+        if let (Some(cause), false) = (&self.ways.unwritable, self.missing.is_empty()) {
+            let cause = cause
+                .raw_os_error()
+                .map_or_else(|| cause.kind().into(), io::Error::from_raw_os_error);
+            return Err(io_error("make files in", existing_folder(&self.target)?)(
+                cause,
+            ));
+        }
         let (needed, mut available) = (self.cost.room, self.ways.available);
         if needed > available && self.target.is_dir() {
             available = self.room_without_leftovers()?;
@@ -245,6 +287,7 @@ impl<'a> Plan<'a> {
                 target: self.target.clone(),
                 needed,
                 available,
+                replacing: !self.replaced.is_empty(),
             });
         }
         Ok(())

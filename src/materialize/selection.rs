@@ -1,9 +1,12 @@
 //! Which files of the tree to write.
 
+use std::collections::BTreeSet;
+use std::fmt;
 use std::ops::RangeInclusive;
 use std::str::FromStr;
 
-use crate::layout::FileKind;
+use super::MaterializeError;
+use crate::layout::{FileKind, Layout};
 
 /// A choice of files; the default is all of them.
 #[derive(Debug, Clone, Default)]
@@ -19,6 +22,34 @@ pub struct Selection {
 }
 
 impl Selection {
+    /// Fails if a number or range that was asked for is not in the model, or goes beyond it. A range
+    /// may hold numbers that do not exist, such as layers without experts.
+    pub(super) fn check(&self, layout: &Layout) -> Result<(), MaterializeError> {
+        let of = |number: fn(u32, u32) -> u32| {
+            let experts = layout
+                .experts()
+                .iter()
+                .filter_map(move |file| match file.kind {
+                    FileKind::Expert { layer, expert } => Some(number(layer, expert)),
+                    FileKind::Base(_) => None,
+                });
+            experts.collect::<BTreeSet<u32>>()
+        };
+        for (what, asked, existing) in [
+            ("layer", &self.layers, of(|layer, _| layer)),
+            ("expert", &self.experts, of(|_, expert| expert)),
+        ] {
+            if let Some(asked) = asked.as_ref().filter(|asked| !asked.lie_in(&existing)) {
+                return Err(MaterializeError::NotThere {
+                    what,
+                    asked: asked.to_string(),
+                    existing: in_ranges(&existing),
+                });
+            }
+        }
+        Ok(())
+    }
+
     /// Whether a file is chosen.
     pub fn takes(&self, kind: FileKind) -> bool {
         match kind {
@@ -42,6 +73,40 @@ impl Numbers {
     pub fn contains(&self, number: u32) -> bool {
         self.0.iter().any(|range| range.contains(&number))
     }
+
+    /// Whether each range holds one of the numbers that exist, and ends no later than the last.
+    fn lie_in(&self, existing: &BTreeSet<u32>) -> bool {
+        let lies_in = |range: &RangeInclusive<u32>| {
+            existing.range(range.clone()).next().is_some()
+                && existing.last().is_some_and(|last| range.end() <= last)
+        };
+        self.0.iter().all(lies_in)
+    }
+}
+
+impl fmt::Display for Numbers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let texts = self
+            .0
+            .iter()
+            .map(|range| match (range.start(), range.end()) {
+                (first, last) if first == last => first.to_string(),
+                (first, last) => format!("{first}-{last}"),
+            });
+        f.write_str(&texts.collect::<Vec<_>>().join(","))
+    }
+}
+
+/// Numbers as they are written on the command line.
+fn in_ranges(numbers: &BTreeSet<u32>) -> String {
+    let mut ranges: Vec<RangeInclusive<u32>> = Vec::new();
+    for &number in numbers {
+        match ranges.last_mut() {
+            Some(last) if last.end() + 1 == number => *last = *last.start()..=number,
+            _ => ranges.push(number..=number),
+        }
+    }
+    Numbers(ranges).to_string()
 }
 
 /// Text that is no set of numbers.

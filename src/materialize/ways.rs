@@ -39,6 +39,8 @@ pub(super) struct Ways {
     pub available: u64,
     /// By part of the model: its blocks can be shared. Tried, not guessed.
     shares: Vec<bool>,
+    /// Why no file can be made there.
+    pub unwritable: Option<io::Error>,
     /// Why the first part of which they cannot be shared cannot.
     pub refusal: Option<String>,
     /// One call flushes all that was written; else each file is flushed by itself.
@@ -90,15 +92,16 @@ impl Ways {
             block: room.block,
             available: room.available,
             shares: vec![false; model.source().paths().len()],
+            unwritable: None,
             refusal: None,
             flushes_whole: false,
             in_kernel: false,
         };
         let probe = match tempfile::tempfile_in(folder) {
             Ok(probe) => probe,
-            // The work will say so, if there is any.
+            // An error only if there is something to write.
             Err(e) => {
-                ways.refusal = Some(format!("no file can be made in {folder:?}: {e}"));
+                ways.unwritable = Some(e);
                 return Ok(ways);
             }
         };
@@ -221,6 +224,7 @@ mod tests {
             block: 4096,
             available: 0,
             shares: vec![shares],
+            unwritable: None,
             refusal: None,
             flushes_whole: true,
             in_kernel: false,

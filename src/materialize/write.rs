@@ -10,8 +10,9 @@
 use std::fs::{self, File, FileTimes, Permissions, TryLockError};
 use std::io::{self, Write};
 use std::num::NonZeroUsize;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::path::Path;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use parking_lot::Mutex;
@@ -48,22 +49,31 @@ impl Plan<'_> {
             fs::create_dir_all(&directory).map_err(io_error("make", &directory))?;
         }
         let lock = self.lock()?;
-        self.remove_leftovers(&lock)?;
+        let folders = Folders::open(&self.target)?;
+        for folder in &folders.0 {
+            remove_leftovers(folder, &lock)?;
+        }
         for &ino in &self.touch {
             let path = self.path(ino);
-            File::open(&path)
+            File::options()
+                .read(true)
+                .custom_flags(libc::O_NOFOLLOW)
+                .open(folders.of(&path).place(&path))
                 .and_then(|file| file.set_times(self.times()))
                 .map_err(io_error("set the time of", &path))?;
         }
-        self.write_files(jobs, stop, progress)?;
+        self.write_files(&folders, jobs, stop, progress)?;
         for (path, bytes) in self.documents()? {
-            self.write_document(path, &bytes)?;
+            self.write_document(&folders, path, &bytes)?;
         }
-        for directory in DIRECTORIES.into_iter().chain([""]) {
-            let directory = self.target.join(directory);
-            File::open(&directory)
-                .and_then(|folder| folder.sync_all())
-                .map_err(io_error("flush", &directory))?;
+        folders.check()?;
+        for (folder, path) in folders
+            .0
+            .iter()
+            .map(|f| (&f.file, &f.path))
+            .chain([(&lock, &self.target)])
+        {
+            folder.sync_all().map_err(io_error("flush", path))?;
         }
         Ok(())
     }
@@ -72,24 +82,16 @@ impl Plan<'_> {
     /// written to its file system.
     pub(super) fn room_without_leftovers(&self) -> Result<u64, MaterializeError> {
         let lock = self.lock()?;
-        self.remove_leftovers(&lock)?;
+        for name in DIRECTORIES {
+            // Not there before the first run; what else is wrong, that run says.
+            if let Ok(folder) = Folder::open(self.target.join(name)) {
+                remove_leftovers(&folder, &lock)?;
+            }
+        }
         // Some file systems free room only then.
         sys::copy::flush_file_system(&lock).map_err(io_error("flush", &self.target))?;
         let room = sys::room(&self.target).map_err(io_error("ask for room in", &self.target))?;
         Ok(room.available)
-    }
-
-    /// Removes the temporary files of runs that were killed. Only with the lock: a run that lives has
-    /// such files, too.
-    fn remove_leftovers(&self, _lock: &File) -> Result<(), MaterializeError> {
-        for directory in DIRECTORIES {
-            let directory = self.target.join(directory);
-            match remove_temporaries(&directory) {
-                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-                removed => removed.map_err(io_error("clean", &directory))?,
-            }
-        }
-        Ok(())
     }
 
     /// Two runs into one target would take each other's temporary files for leftovers.
@@ -104,6 +106,7 @@ impl Plan<'_> {
 
     fn write_files(
         &self,
+        folders: &Folders,
         jobs: NonZeroUsize,
         stop: &AtomicBool,
         progress: &(dyn Fn(Progress) + Sync),
@@ -116,11 +119,18 @@ impl Plan<'_> {
             progress,
             in_kernel: AtomicBool::new(self.ways.in_kernel),
         };
-        let publisher = Publisher::new(self, progress)?;
+        let publisher = Publisher {
+            plan: self,
+            folders,
+            progress,
+            pending: Mutex::default(),
+            failed: Mutex::new(false),
+        };
         let buffer = || copy::buffer(jobs.get().min(self.missing.len()));
         let written = in_parallel(jobs, &self.missing, buffer, |ino, buffer| {
             let path = self.path(ino);
-            let file = temporary_beside(&path).map_err(io_error("create a file beside", &path))?;
+            let folder = folders.of(&path);
+            let file = temporary_in(folder).map_err(io_error("make files in", &folder.path))?;
             let target = Target {
                 ino,
                 file: file.as_file(),
@@ -133,41 +143,6 @@ impl Plan<'_> {
         });
         // What is complete stays, also if another file failed.
         publisher.finish().and(written)
-    }
-
-    /// Reads all chosen files back, and fails at the first byte that is not the model's. Reads from
-    /// the disk where the kernel can do that.
-    pub fn verify(
-        &self,
-        jobs: NonZeroUsize,
-        stop: &AtomicBool,
-        progress: &(dyn Fn(Progress) + Sync),
-    ) -> Result<(), MaterializeError> {
-        let chosen: Vec<Ino> = self.done.iter().chain(&self.missing).copied().collect();
-        let buffer = || copy::buffer(jobs.get().min(chosen.len()));
-        in_parallel(jobs, &chosen, buffer, |ino, buffer| {
-            match self.payload_difference(ino, buffer, stop, progress)? {
-                None => Ok(()),
-                Some(offset) => Err(MaterializeError::Differs {
-                    path: self.path(ino),
-                    what: self.described(ino, offset),
-                    offset,
-                }),
-            }
-        })?;
-        for (path, bytes) in self.documents()? {
-            let path = self.target.join(path);
-            let found = fs::read(&path).map_err(io_error("read", &path))?;
-            if found != bytes {
-                let same = found.iter().zip(&bytes).take_while(|(a, b)| a == b);
-                return Err(MaterializeError::Differs {
-                    offset: same.count() as u64,
-                    what: "the list of what is there".into(),
-                    path,
-                });
-            }
-        }
-        Ok(())
     }
 
     /// The documents that describe what is there, and their paths in the tree.
@@ -190,14 +165,20 @@ impl Plan<'_> {
         Ok(DOCUMENTS.into_iter().map(render).collect())
     }
 
-    fn write_document(&self, path: &str, bytes: &[u8]) -> Result<(), MaterializeError> {
+    fn write_document(
+        &self,
+        folders: &Folders,
+        path: &str,
+        bytes: &[u8],
+    ) -> Result<(), MaterializeError> {
         let path = self.target.join(path);
-        let mut file = temporary_beside(&path).map_err(io_error("create a file beside", &path))?;
+        let folder = folders.of(&path);
+        let mut file = temporary_in(folder).map_err(io_error("make files in", &folder.path))?;
         file.write_all(bytes)
             .and_then(|()| self.complete(file.as_file()))
             .and_then(|()| file.as_file().sync_all())
             .map_err(io_error("write", &path))?;
-        file.persist(&path)
+        file.persist(folder.place(&path))
             .map_err(|e| io_error("name", &path)(e.error))?;
         Ok(())
     }
@@ -219,12 +200,72 @@ impl Plan<'_> {
     }
 }
 
+/// Both folders of the target, held open: what is written there stays there, whoever moves them or
+/// puts links in their places. And a flush reports what was lost since they were opened.
+struct Folders([Folder; 2]);
+
+struct Folder {
+    path: PathBuf,
+    file: File,
+    /// The same folder by its descriptor.
+    held: PathBuf,
+}
+
+impl Folders {
+    fn open(target: &Path) -> Result<Self, MaterializeError> {
+        let [first, second] = DIRECTORIES.map(|name| Folder::open(target.join(name)));
+        Ok(Self([first?, second?]))
+    }
+
+    /// The folder that a path of the target lies in.
+    fn of(&self, path: &Path) -> &Folder {
+        let folder = self
+            .0
+            .iter()
+            .find(|folder| path.parent() == Some(&folder.path));
+        folder.expect("every file lies in one of both")
+    }
+
+    /// Fails if a name leads elsewhere by now.
+    fn check(&self) -> Result<(), MaterializeError> {
+        for Folder { path, file, .. } in &self.0 {
+            let held = file.metadata().map_err(io_error("look at", path))?;
+            let found = path.symlink_metadata().ok();
+            if found.is_none_or(|found| (found.dev(), found.ino()) != (held.dev(), held.ino())) {
+                return Err(MaterializeError::Replaced(path.clone()));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Folder {
+    fn open(path: PathBuf) -> Result<Self, MaterializeError> {
+        let opened = File::options()
+            .read(true)
+            .custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW)
+            .open(&path);
+        let file = opened.map_err(|e| match e.raw_os_error() {
+            Some(libc::ELOOP | libc::ENOTDIR) => MaterializeError::Link(path.clone()),
+            _ => io_error("open", &path)(e),
+        })?;
+        let held = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+        // Elsewhere than on Linux, or without /proc, the name has to do.
+        let held = if held.is_dir() { held } else { path.clone() };
+        Ok(Self { path, file, held })
+    }
+
+    /// Where a file of the folder is reached.
+    fn place(&self, path: &Path) -> PathBuf {
+        self.held.join(path.file_name().unwrap_or_default())
+    }
+}
+
 /// Gives complete files their names, in groups.
 struct Publisher<'a> {
     plan: &'a Plan<'a>,
+    folders: &'a Folders,
     progress: &'a (dyn Fn(Progress) + Sync),
-    /// Both folders, opened before anything is written: a flush reports what was lost since.
-    folders: Vec<File>,
     pending: Mutex<Group>,
     /// Held during a flush; set when one failed. Of whose bytes were lost then, nobody knows, so
     /// nothing gets a name any more.
@@ -238,27 +279,7 @@ struct Group {
     bytes: u64,
 }
 
-impl<'a> Publisher<'a> {
-    fn new(
-        plan: &'a Plan<'a>,
-        progress: &'a (dyn Fn(Progress) + Sync),
-    ) -> Result<Self, MaterializeError> {
-        let open = |name| {
-            let path = plan.target.join(name);
-            File::open(&path).map_err(io_error("open", &path))
-        };
-        Ok(Self {
-            plan,
-            progress,
-            folders: DIRECTORIES
-                .into_iter()
-                .map(open)
-                .collect::<Result<_, _>>()?,
-            pending: Mutex::default(),
-            failed: Mutex::new(false),
-        })
-    }
-
+impl Publisher<'_> {
     /// Takes a complete file; publishes the group that it fills.
     fn take(&self, ino: Ino, file: TempPath) -> Result<(), MaterializeError> {
         let full = {
@@ -286,26 +307,26 @@ impl<'a> Publisher<'a> {
         if *failed {
             return Ok(());
         }
-        let target = &self.plan.target;
         if let Err(e) = self.flush() {
             *failed = true;
-            return Err(io_error("flush what was written to", target)(e));
+            return Err(io_error("flush what was written to", &self.plan.target)(e));
         }
+        self.folders.check()?;
         for (ino, file) in group.files {
             self.name(ino, file)?;
         }
-        for folder in &self.folders {
-            folder.sync_all().map_err(io_error("flush", target))?;
+        for Folder { path, file, .. } in &self.folders.0 {
+            file.sync_all().map_err(io_error("flush", path))?;
         }
         Ok(())
     }
 
     fn flush(&self) -> io::Result<()> {
         let mut flushed = None;
-        for folder in &self.folders {
-            let file_system = Some(folder.metadata()?.dev());
+        for Folder { file, .. } in &self.folders.0 {
+            let file_system = Some(file.metadata()?.dev());
             if flushed != file_system {
-                sys::copy::flush_file_system(folder)?;
+                sys::copy::flush_file_system(file)?;
                 flushed = file_system;
             }
         }
@@ -316,10 +337,11 @@ impl<'a> Publisher<'a> {
     /// run may have made it.
     fn name(&self, ino: Ino, file: TempPath) -> Result<(), MaterializeError> {
         let path = self.plan.path(ino);
+        let place = self.folders.of(&path).place(&path);
         let named = if self.plan.replaced.contains(&ino) {
-            file.persist(&path)
+            file.persist(place)
         } else {
-            file.persist_noclobber(&path)
+            file.persist_noclobber(place)
         };
         match named {
             Err(e) if e.error.kind() == io::ErrorKind::AlreadyExists => {
@@ -336,12 +358,18 @@ impl<'a> Publisher<'a> {
     }
 }
 
-fn temporary_beside(path: &Path) -> io::Result<NamedTempFile> {
+fn temporary_in(folder: &Folder) -> io::Result<NamedTempFile> {
     tempfile::Builder::new()
         .prefix(TEMPORARY_PREFIX)
         .suffix(TEMPORARY_SUFFIX)
         .permissions(Permissions::from_mode(0o666)) // the umask takes its part
-        .tempfile_in(path.parent().unwrap_or(Path::new(".")))
+        .tempfile_in(&folder.held)
+}
+
+/// Removes the temporary files of runs that were killed. Only with the lock: a run that lives has such
+/// files, too.
+fn remove_leftovers(folder: &Folder, _lock: &File) -> Result<(), MaterializeError> {
+    remove_temporaries(&folder.held).map_err(io_error("clean", &folder.path))
 }
 
 fn remove_temporaries(directory: &Path) -> io::Result<()> {

@@ -42,6 +42,13 @@ fn descriptor_limits() -> io::Result<libc::rlimit> {
     Ok(limit)
 }
 
+/// Makes writing beyond the largest file that this process may write (`ulimit -f`) an error; else it
+/// ends the process.
+pub fn ignore_file_size_signal() {
+    // SAFETY: no handler is installed. It fails for no signal that exists.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+}
+
 /// Which of the two processes after a fork this is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Forked {

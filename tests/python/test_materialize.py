@@ -144,8 +144,8 @@ def test_a_file_that_only_has_another_time_is_compared_and_taken(model, whole, t
 
 
 def test_experts_that_do_not_exist_are_an_error(model, tmp_path):
-    fail("materialize", model, tmp_path / "out", "--layers", "99", naming=["0,1"])
-    fail("materialize", model, tmp_path / "out", "--experts", "99")
+    for flags, existing in {("--layers", "99"): "0-3", ("--layers", "2-4"): "0-3", ("--experts", "1,9"): "0-2"}.items():
+        fail("materialize", model, tmp_path / "out", *flags, naming=[" ".join(flags), existing])
     assert not (tmp_path / "out").exists()
 
 

@@ -76,15 +76,14 @@ impl FailingDisk {
     /// What is to happen to a read.
     fn fault(&self, start: u64, end: u64) -> Option<String> {
         let faults = fs::read_to_string(&self.faults).unwrap_or_default();
-        let touched = faults.lines().find_map(|line| {
+        faults.lines().find_map(|line| {
             let words: Vec<_> = line.split(' ').collect();
             let [kind, from, to] = words[..] else {
                 return None;
             };
             let (from, to): (u64, u64) = (from.parse().ok()?, to.parse().ok()?);
             (start < to && from < end).then(|| kind.to_owned())
-        });
-        touched
+        })
     }
 
     fn attributes(&self, ino: u64) -> Option<FileAttr> {
