@@ -157,6 +157,7 @@ def file_system(kind, folder, size):
         # Not there if mounting failed.
         subprocess.run(["umount", at], check=False, capture_output=True)
         image.unlink(missing_ok=True)
+        at.rmdir()
 
 
 class FailingDisk:
