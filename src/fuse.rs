@@ -243,6 +243,7 @@ impl Filesystem for OdmoeFs {
             let child = self.model.tree().lookup(parent.0, name.as_bytes());
             match child.and_then(|ino| self.attributes(ino)) {
                 Some(attributes) => reply.entry(&FOR_EVER, &attributes, GENERATION),
+                None if name.len() > MAX_NAME_BYTES as usize => reply.error(Errno::ENAMETOOLONG),
                 None => reply.error(Errno::ENOENT),
             }
         });
