@@ -5,6 +5,7 @@
 #   tests/run.sh long               all of it, with the long forms: more kills, more mounts, an hour of use
 #   tests/run.sh rust               formatting, lints, documentation, Rust tests, builds
 #   tests/run.sh fuzz [SECONDS]     the fuzzers, each for so long, where a nightly toolchain is there
+#   tests/run.sh soak [SECONDS]     everything at once, an hour long
 #   tests/run.sh python [ARGS...]   the tests on real mounts, which need the builds; ARGS go to pytest, such as -k NAME
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -38,8 +39,10 @@ rust() {
     step cargo build --release --bins --examples
 }
 
-python() {
-    local venv=$target/test-venv wanted
+venv=$target/test-venv
+
+venv() {
+    local wanted
     need command -v python3 -- python3 python3
     need python3 -c "import ensurepip, venv" -- "Python's venv module" python3-venv
     need command -v fusermount3 -- fusermount3 fuse3
@@ -55,7 +58,15 @@ python() {
         echo "$wanted" >"$venv/made-from"
     fi
     export PYTHONDONTWRITEBYTECODE=1 ODMOE_FS=${ODMOE_FS:-$target/release/odmoe-fs}
+}
+
+python() {
+    venv
     step "$venv/bin/python" -m pytest tests/python "$@"
+}
+
+soak() { # soak SECONDS
+    step "$venv/bin/python" tests/python/soak.py "$1"
 }
 
 fuzz() { # fuzz SECONDS
@@ -76,11 +87,17 @@ all)
     rust
     fuzz 15
     python
+    soak 120
     ;;
 long)
     rust
     fuzz 600
     python --long
+    soak 3600
+    ;;
+soak)
+    venv
+    soak "${2:-3600}"
     ;;
 fuzz) fuzz "${2:-60}" ;;
 rust) rust ;;
@@ -89,7 +106,7 @@ python)
     python "$@"
     ;;
 *)
-    sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac
