@@ -33,9 +33,11 @@ pub fn counted(n: usize, noun: &str) -> String {
     format!("{} {noun}{plural}", count(n as u64))
 }
 
-/// A name from a model, which may hold anything, made safe for a terminal.
+/// A name from a model, which may hold anything, made safe for a terminal: nothing in it moves the
+/// cursor, turns the direction of writing, or cannot be seen.
 pub fn name(name: &str) -> String {
-    if name.contains(char::is_control) {
+    let is_seen = |c: char| c.escape_debug().len() == 1 || "\"'\\".contains(c);
+    if !name.chars().all(is_seen) {
         name.escape_debug().to_string()
     } else {
         name.to_owned()
@@ -119,5 +121,7 @@ mod tests {
     fn names_cannot_move_the_cursor() {
         assert_eq!(name("blk.0.模型"), "blk.0.模型");
         assert_eq!(name("a\u{1b}[2J\n"), "a\\u{1b}[2J\\n");
+        assert_eq!(name("a\u{202e}\u{2028}"), "a\\u{202e}\\u{2028}");
+        assert_eq!(name("it's \"so\""), "it's \"so\"");
     }
 }

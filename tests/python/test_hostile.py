@@ -12,6 +12,8 @@ from odmoe import DATA, contents, fail, mount_at, mounted, succeed
 FOLDER = DATA / "hostile"
 MANIFEST = json.loads((FOLDER / "manifest.json").read_text())
 
+EXPECTED = {entry["file"]: entry.get("error") for entry in MANIFEST}
+
 
 def of(verdict):
     return [entry["file"] for entry in MANIFEST if entry["verdict"] == verdict]
@@ -30,6 +32,7 @@ def test_every_hostile_file_has_a_verdict():
 @pytest.mark.parametrize("name", of("reject"))
 def test_a_malformed_file_is_refused_by_name(name, tmp_path):
     said = fail("inspect", FOLDER / name, naming=[name], preexec_fn=in_little_memory)
+    assert said == f'error: "{FOLDER / name}": {EXPECTED[name]}\n'
     assert re.search(r", at byte \d+: ", said), said
     assert fail("mount", FOLDER / name, tmp_path, naming=[name], preexec_fn=in_little_memory) == said
     assert mount_at(tmp_path) is None
