@@ -7,7 +7,7 @@ import stat
 import pytest
 
 import models
-from odmoe import DOCUMENTS, ME, ask, detach, mount_at, mounted, needs_root, odmoe, run
+from odmoe import DOCUMENTS, ME, ask, detach, mount_at, mounted, needs_root, odmoe, promises, run
 
 # Each tries to change the tree: `file` and `folder` are in it, `new` is not yet.
 CHANGES = {
@@ -56,6 +56,7 @@ def attributes(person, root):
     return ask(person, ATTRIBUTES, root=root)
 
 
+@promises("Whatever would change the tree fails with EROFS, for root, too.")
 def test_whatever_would_change_the_tree_is_refused_as_read_only(person, public, parts):
     with mounted(parts[0], public / "mnt", user=person) as root:
         names = {
@@ -67,6 +68,7 @@ def test_whatever_would_change_the_tree_is_refused_as_read_only(person, public, 
     assert found == dict.fromkeys(CHANGES, errno.EROFS)
 
 
+@promises("There are no extended attributes.")
 def test_there_are_no_extended_attributes(person, public, parts):
     with mounted(parts[0], public / "mnt", user=person) as root:
         assert ask(person, "os.getxattr(root, 'user.x')", root=root) == errno.ENOTSUP
@@ -79,6 +81,7 @@ def test_names_that_do_not_exist_are_not_found(person, public, parts):
             assert ask(person, "os.stat(path)", path=root / name) == errno.ENOENT, name
 
 
+@promises("All times are that of the newest part; files have mode 0444, directories 0555.")
 def test_modes_links_times_and_blocks(person, public, parts):
     with mounted(parts[0], public / "mnt", user=person) as root:
         nodes = attributes(person, root)
@@ -110,6 +113,9 @@ def test_an_owner_who_may_not_enter_is_pointed_out(public, parts):
         detach(public / "mnt")
 
 
+@promises(
+    "Names, inode numbers, sizes and times do not change while the tree is mounted, and are the same at the next mount.",
+)
 def test_attributes_are_the_same_after_a_remount(person, public, parts):
     seen = []
     for where in ("here", "there"):

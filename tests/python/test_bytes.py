@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from odmoe import files_of
+from odmoe import files_of, promises
 from reference import PLAIN
 
 
@@ -41,6 +41,7 @@ def piece(whole, ours, key, note, expert):
     return whole
 
 
+@promises("Every file of the tree is an ordinary safetensors file, a JSON document, or a GGUF without tensors.")
 def test_safe_open_gives_the_bytes_that_gguf_py_gives(built, by_gguf_py):
     seen = dict.fromkeys(by_gguf_py, 0)
     for file, key, ours, note, expert in read_all(built):

@@ -8,7 +8,7 @@ from collections import Counter
 import gguf
 import numpy as np
 
-from odmoe import mounted, sparse_gguf
+from odmoe import mounted, promises, sparse_gguf
 from reference import NAMES
 
 BASE = ("embeddings", "attention_layers", "norms", "lm_head")
@@ -124,6 +124,7 @@ def test_metadata_json_gives_every_key_in_order_with_its_value(shown):
         assert same(found[key], in_json(value)), f"{key}: {found[key]!r} for {value}"
 
 
+@promises("No file of the tree names a path or a file of the machine.")
 def test_nothing_in_the_tree_names_a_place_on_this_machine(shown):
     for path in shown.root.rglob("*.json"):
         text = path.read_text()
@@ -131,6 +132,7 @@ def test_nothing_in_the_tree_names_a_place_on_this_machine(shown):
             assert place.name not in text, path
 
 
+@promises("Every file of the tree is an ordinary safetensors file, a JSON document, or a GGUF without tensors.")
 def test_gguf_py_finds_every_key_in_metadata_gguf(built):
     ours = gguf.GGUFReader(built.root / "base_model" / "metadata.gguf")
     theirs = gguf.GGUFReader(built.paths[0])

@@ -7,7 +7,7 @@ import resource
 
 import pytest
 
-from odmoe import DATA, contents, fail, mount_at, mounted, succeed
+from odmoe import DATA, contents, fail, mount_at, mounted, promises, succeed
 
 FOLDER = DATA / "hostile"
 MANIFEST = json.loads((FOLDER / "manifest.json").read_text())
@@ -30,6 +30,9 @@ def test_every_hostile_file_has_a_verdict():
 
 
 @pytest.mark.parametrize("name", of("reject"))
+@promises(
+    "A malformed model is one clear error with exit status 1, at once, in memory bounded by a small multiple of its size.",
+)
 def test_a_malformed_file_is_refused_by_name(name, tmp_path):
     said = fail("inspect", FOLDER / name, naming=[name], preexec_fn=in_little_memory)
     assert said == f'error: "{FOLDER / name}": {EXPECTED[name]}\n'

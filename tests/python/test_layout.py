@@ -7,7 +7,7 @@ error made twice would still show.
 import json
 import re
 
-from odmoe import DOCUMENTS, files_of, succeed
+from odmoe import DOCUMENTS, files_of, promises, succeed
 from reference import best_start, read_header
 
 
@@ -68,6 +68,7 @@ def test_multi_byte_tensors_are_aligned_to_their_own_size(shown):
             assert info["data_offsets"][0] % widths[info["dtype"]] == 0, f"{name}: {tensor}"
 
 
+@promises("Every byte of every tensor of the model is in exactly one file of the tree, exactly once.")
 def test_every_byte_of_the_model_is_in_exactly_one_file(shown):
     """From the mount alone: each payload is where its header says it comes from, and together they are the model."""
     ranges = []

@@ -10,7 +10,7 @@ import subprocess
 import pytest
 
 import models
-from odmoe import BINARY, DOCUMENTS, contents, fail, files_of, mounted, needs_root, odmoe, succeed, wait_for
+from odmoe import BINARY, DOCUMENTS, contents, fail, files_of, mounted, needs_root, odmoe, promises, succeed, wait_for
 
 
 @pytest.fixture
@@ -19,6 +19,7 @@ def model(tmp_path):
     return models.write_small(tmp_path, layers=4, split_max_tensors=4)[0]
 
 
+@promises("A materialized tree holds the bytes of the mounted one, and a partial one a part of them.")
 def test_a_materialized_tree_is_the_mounted_tree(shown, tmp_path):
     out = tmp_path / "out"
     succeed("materialize", shown.paths[-1], out)
@@ -27,6 +28,7 @@ def test_a_materialized_tree_is_the_mounted_tree(shown, tmp_path):
     assert {path.stat().st_mtime_ns for path in files_of(out).values()} == {newest}
 
 
+@promises("Materialized files get the modes that the umask gives new files.")
 def test_files_get_the_modes_that_the_user_gives_new_files(model, tmp_path):
     succeed("materialize", model, tmp_path / "out", umask=0o027)
     for path in (tmp_path / "out").rglob("*"):
@@ -57,6 +59,7 @@ def whole(model, tmp_path):
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
+@promises("A materialized tree holds the bytes of the mounted one, and a partial one a part of them.")
 def test_a_selection_writes_those_files_and_documents_that_tell_of_them(model, whole, tmp_path, selection):
     out = tmp_path / "out"
     succeed("materialize", model, out, *selection.split())

@@ -24,6 +24,7 @@ from odmoe import (
     mounted,
     needs_root,
     odmoe,
+    promises,
     succeed,
     wait_for,
 )
@@ -243,6 +244,7 @@ def test_a_user_without_fusermount3_is_told_the_package(nobody, model, nobody_s_
 
 
 @needs_root
+@promises("A user needs `user_allow_other` in `/etc/fuse.conf` to let others in.")
 def test_a_user_may_allow_others_only_where_the_machine_permits_it(nobody, model, nobody_s_folder):
     unset = 'touch "$1/fuse.conf" && mount --bind "$1/fuse.conf" /etc/fuse.conf'
     done = in_private_mounts(unset, model.parent, "mount", "--allow-other", model, nobody_s_folder, user=nobody)

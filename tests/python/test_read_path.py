@@ -29,6 +29,7 @@ from odmoe import (
     mounted,
     needs_root,
     odmoe,
+    promises,
     succeed,
     wait_for,
 )
@@ -220,6 +221,7 @@ def pages_after(read, model, where, *flags):
 
 @needs_root
 @pytest.mark.parametrize("read", [read_in_order, map_in_order])
+@promises("What was read is in memory once, and what other programs have cached of the model stays cached.")
 def test_what_was_read_is_in_memory_once(on_disk, tmp_path, read):
     size, ours, source = pages_after(read, on_disk, tmp_path / "mnt")
     assert size <= ours <= size + EXPERTS * 4096
@@ -258,6 +260,7 @@ def anonymous(pid):
 
 
 @needs_root
+@promises("The memory of the daemon does not grow with what is read.")
 def test_the_daemon_s_memory_is_bounded_whatever_is_read(model, tmp_path):
     with cold(model, tmp_path / "mnt") as (root, daemon), ThreadPoolExecutor(EXPERTS) as pool:
         reads = [pool.submit(read_in_order, path) for path in expert_files(root)]
@@ -310,6 +313,7 @@ def test_every_byte_of_the_model_is_read_once(on_disk, tmp_path):
 
 
 @needs_root
+@promises("Any number of readers may read at once, whatever the number of worker threads.")
 def test_many_parallel_readers_get_the_right_bytes(model, tmp_path):
     with cold(model, tmp_path / "mnt") as (root, _):
         shown = Shown([model], root)

@@ -14,7 +14,7 @@ import pytest
 from safetensors import safe_open
 
 import models
-from odmoe import DOCUMENTS, MIB, evict, file_system, mounted, needs_root
+from odmoe import DOCUMENTS, MIB, evict, file_system, mounted, needs_root, promises
 from reference import Shown, read_header
 
 OPTIONS = {
@@ -172,6 +172,7 @@ def test_direct_reads_of_an_uncached_file_agree(large):
         assert read_direct(large.root / name) == expected(large, name), name
 
 
+@promises("A read gives all bytes that it asks for, up to the end of the file, or an error; never a short answer.")
 def test_odd_sized_reads_get_all_they_ask_for(large):
     name = one_expert(large)
     path = large.root / name

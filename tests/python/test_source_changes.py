@@ -7,7 +7,7 @@ import resource
 import pytest
 
 import models
-from odmoe import KIB, MIB, ask, evict, expert_gguf, foreground, mounted, needs_root, sparse_gguf
+from odmoe import KIB, MIB, ask, evict, expert_gguf, foreground, mounted, needs_root, promises, sparse_gguf
 from reference import Shown
 
 
@@ -54,6 +54,7 @@ def assert_lives(shown):
     assert (shown.root / "experts/registry.json").read_text().startswith("{")
 
 
+@promises("A part that is truncated answers EIO, never zeros and never a short answer.")
 def test_a_truncated_source_makes_reads_fail_and_leaves_the_mount_alive(large):
     os.truncate(large.paths[1], large.parts[1].tensors[0].offset + 1000)
     assert_reads_fail(large, expert(1, 1))
@@ -62,6 +63,10 @@ def test_a_truncated_source_makes_reads_fail_and_leaves_the_mount_alive(large):
     assert_reads_well(large, expert(0, 0))  # the other part
 
 
+@promises(
+    "A part whose size or modification time changes in place answers EIO from then on, and the log says so once.",
+    "Pages that the kernel has cached stay readable, and the mount stays alive and can be unmounted.",
+)
 def test_a_source_whose_mtime_changed_in_place_is_read_no_more(large):
     assert_reads_well(large, expert(1, 0))
     now = large.paths[1].stat()
@@ -79,6 +84,9 @@ def test_a_source_that_grew_is_read_no_more(large):
     assert_reads_well(large, expert(0, 1))
 
 
+@promises(
+    "A part whose size or modification time changes in place answers EIO from then on, and the log says so once.",
+)
 def test_a_change_is_said_once(tmp_path):
     (model,) = models.write_small(tmp_path, rows=2000)
     with foreground(model, tmp_path / "mnt") as process:
@@ -92,6 +100,7 @@ def test_a_change_is_said_once(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["deleted", "renamed", "replaced", "closed to all"])
+@promises("A part that is renamed, deleted, replaced by rename, or made unreadable goes on being read as it was.")
 def test_a_source_that_is_moved_away_is_read_as_before(large, change):
     _ = large.bytes, large.parts  # before they change
     for path in large.paths:
@@ -149,6 +158,7 @@ def rewrite(model):
 
 
 @pytest.mark.parametrize("change", [touch, cut, grow, rewrite])
+@promises("Pages that the kernel has cached stay readable, and the mount stays alive and can be unmounted.")
 def test_a_reader_in_mid_stream_is_told_of_a_change_in_place(in_mid_stream, change):
     shown, model, fd = in_mid_stream
     start, whole = payload(shown, expert(0, 1))
@@ -178,6 +188,7 @@ def test_a_reader_in_mid_stream_reads_on_when_the_source_is_moved_away(in_mid_st
     assert_lives(shown)
 
 
+@promises("A part that must be opened again is never taken from another file.")
 def test_a_part_that_must_be_opened_again_is_never_taken_from_another_file(tmp_path):
     """With more parts than descriptors, some are closed meanwhile: their bytes, or an error, but never others."""
     paths = sparse_gguf("torture-small", tmp_path / "t.gguf", "--fill-words", "--one-per-part")

@@ -19,6 +19,7 @@ from odmoe import (
     mounted,
     needs_root,
     odmoe,
+    promises,
     sparse_gguf,
     succeed,
     wait_for,
@@ -120,6 +121,7 @@ def test_a_sparse_model_of_full_size_is_compared_quickly_by_its_headers(tmp_path
 # --- something is different -----------------------------------------------------------------------------------------
 
 
+@promises("`verify` names each difference by file, tensor and offset, and ends with status 3.")
 def test_a_byte_of_each_tensor_is_named_by_file_tensor_and_offset(small, tree):
     header = read_header(tree / EXPERT)
     expected = []
