@@ -31,6 +31,11 @@ rust() {
     step cargo clippy --all-targets -- -D warnings
     RUSTDOCFLAGS="-D warnings" step cargo doc --no-deps
     step cargo test
+    if command -v cargo-deny >/dev/null; then
+        step cargo deny --offline check licenses sources bans
+    else
+        echo "==> NOT CHECKED: licences and sources of the dependencies, since cargo-deny is not installed" >&2
+    fi
     if [ -d "$(rustc --print target-libdir --target $mac)" ] || rustup target add $mac; then
         step cargo check --target $mac --features macos
     else
