@@ -222,6 +222,7 @@ class MountLine:
     kind: str
     source: str
     options: str
+    device: str
 
 
 def mounts():
@@ -231,7 +232,8 @@ def mounts():
     for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
         left, right = line.split(" - ")
         kind, source, options = right.split(" ", 2)
-        yield MountLine(plain(left.split()[4]), kind, plain(source), options)
+        fields = left.split()
+        yield MountLine(plain(fields[4]), kind, plain(source), options, fields[2])
 
 
 def mount_at(where):
@@ -288,15 +290,24 @@ def wait_for(condition):
 
 
 def daemon_of(where):
-    """The process id of the daemon that serves a mount."""
+    """The process id of the daemon that serves a mount; one that still serves what was unmounted there is another."""
 
     def words(pid):
         with contextlib.suppress(OSError):  # processes come and go
             return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         return []
 
+    def serves_another(pid):
+        with contextlib.suppress(OSError):
+            infos = [path.read_text() for path in Path(f"/proc/{pid}/fdinfo").iterdir()]
+            connections = re.findall(r"^fuse_connection:\s*(\d+)$", "\n".join(infos), re.MULTILINE)
+            return bool(connections) and connection not in connections  # older kernels do not tell
+        return True
+
+    connection = next((m.device.removeprefix("0:") for m in reversed(list(mounts())) if m.at == str(where)), None)
     mine = os.fsencode(where)
-    (pid,) = [int(p) for p in os.listdir("/proc") if p.isdigit() and mine in words(p) and b"mount" in words(p)]
+    daemons = [int(p) for p in os.listdir("/proc") if p.isdigit() and mine in words(p) and b"mount" in words(p)]
+    (pid,) = [pid for pid in daemons if connection is None or not serves_another(pid)]
     return pid
 
 
