@@ -90,29 +90,39 @@ fn usable_directory(given: &Path) -> Result<PathBuf, MountError> {
 /// Unmounts what a daemon of ours that is dead has left on the directory: nobody can use it, and
 /// nothing is lost.
 fn repair(directory: &Path) -> Result<(), MountError> {
-    while let Some(mount) = table::mounted_on(directory).filter(MountEntry::is_odmoe) {
-        let source_name = || mount.source.to_string_lossy().into_owned();
-        match status::state_of(directory) {
-            State::Stale => {}
-            State::NotAnswering => {
-                return Err(MountError::NotAnswering {
-                    directory: directory.to_owned(),
-                    source_name: source_name(),
-                    pid: status::pid_of(&mount),
-                });
-            }
-            State::Alive | State::NotReadable => return Ok(()), // for `not_mounted` to say
-        }
+    if stale(directory)?.is_none() {
+        return Ok(());
+    }
+    // Rivals may be about to repair it, too, and who comes late must not unmount what another has just
+    // mounted. The directory itself cannot be locked, but the one above it can, if it can be read.
+    let _rivals = directory.parent().and_then(|above| lock(above).ok());
+    while let Some(mount) = stale(directory)? {
         unmount::unmount(directory, true).map_err(|cause| MountError::Repair {
             directory: directory.to_owned(),
             cause,
         })?;
         tracing::warn!(
             "{directory:?} was a mount of {:?} whose process is dead; unmounted it",
-            source_name()
+            mount.source.to_string_lossy()
         );
     }
     Ok(())
+}
+
+/// The mount on a directory if it is one of ours whose daemon is dead. Fails if that does not answer.
+fn stale(directory: &Path) -> Result<Option<MountEntry>, MountError> {
+    let Some(mount) = table::mounted_on(directory).filter(MountEntry::is_odmoe) else {
+        return Ok(None);
+    };
+    match status::state_of(directory) {
+        State::Stale => Ok(Some(mount)),
+        State::NotAnswering => Err(MountError::NotAnswering {
+            directory: directory.to_owned(),
+            source_name: mount.source.to_string_lossy().into_owned(),
+            pid: status::pid_of(&mount),
+        }),
+        State::Alive | State::NotReadable => Ok(None), // for `not_mounted` to say
+    }
 }
 
 /// Fails if one of our mounts is on the directory, or around it.

@@ -56,9 +56,10 @@ impl State {
         match answer {
             None => Self::NotAnswering,
             Some(Answer::Alive) => Self::Alive,
-            Some(Answer::Error(libc::EACCES | libc::EPERM)) => Self::NotReadable,
-            // ENOTCONN; ECONNABORTED if somebody has aborted the connection.
-            Some(Answer::Error(_)) => Self::Stale,
+            // The second if somebody has aborted the connection.
+            Some(Answer::Error(libc::ENOTCONN | libc::ECONNABORTED)) => Self::Stale,
+            // Most often EACCES.
+            Some(Answer::Error(_)) => Self::NotReadable,
         }
     }
 }

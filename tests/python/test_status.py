@@ -15,6 +15,7 @@ import models
 from odmoe import (
     LISTING,
     ME,
+    PATIENCE,
     User,
     ask,
     daemon_of,
@@ -143,6 +144,19 @@ def test_the_next_mount_repairs_one_whose_daemon_was_killed(person, model, folde
     assert "process is dead; unmounted it" in done.stderr
     assert ask(person, LISTING, root=folder) == ["base_model", "experts"]
     assert [m.at for m in mounts()].count(str(folder)) == 1
+
+
+def test_of_many_who_repair_a_stale_mount_at_once_one_wins(person, model, folder):
+    for _ in range(5):
+        succeed("mount", model, folder, user=person)
+        kill(folder, person)
+        command = [person.binary, "mount", model, folder]
+        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        rivals = [subprocess.Popen(command, **silent, **person.switch()) for _ in range(4)]
+        assert sorted(rival.wait(PATIENCE) for rival in rivals) == [0, 1, 1, 1]
+        assert [m.at for m in mounts()].count(str(folder)) == 1
+        assert status(folder, person)["state"] == "alive"
+        succeed("umount", folder, user=person)
 
 
 def test_a_stale_mount_that_is_busy_is_repaired_all_the_same(person, model, folder):
