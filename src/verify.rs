@@ -41,7 +41,7 @@ pub enum VerifyError {
     Missing(PathBuf),
     #[error("{0:?} is not a directory; name one that was mounted or materialized")]
     NotADirectory(PathBuf),
-    #[error("cannot list {path:?}: {cause}")]
+    #[error("cannot list {path:?}: {cause}{}", hint(.cause))]
     List { path: PathBuf, cause: io::Error },
     /// Our own fault, which says nothing of the tree.
     #[error(
@@ -53,6 +53,13 @@ pub enum VerifyError {
     /// The model, not the tree, cannot be read, so nothing can be said.
     #[error(transparent)]
     Model(#[from] ReadError),
+}
+
+fn hint(cause: &io::Error) -> &'static str {
+    match cause.raw_os_error() {
+        Some(libc::ENOTCONN) => "; its process is dead, so mount it again",
+        _ => "",
+    }
 }
 
 /// How much to compare.

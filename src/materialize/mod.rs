@@ -82,10 +82,9 @@ pub enum MaterializeError {
         "{target:?} cannot share disk blocks with the model: {reason}; with --reflink auto they are copied"
     )]
     CannotShare { target: PathBuf, reason: String },
-    #[error(
-        "--{what}s {asked} asks for what the model does not have; its {what}s with routed experts are {existing}"
-    )]
+    #[error("{option} {asked} asks for what the model does not have; its {what} are {existing}")]
     NotThere {
+        option: &'static str,
         what: &'static str,
         asked: String,
         existing: String,

@@ -35,12 +35,22 @@ impl Selection {
                 });
             experts.collect::<BTreeSet<u32>>()
         };
-        for (what, asked, existing) in [
-            ("layer", &self.layers, of(|layer, _| layer)),
-            ("expert", &self.experts, of(|_, expert| expert)),
-        ] {
+        let layers = (
+            "--layers",
+            "layers with routed experts",
+            &self.layers,
+            of(|layer, _| layer),
+        );
+        let experts = (
+            "--experts",
+            "routed experts",
+            &self.experts,
+            of(|_, expert| expert),
+        );
+        for (option, what, asked, existing) in [layers, experts] {
             if let Some(asked) = asked.as_ref().filter(|asked| !asked.lie_in(&existing)) {
                 return Err(MaterializeError::NotThere {
+                    option,
                     what,
                     asked: asked.to_string(),
                     existing: in_ranges(&existing),

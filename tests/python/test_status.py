@@ -124,6 +124,7 @@ def test_a_mount_whose_daemon_was_killed_is_stale_and_umount_removes_it(person, 
     kill(folder, person)
     reading = "answer = len(open(path, 'rb').read())"
     assert ask(person, reading, path=folder / EXPERT) in (errno.ENOTCONN, errno.EIO)
+    fail("verify", model, folder, user=person, naming=[folder, "mount it again"])
     assert status(folder, person) == {
         "directory": str(folder),
         "model": str(model),
