@@ -303,7 +303,9 @@ fn stop_on_signal(mount: &Attached, signals: Signals) {
 /// set-user-id helper, which has to keep working; it has no privileges of its own to give up.
 fn give_up_privileges() {
     if effective_ids().0 == 0 {
-        privileges::keep_what_serving_needs();
+        if let Err(e) = privileges::keep_what_serving_needs() {
+            tracing::warn!("the daemon keeps all privileges of root: {e}");
+        }
         privileges::no_new_privileges();
     }
 }

@@ -17,6 +17,8 @@ use crate::sys::mount::{Answer, Question};
 /// How long a mount may take to answer.
 const PATIENCE: Duration = Duration::from_secs(1);
 const POLL: Duration = Duration::from_millis(2);
+/// How long children that are killed may take to end.
+const DYING: Duration = Duration::from_millis(10);
 
 /// One of our mounts.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,7 +39,7 @@ pub enum State {
     NotAnswering,
     /// Its process is dead.
     Stale,
-    /// It is another user's.
+    /// It is another user's, or hidden by another mount.
     NotReadable,
 }
 
@@ -66,12 +68,16 @@ impl State {
 
 /// Our mounts, in the order they were made. Takes little more than a second, whatever they do.
 pub fn status() -> Vec<MountStatus> {
-    let mounts: Vec<_> = table::mount_table()
-        .into_iter()
-        .filter(MountEntry::is_odmoe)
-        .collect();
+    let table = table::mount_table();
+    let mounts: Vec<_> = table.iter().filter(|m| m.is_odmoe()).cloned().collect();
     let directories: Vec<_> = mounts.iter().map(|m| m.directory.as_path()).collect();
-    let states = states(&directories);
+    let mut states = states(&directories);
+    for (mount, state) in mounts.iter().zip(&mut states) {
+        // Hidden by another, which has answered instead.
+        if table::visible(&table, &mount.directory) != Some(mount) {
+            *state = State::NotReadable;
+        }
+    }
     let processes = processes();
     let one = |(mount, state): (MountEntry, State)| MountStatus {
         pid: serving(&mount, &processes),
@@ -103,10 +109,16 @@ fn states(directories: &[&Path]) -> Vec<State> {
         }
         std::thread::sleep(POLL);
     }
-    let answers = questions
-        .iter_mut()
-        .map(|q| q.as_mut().and_then(Question::answer));
-    answers.map(State::of).collect()
+    let state = |question: &mut Option<Question>| match question {
+        Some(question) => State::of(question.answer()),
+        None => State::NotReadable, // there is no room for another process
+    };
+    let states = questions.iter_mut().map(state).collect();
+    if questions.iter_mut().flatten().any(|q| q.answer().is_none()) {
+        questions.iter().flatten().for_each(Question::give_up);
+        std::thread::sleep(DYING);
+    }
+    states
 }
 
 /// A process that has opened the FUSE device.

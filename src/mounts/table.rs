@@ -3,13 +3,15 @@
 use std::ffi::OsString;
 use std::io;
 use std::os::unix::ffi::OsStringExt;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 /// One line of the table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MountEntry {
     /// The mount's number, used by one mount at a time.
     pub id: u64,
+    /// The number of the mount that it lies on.
+    pub parent: u64,
     /// The file system's device, `major:minor`.
     pub device: String,
     /// Where it is mounted.
@@ -34,6 +36,7 @@ impl MountEntry {
         let dash = fields.iter().position(|field| *field == b"-")?;
         Some(Self {
             id: text(fields.first()?)?.parse().ok()?,
+            parent: text(fields.get(1)?)?.parse().ok()?,
             device: text(fields.get(2)?)?,
             directory: unescaped(fields.get(4)?).into(),
             fs_type: text(fields.get(dash + 1)?)?,
@@ -71,34 +74,87 @@ pub fn mount_table() -> Vec<MountEntry> {
 
 /// What is mounted on exactly this directory (absolute, without links); the topmost of several.
 pub(super) fn mounted_on(directory: &Path) -> Option<MountEntry> {
-    topmost(&mount_table(), directory).cloned()
+    mount_of(directory).filter(|mount| mount.directory == directory)
 }
 
 /// The mount that a path (absolute, without links) lies in.
 pub fn mount_of(path: &Path) -> Option<MountEntry> {
-    let table = mount_table();
-    path.ancestors()
-        .find_map(|ancestor| topmost(&table, ancestor))
-        .cloned()
+    visible(&mount_table(), path).cloned()
 }
 
-fn topmost<'a>(table: &'a [MountEntry], directory: &Path) -> Option<&'a MountEntry> {
-    table.iter().rfind(|entry| entry.directory == directory)
-}
-
-/// A directory's absolute path without links, found without asking a file system that may be
-/// mounted there: it may be dead or stopped.
-pub(super) fn resolved(directory: &Path) -> io::Result<PathBuf> {
-    let absolute = std::path::absolute(directory)?;
-    if let (Some(parent), Some(name)) = (absolute.parent(), absolute.file_name())
-        && let Ok(parent) = parent.canonicalize()
-    {
-        let candidate = parent.join(name);
-        if mounted_on(&candidate).is_some() {
-            return Ok(candidate);
+/// The mount that a path leads to. The order of the table says nothing, since mounts can be moved: so
+/// it goes down the path as the kernel does, from each mount to what lies on it there.
+pub(super) fn visible<'a>(table: &'a [MountEntry], path: &Path) -> Option<&'a MountEntry> {
+    let mut current: Option<&MountEntry> = None;
+    let ancestors: Vec<_> = path.ancestors().collect();
+    for ancestor in ancestors.into_iter().rev() {
+        let lies_on = |mount: &MountEntry, below: Option<&MountEntry>| match below {
+            Some(below) => mount.parent == below.id && mount.id != below.id,
+            // The root of this process, or, after a chroot, whatever of it is seen first.
+            None => !table
+                .iter()
+                .any(|m| m.id == mount.parent && m.id != mount.id),
+        };
+        while let Some(mount) = table
+            .iter()
+            .find(|mount| mount.directory == ancestor && lies_on(mount, current))
+        {
+            current = Some(mount);
         }
     }
-    absolute.canonicalize()
+    current
+}
+
+/// As many links as the kernel follows.
+const MOST_LINKS: usize = 40;
+
+/// A directory's absolute path without links, found without asking a mount of ours on the way: it may
+/// be dead or stopped. What lies below one is taken as it is written.
+pub(super) fn resolved(directory: &Path) -> io::Result<PathBuf> {
+    let table = mount_table();
+    let mut done = PathBuf::from("/");
+    let mut rest: Vec<OsString> = reversed(&std::path::absolute(directory)?);
+    let mut links = 0;
+    while let Some(name) = rest.pop() {
+        if name == ".." {
+            done.pop();
+            continue;
+        }
+        let next = done.join(&name);
+        let mount = visible(&table, &next).filter(|mount| mount.directory == next);
+        if mount.is_some_and(|mount| mount.is_odmoe() || rest.is_empty()) {
+            return Ok(rest
+                .into_iter()
+                .rev()
+                .fold(next, |path, name| path.join(name)));
+        }
+        if !next.symlink_metadata()?.is_symlink() {
+            done = next;
+            continue;
+        }
+        links += 1;
+        if links > MOST_LINKS {
+            return Err(io::Error::from_raw_os_error(libc::ELOOP));
+        }
+        let target = next.read_link()?;
+        if target.is_absolute() {
+            done = PathBuf::from("/");
+        }
+        rest.extend(reversed(&target));
+    }
+    Ok(done)
+}
+
+/// The names of a path, the last one first.
+fn reversed(path: &Path) -> Vec<OsString> {
+    let names = path.components().filter_map(|part| match part {
+        Component::Normal(name) => Some(name.to_owned()),
+        Component::ParentDir => Some("..".into()),
+        _ => None,
+    });
+    let mut names: Vec<_> = names.collect();
+    names.reverse();
+    names
 }
 
 #[cfg(test)]
@@ -111,8 +167,35 @@ mod tests {
         let entry = MountEntry::parse(line).unwrap();
         assert_eq!(entry.directory, Path::new("/mnt/a b\\c"));
         assert_eq!((entry.id, entry.device.as_str()), (120, "0:45"));
-        assert_eq!(entry.source, "/m\t/k.gguf");
-        assert!(entry.is_odmoe());
+        assert_eq!((entry.parent, entry.source), (29, "/m\t/k.gguf".into()));
+        assert_eq!(entry.fs_type, crate::mounts::FS_TYPE);
         assert_eq!(MountEntry::parse(b"120 29 0:45 / /mnt"), None);
+    }
+
+    fn id_of(table: &[&str], path: &str) -> Option<u64> {
+        let parse = |line: &&str| {
+            MountEntry::parse(format!("{line} rw - tmpfs none rw").as_bytes()).unwrap()
+        };
+        let table: Vec<_> = table.iter().map(parse).collect();
+        visible(&table, Path::new(path)).map(|mount| mount.id)
+    }
+
+    #[test]
+    fn a_path_leads_to_what_lies_on_top_whatever_the_order_of_the_table() {
+        // 5 was moved onto 7; 8 lies below a directory that 9 has hidden.
+        let table = [
+            "1 1 0:1 / /",
+            "5 7 0:5 / /a",
+            "7 1 0:7 / /a",
+            "8 1 0:8 / /h/i",
+            "9 1 0:9 / /h",
+        ];
+        assert_eq!(id_of(&table, "/a"), Some(5));
+        assert_eq!(id_of(&table, "/a/b"), Some(5));
+        assert_eq!(id_of(&table, "/h/i"), Some(9));
+        assert_eq!(id_of(&table, "/b"), Some(1));
+        // After a chroot the root is not in the table.
+        assert_eq!(id_of(&table[1..], "/a"), Some(5));
+        assert_eq!(id_of(&table[1..], "/b"), None);
     }
 }

@@ -50,6 +50,8 @@ impl Question {
         // does not matter what other threads of this process have locked.
         match check(unsafe { libc::fork() })? {
             0 => {
+                // Else who waits for the end of our output would wait for this child, too.
+                close_all();
                 let errno = unanswered(&path).err().and_then(|e| e.raw_os_error());
                 // SAFETY: no arguments of concern; nothing of the parent's is run at this exit.
                 unsafe { libc::_exit(errno.unwrap_or(0)) }
@@ -79,15 +81,34 @@ impl Question {
     }
 }
 
-impl Drop for Question {
-    fn drop(&mut self) {
+impl Question {
+    /// Ends a child that has not answered, if it can be ended; that takes it a moment.
+    pub fn give_up(&self) {
         if self.answer.is_none() {
             // SAFETY: the child is ours and was not waited for, so that the number is still its.
             unsafe { libc::kill(self.child, libc::SIGKILL) };
-            // Most die at once; who does not must not hold us up.
-            std::thread::sleep(std::time::Duration::from_millis(10));
-            self.answer();
         }
+    }
+}
+
+impl Drop for Question {
+    fn drop(&mut self) {
+        self.give_up();
+        // Leaves no zombie, unless it is not dead yet; who does not die must not hold us up.
+        self.answer();
+    }
+}
+
+/// Closes all descriptors of this process.
+fn close_all() {
+    #[cfg(target_os = "linux")]
+    // SAFETY: it takes numbers only, and nothing of this child uses a descriptor.
+    unsafe {
+        libc::syscall(libc::SYS_close_range, 0, libc::c_uint::MAX, 0);
+    }
+    for descriptor in 0..=2 {
+        // SAFETY: as above; of one that is closed already it is an error that does no harm.
+        unsafe { libc::close(descriptor) };
     }
 }
 

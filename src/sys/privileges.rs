@@ -20,26 +20,23 @@ pub fn no_new_privileges() {
     let _ = set_no_new_privs(true);
 }
 
-/// Keeps only the capabilities of a daemon that unmounts by itself; without any, changes nothing.
-pub fn keep_what_serving_needs() {
+/// Keeps only the capabilities of a daemon that unmounts by itself.
+pub fn keep_what_serving_needs() -> std::io::Result<()> {
     #[cfg(target_os = "linux")]
     {
-        let Ok(now) = capabilities(None) else {
-            return;
-        };
+        let now = capabilities(None)?;
         // Programs that it starts, if there ever were any, would get no others either. Removing needs
         // a capability that is given up below.
         for dropped in CapabilitySet::all().difference(KEPT).iter() {
             let _ = remove_capability_from_bounding_set(dropped);
         }
         let kept = now.permitted.intersection(KEPT);
-        let _ = set_capabilities(
-            None,
-            CapabilitySets {
-                effective: kept,
-                permitted: kept,
-                inheritable: CapabilitySet::empty(),
-            },
-        );
+        let sets = CapabilitySets {
+            effective: kept,
+            permitted: kept,
+            inheritable: CapabilitySet::empty(),
+        };
+        set_capabilities(None, sets)?;
     }
+    Ok(())
 }

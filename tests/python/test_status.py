@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -190,6 +191,75 @@ def test_the_dead_mount_of_another_file_system_is_left_alone(model, public):
         detach(where)
 
 
+# Mounts as what its second argument says, takes requests, and answers none but the first.
+SILENT = """
+import os, struct, subprocess, sys
+device = os.open("/dev/fuse", os.O_RDWR)
+options = f"fd={device},rootmode=40000,user_id=0,group_id=0"
+subprocess.run(["mount", "-i", "-t", sys.argv[2], "-o", options, "none", sys.argv[1]], check=True, pass_fds=[device])
+while True:
+    _, opcode, unique = struct.unpack_from("<IIQ", os.read(device, 1 << 18))
+    if opcode == 26:  # FUSE_INIT
+        os.write(device, struct.pack("<IiQII56x", 16 + 64, 0, unique, 7, 31))
+        print("mounted", flush=True)
+"""
+
+
+@contextlib.contextmanager
+def silent_mount(where, kind):
+    """A mount that never answers; who has asked it cannot even be killed, before its process is."""
+    with subprocess.Popen([sys.executable, "-c", SILENT, where, kind], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout.readline() == b"mounted\n"
+            yield
+        finally:
+            process.kill()
+            detach(where)
+
+
+@needs_root
+@promises("Only mounts of our own are ever unmounted.")
+@pytest.mark.parametrize("state", ["alive", "dead"])
+def test_a_mount_that_was_moved_over_ours_is_left_alone(model, public, state):
+    """The mount table is in the order of making, not of lying on each other."""
+    first, where = public / "first", public / "mnt"
+    first.mkdir()
+    where.mkdir()
+    # What is moved must not be shared.
+    run("mount", "--bind", public, public)
+    run("mount", "--make-private", public)
+    try:
+        if state == "alive":
+            subprocess.run(["mount", "-t", "tmpfs", "theirs", first], check=True)
+        else:
+            device = os.open("/dev/fuse", os.O_RDWR)
+            options = f"fd={device},rootmode=40000,user_id=0,group_id=0"
+            command = ["mount", "-i", "-t", "fuse.other", "-o", options, "theirs", first]
+            subprocess.run(command, check=True, pass_fds=[device])
+            os.close(device)
+        succeed("mount", model, where)
+        subprocess.run(["mount", "--move", first, where], check=True)
+        for command in (["umount", where], ["umount", "--lazy", where]):
+            fail(*command, naming=[where])
+        if state == "dead":
+            fail("mount", model, where, naming=[where])
+        assert sorted(m.source for m in mounts() if m.at == str(where)) == sorted([str(model), "theirs"])
+        (line,) = [x for x in json.loads(succeed("status", "--json")) if x["directory"] == str(where)]
+        assert line["state"] == "not readable"
+        subprocess.run(["umount", "-l", where], check=True)
+        succeed("umount", where)
+    finally:
+        detach(public)
+
+
+@needs_root
+def test_who_waits_for_the_output_of_status_does_not_wait_for_a_mount(public):
+    where = public / "mnt"
+    where.mkdir()
+    with silent_mount(where, "fuse.odmoe"):
+        assert status(where)["state"] == "not answering"  # read to the end of its output
+
+
 @needs_root
 @promises(REPAIRED)
 def test_the_dead_mount_of_another_user_is_only_repaired_by_root(model, public, nobody):
@@ -228,7 +298,7 @@ def test_status_asks_all_mounts_at_the_same_time(public, model):
 
 
 @promises(STOPPED)
-def test_a_stopped_daemon_does_not_answer_and_nothing_hangs_on_it(person, model, folder):
+def test_a_stopped_daemon_does_not_answer_and_nothing_hangs_on_it(person, model, folder, public):
     succeed("mount", model, folder, user=person)
     daemon = daemon_of(folder)
     with stopped(daemon):
@@ -240,7 +310,13 @@ def test_a_stopped_daemon_does_not_answer_and_nothing_hangs_on_it(person, model,
         assert min(took) < 2
         assert (line["state"], line["pid"]) == ("not answering", daemon)
         fail("mount", model, folder, user=person, naming=[folder, f"process {daemon} does not answer"])
-        fail("mount", model, folder / "experts", user=person)
+        # Also on what the kernel does not know yet, and through a link.
+        link = public / "link"
+        link.symlink_to(folder)
+        for below in ("experts", "base_model", "nothing", "experts/x/y"):
+            for place in (folder / below, link / below):
+                fail("mount", model, place, user=person, naming=[folder])
+                fail("umount", place, user=person, naming=[folder])
         succeed("umount", folder, user=person)
         assert mount_at(folder) is None
 
