@@ -13,7 +13,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use fuser::{
     BsdFileFlags, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType, Filesystem,
@@ -25,6 +25,7 @@ use fuser::{
 use crate::ahead::ReadAhead;
 use crate::model::Model;
 use crate::source::ReadError;
+use crate::stats::{Operation, Stats};
 use crate::tree::{Ino, Kind, ROOT};
 
 #[cfg(test)]
@@ -76,6 +77,8 @@ pub struct OdmoeFs {
     owner: Owner,
     modified: SystemTime,
     cache: Cache,
+    /// What is counted of this mount, if anything is.
+    stats: Option<Stats>,
     /// Whether the kernel takes ENOSYS for "needs no opening".
     opens_nothing: bool,
 }
@@ -96,7 +99,19 @@ impl OdmoeFs {
             owner,
             modified,
             cache,
+            stats: None,
             opens_nothing: false,
+        }
+    }
+
+    /// Counts what is asked for from here on, and shows it as extended attributes of the root.
+    pub fn count(&mut self) {
+        self.stats = Some(Stats::new(&self.model));
+    }
+
+    fn counted(&self, operation: Operation) {
+        if let Some(stats) = &self.stats {
+            stats.count(operation);
         }
     }
 
@@ -204,6 +219,15 @@ fn errno(error: &ReadError) -> Errno {
     Errno::EIO
 }
 
+/// Who asks with size 0 wants to know the size.
+fn reply_xattr(reply: ReplyXattr, value: &[u8], size: u32) {
+    match size {
+        0 => reply.size(value.len() as u32),
+        size if value.len() > size as usize => reply.error(Errno::ERANGE),
+        _ => reply.data(value),
+    }
+}
+
 /// A full reply buffer ends a listing.
 fn until_full(full: bool) -> ControlFlow<()> {
     if full {
@@ -240,6 +264,7 @@ impl Filesystem for OdmoeFs {
 
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         guarded("lookup", parent, || {
+            self.counted(Operation::Lookup);
             let child = self.model.tree().lookup(parent.0, name.as_bytes());
             match child.and_then(|ino| self.attributes(ino)) {
                 Some(attributes) => reply.entry(&FOR_EVER, &attributes, GENERATION),
@@ -250,14 +275,24 @@ impl Filesystem for OdmoeFs {
     }
 
     fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        guarded("getattr", ino, || match self.attributes(ino.0) {
-            Some(attributes) => reply.attr(&FOR_EVER, &attributes),
-            None => reply.error(Errno::ENOENT),
+        guarded("getattr", ino, || {
+            self.counted(Operation::Getattr);
+            match self.attributes(ino.0) {
+                Some(attributes) => reply.attr(&FOR_EVER, &attributes),
+                None => reply.error(Errno::ENOENT),
+            }
         });
     }
 
-    fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+    fn open(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        if let Some(stats) = &self.stats {
+            stats.opened(ino.0);
+        }
         match self.cache {
+            // Who is told of every open cannot leave opening to the kernel.
+            Cache::Page if self.stats.is_some() => {
+                reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE);
+            }
             Cache::Page => self.open_nothing(reply, FopenFlags::FOPEN_KEEP_CACHE),
             Cache::Direct => reply.opened(FileHandle(0), FopenFlags::FOPEN_DIRECT_IO),
         }
@@ -280,10 +315,17 @@ impl Filesystem for OdmoeFs {
         reply: ReplyData,
     ) {
         guarded("read", ino, || {
+            let counted = self.stats.as_ref().map(|stats| (stats, Instant::now()));
             REPLY.with_borrow_mut(|buffer| {
-                let reply = |read: Result<&[u8], ReadError>| match read {
-                    Ok(bytes) => reply.data(bytes),
-                    Err(error) => reply.error(errno(&error)),
+                let reply = |read: Result<&[u8], ReadError>| {
+                    let bytes = read.as_ref().ok().map(|bytes| bytes.len() as u64);
+                    match read {
+                        Ok(bytes) => reply.data(bytes),
+                        Err(error) => reply.error(errno(&error)),
+                    }
+                    if let Some((stats, began)) = counted {
+                        stats.read(ino.0, bytes, began.elapsed());
+                    }
                 };
                 self.ahead.read(ino.0, offset, size.into(), buffer, reply);
             });
@@ -299,6 +341,7 @@ impl Filesystem for OdmoeFs {
         mut reply: ReplyDirectory,
     ) {
         guarded("readdir", ino, || {
+            self.counted(Operation::Readdir);
             let tree = self.model.tree();
             let listed = self.list(ino.0, offset, |ino, next, name| {
                 let kind = match tree.kind(ino) {
@@ -323,6 +366,7 @@ impl Filesystem for OdmoeFs {
         mut reply: ReplyDirectoryPlus,
     ) {
         guarded("readdirplus", ino, || {
+            self.counted(Operation::Readdir);
             let listed = self.list(ino.0, offset, |ino, next, name| {
                 let Some(attributes) = self.attributes(ino) else {
                     return ControlFlow::Break(());
@@ -339,6 +383,7 @@ impl Filesystem for OdmoeFs {
 
     fn statfs(&self, _: &Request, ino: INodeNo, reply: ReplyStatfs) {
         guarded("statfs", ino, || {
+            self.counted(Operation::Statfs);
             let tree = self.model.tree();
             let blocks = tree.total_size().div_ceil(STATFS_BLOCK_BYTES.into());
             reply.statfs(
@@ -356,12 +401,27 @@ impl Filesystem for OdmoeFs {
 
     // ENOSYS holds for the whole connection: without it every `ls -l` asks twice per file.
 
-    fn getxattr(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, reply: ReplyXattr) {
-        reply.error(Errno::ENOSYS);
+    fn getxattr(&self, _: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        guarded("getxattr", ino, || match &self.stats {
+            None => reply.error(Errno::ENOSYS),
+            Some(stats) => {
+                let is_root = ino.0 == ROOT;
+                let layout = self.model.layout();
+                let value = is_root.then(|| stats.attribute(name.as_bytes(), layout));
+                match value.flatten() {
+                    Some(value) => reply_xattr(reply, &value, size),
+                    None => reply.error(Errno::ENODATA),
+                }
+            }
+        });
     }
 
-    fn listxattr(&self, _: &Request, _: INodeNo, _: u32, reply: ReplyXattr) {
-        reply.error(Errno::ENOSYS);
+    fn listxattr(&self, _: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+        guarded("listxattr", ino, || match &self.stats {
+            None => reply.error(Errno::ENOSYS),
+            Some(stats) if ino.0 == ROOT => reply_xattr(reply, &stats.attribute_names(), size),
+            Some(_) => reply_xattr(reply, &[], size),
+        });
     }
 
     // The mount is read-only, so the kernel refuses changes itself. These are for a mount that

@@ -49,6 +49,7 @@
 compile_error!("odmoe-fs is for 64-bit machines");
 
 mod ahead;
+pub mod doctor;
 pub mod fuse;
 pub mod gguf;
 pub mod layout;
@@ -57,6 +58,7 @@ pub mod model;
 pub mod mounts;
 pub mod safetensors;
 pub mod source;
+pub mod stats;
 mod sys;
 pub mod tree;
 pub mod verify;

@@ -35,7 +35,8 @@ use crate::work::{Progress, in_parallel};
 const PIECE_BYTES: usize = 2 << 20;
 
 /// Why a tree could not be compared.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case", prefix = "verify.")]
 pub enum VerifyError {
     #[error("{0:?} does not exist; name a directory that was mounted or materialized")]
     Missing(PathBuf),

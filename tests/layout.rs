@@ -165,7 +165,7 @@ fn experts_times_suffixes_cannot_eat_the_memory() {
     tensors.push(("blk.7.ffn_up_exps.weight", &[1, 1, 65_536], "I8"));
     assert_eq!(
         refusal(&tensors),
-        "the experts up to layer 7 hold 6619136 tensors together; no real model has so many"
+        "the experts up to layer 7 hold 6619136 tensors together, more than any real model"
     );
 }
 
@@ -202,7 +202,7 @@ fn models_without_a_layout_are_refused_with_their_tensors_named() {
         ),
         (
             &[("blk.3.ffn_up_exps.weight", &[8, 4, 2, 2], "F32")],
-            r#"tensor "blk.3.ffn_up_exps.weight" [8, 4, 2, 2] F32 has a fourth dimension; experts are stacked along the third"#,
+            r#"tensor "blk.3.ffn_up_exps.weight" [8, 4, 2, 2] F32 has a fourth dimension, but experts are stacked along the third"#,
         ),
         (
             &[("blk.3.ffn_gate_up_exps.weight", &[8, 5, 2], "F32")],
@@ -222,7 +222,7 @@ fn models_without_a_layout_are_refused_with_their_tensors_named() {
         ),
         (
             &[("blk.0.ffn_up_exps.weight", &[1, 1, 65_537], "I8")],
-            "layer 0 has 65537 experts, which makes 65537 or more in all; no real model has so many",
+            "layer 0 has 65537 experts, which makes 65537 or more in all, more than any real model",
         ),
     ] {
         assert_eq!(refusal(tensors), expected);

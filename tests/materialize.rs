@@ -47,6 +47,7 @@ fn layer(layers: &str) -> Options {
 
 fn run(plan: &Plan) -> Result<(), MaterializeError> {
     plan.run(NonZeroUsize::MIN, &AtomicBool::new(false), &|_| {})
+        .map(drop)
 }
 
 #[test]

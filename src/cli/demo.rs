@@ -15,7 +15,7 @@ use odmoe_fs::model::Model;
 use odmoe_fs::mounts::{UnmountError, unmount};
 use serde_json::Value;
 
-use super::toy::{ToyArgs, write_toy};
+use super::toy::{ToyArgs, Watch, write_toy};
 use super::{Stop, print, text};
 
 /// Show the whole way on a toy model: mount, list, read one expert, check it, unmount
@@ -48,7 +48,11 @@ fn demo(stop: &AtomicBool) -> anyhow::Result<()> {
         ggml_type: GgmlType::from_name("Q4_K").context("Q4_K is a type")?,
         ..ToyArgs::new(&folder.path().join("toy.gguf"))
     };
-    write_toy(&toy, stop)?;
+    let watch = Watch {
+        stop,
+        progress: &|_| {},
+    };
+    write_toy(&toy, watch)?;
     let bytes = toy.out.metadata()?.len();
     print(&format!(
         "A toy model of 2 layers with 4 experts each, in Q4_K: toy.gguf, {}\n\n",
@@ -89,12 +93,12 @@ fn show(toy: &Path, root: &Path) -> anyhow::Result<()> {
 }
 
 /// A mount that does not outlive the demo.
-struct Mounted {
+pub struct Mounted {
     directory: PathBuf,
 }
 
 impl Mounted {
-    fn new(model: &Path, directory: &Path) -> anyhow::Result<Self> {
+    pub fn new(model: &Path, directory: &Path) -> anyhow::Result<Self> {
         let mounted = Self {
             directory: directory.to_owned(),
         };
@@ -102,7 +106,7 @@ impl Mounted {
         Ok(mounted)
     }
 
-    fn unmount(self) -> anyhow::Result<()> {
+    pub fn unmount(self) -> anyhow::Result<()> {
         run_self(&["umount".as_ref(), self.directory.as_ref()])
     }
 }

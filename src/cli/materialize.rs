@@ -107,6 +107,12 @@ pub fn run(args: &MaterializeArgs, quiet: bool) -> anyhow::Result<()> {
         return Ok(plan.check_room()?);
     }
     plan.check_room()?;
+    if let [first, ..] = plan.lost() {
+        tracing::warn!(
+            "the registry lists {} that this run does not write and that cannot be found, such as {first}: it will list no such any more",
+            text::counted(plan.lost().len(), "expert")
+        );
+    }
     if !quiet && plan.files() > 0 {
         let taken = text::size(plan.cost().room);
         let _ = writeln!(
@@ -120,12 +126,21 @@ pub fn run(args: &MaterializeArgs, quiet: bool) -> anyhow::Result<()> {
     let stop = Stop::on_signals()?;
     let result = plan.run(jobs, &stop.flag, &|progress| meter.add(progress));
     meter.finish();
-    stop.explain(result)?;
+    let outcome = stop.explain(result)?;
     let directory = text::path(&args.directory);
     say(&match plan.files() {
+        0 if outcome.documents_written => format!(
+            "nothing to write but the documents: all other files are complete in {directory}\n"
+        ),
         0 => format!("nothing to write: all files are complete in {directory}\n"),
         _ => format!("wrote {announcement} into {directory}\n"),
     });
+    if let [first, ..] = &outcome.unlisted[..] {
+        tracing::warn!(
+            "{directory} also holds {} of another model, or of nobody, such as {first:?}; remove what loaders shall not find",
+            text::counted(outcome.unlisted.len(), "file")
+        );
+    }
     if args.verify {
         read_back(&model, &args.directory, jobs, &stop, quiet)?;
     }

@@ -1,6 +1,11 @@
 //! The command line: definitions here, one file per command. The only code that prints.
 
 mod demo;
+mod diagnostics;
+mod docs;
+mod doctor;
+mod failure;
+mod fstab;
 mod inspect;
 mod materialize;
 mod mount;
@@ -8,20 +13,25 @@ mod progress;
 mod status;
 mod stop;
 mod text;
+mod top;
 mod toy;
 mod umount;
 mod verify;
 
-use std::io::{self, IsTerminal, Write};
+use std::ffi::OsString;
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use clap::{Parser, Subcommand};
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser, Subcommand};
 use odmoe_fs::mounts::no_new_privileges;
-use tracing::Level;
 
-use self::stop::{Interrupted, Stop};
+use self::diagnostics::{Diagnostics, LogFormat, Volume};
+use self::failure::{FOUND_SOMETHING, WRONG_USAGE, exit_code, is_broken_pipe};
+use self::fstab::HelperCall;
+use self::stop::Stop;
 
 /// Mount a Mixture-of-Experts GGUF model as one small safetensors file per expert, without
 /// converting it.
@@ -52,14 +62,32 @@ enum Command {
     Materialize(materialize::MaterializeArgs),
     Verify(verify::VerifyArgs),
     Inspect(inspect::InspectArgs),
+    Top(top::TopArgs),
     Toy(toy::ToyArgs),
     Demo(demo::DemoArgs),
+    Doctor(doctor::DoctorArgs),
+    Man(docs::ManArgs),
+    Completions(docs::CompletionsArgs),
 }
 
 impl Command {
     /// Whether it may need the set-user-id helper that mounts and unmounts for users.
     fn mounts(&self) -> bool {
-        matches!(self, Self::Mount(_) | Self::Umount(_) | Self::Demo(_))
+        matches!(
+            self,
+            Self::Mount(_) | Self::Umount(_) | Self::Demo(_) | Self::Doctor(_)
+        )
+    }
+
+    fn answers_in_json(&self) -> bool {
+        match self {
+            Self::Status(args) => args.json,
+            Self::Verify(args) => args.json,
+            Self::Inspect(args) => args.json,
+            Self::Doctor(args) => args.json,
+            Self::Top(args) => args.json,
+            _ => false,
+        }
     }
 }
 
@@ -71,55 +99,130 @@ struct ModelArg {
     model: PathBuf,
 }
 
-/// The exit status of `verify` when a tree is not that of the model.
-const FOUND_A_DIFFERENCE: u8 = 3;
-
 /// Runs the command line of this process.
 pub fn run() -> ExitCode {
-    let cli = Cli::parse();
-    start_diagnostics(&cli);
-    // More parts of a split set can stay open. Where it is refused, fewer do.
-    let _ = odmoe_fs::source::raise_descriptor_limit();
-    if !cli.command.mounts() {
-        no_new_privileges();
-    }
-    let result = match &cli.command {
-        Command::Mount(args) => mount::run(args),
-        Command::Umount(args) => umount::run(args),
-        Command::Status(args) => status::run(args),
-        Command::Materialize(args) => materialize::run(args, cli.quiet),
-        Command::Verify(args) => match verify::run(args, cli.quiet) {
-            Ok(false) => return ExitCode::from(FOUND_A_DIFFERENCE),
-            result => result.map(drop),
+    let arguments: Vec<OsString> = std::env::args_os().collect();
+    match HelperCall::of(&arguments) {
+        None => match parse(&arguments) {
+            Ok(cli) => execute(&cli),
+            Err(e) => usage(&e),
         },
-        Command::Inspect(args) => inspect::run(args),
-        Command::Toy(args) => toy::run(args),
-        Command::Demo(args) => demo::run(args),
-    };
-    exit_code(result)
+        Some(call) => help_mount(call),
+    }
 }
 
-fn exit_code(result: anyhow::Result<()>) -> ExitCode {
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(e) if is_broken_pipe(&e) => ExitCode::SUCCESS,
+/// Parses a command line, and what its `-o` options stand for.
+fn parse(arguments: &[OsString]) -> Result<Cli, clap::Error> {
+    let cli = Cli::try_parse_from(arguments)?;
+    let Command::Mount(args) = &cli.command else {
+        return Ok(cli);
+    };
+    let flags = fstab::flags(args.options.iter().map(String::as_str))
+        .map_err(|e| Cli::command().error(ErrorKind::UnknownArgument, e))?;
+    let command = arguments.iter().position(|argument| argument == "mount");
+    let (before, after) = arguments.split_at(command.map_or(1, |at| at + 1));
+    Cli::try_parse_from(before.iter().chain(&flags).chain(after))
+}
+
+/// Mounts for mount(8), in whose exit statuses 1 is a wrong call and 32 a mount that failed.
+fn help_mount(call: Result<HelperCall, String>) -> ExitCode {
+    const WRONG_CALL: u8 = 1;
+    const NOT_MOUNTED: u8 = 32;
+    let call = match call {
+        Ok(call) => call,
         Err(e) => {
-            // In one piece, whatever else writes there.
-            let _ = Diagnostics.write_all(format!("error: {e:#}\n").as_bytes());
-            match e.downcast_ref::<Interrupted>() {
-                Some(Interrupted(signal)) => ExitCode::from(128 + *signal as u8),
-                None => ExitCode::FAILURE,
+            let _ = writeln!(Diagnostics, "error: {e}");
+            return ExitCode::from(WRONG_CALL);
+        }
+    };
+    match parse(&call.arguments) {
+        Err(e) => {
+            let _ = e.print();
+            ExitCode::from(WRONG_CALL)
+        }
+        Ok(mut cli) => {
+            if let Command::Mount(args) = &mut cli.command {
+                args.only_check = call.is_fake;
+            }
+            match execute(&cli) {
+                ExitCode::SUCCESS => ExitCode::SUCCESS,
+                _ => ExitCode::from(NOT_MOUNTED),
             }
         }
     }
 }
 
-/// Whether the reader of our output has seen enough, as `head` does.
-fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    error
-        .chain()
-        .filter_map(|e| e.downcast_ref::<io::Error>())
-        .any(|e| e.kind() == io::ErrorKind::BrokenPipe)
+fn execute(cli: &Cli) -> ExitCode {
+    if let Command::Mount(args) = &cli.command
+        && let Err(e) = args.leave_what_was_inherited()
+    {
+        return exit_code(Err(e), false);
+    }
+    let volume = Volume {
+        quiet: cli.quiet,
+        verbose: cli.verbose,
+    };
+    let (format, to_journal) = match &cli.command {
+        Command::Mount(args) => (args.log_format, args.logs_to_journal()),
+        _ => (LogFormat::Text, false),
+    };
+    diagnostics::start(volume, format, to_journal);
+    // More parts of a split set can stay open. Where it is refused, fewer do.
+    let _ = odmoe_fs::source::raise_descriptor_limit();
+    if !cli.command.mounts() {
+        no_new_privileges();
+    }
+    let json = cli.command.answers_in_json();
+    let result = match &cli.command {
+        Command::Mount(args) => mount::run(args),
+        Command::Umount(args) => umount::run(args),
+        Command::Status(args) => status::run(args),
+        Command::Materialize(args) => materialize::run(args, cli.quiet),
+        Command::Verify(args) => return found(verify::run(args, cli.quiet), json),
+        Command::Inspect(args) => inspect::run(args),
+        Command::Top(args) => top::run(args),
+        Command::Toy(args) => toy::run(args, cli.quiet),
+        Command::Demo(args) => demo::run(args),
+        Command::Doctor(args) => return found(doctor::run(args), json),
+        Command::Man(args) => docs::man(args),
+        Command::Completions(args) => docs::complete(args),
+    };
+    exit_code(result, json)
+}
+
+/// The exit status of a command that looks whether all is well.
+fn found(is_well: anyhow::Result<bool>, json: bool) -> ExitCode {
+    match is_well {
+        Ok(false) => ExitCode::from(FOUND_SOMETHING),
+        result => exit_code(result.map(drop), json),
+    }
+}
+
+/// Tells what cannot be understood of a command line, or the help that it asks for.
+fn usage(error: &clap::Error) -> ExitCode {
+    if let Err(e) = error.print() {
+        // Help that nobody could read is no success.
+        return match e.kind() {
+            io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+            _ => ExitCode::FAILURE,
+        };
+    }
+    if !error.use_stderr() {
+        return ExitCode::SUCCESS;
+    }
+    if std::env::args_os().any(|argument| argument == "--json") {
+        let text = error.to_string();
+        let lines = text.lines().map(str::trim);
+        let lines: Vec<_> = lines.take_while(|line| !line.is_empty()).collect();
+        let message = lines.join(" ");
+        let error = serde_json::json!({"error": {
+            "code": "usage",
+            "message": message.trim_start_matches("error: "),
+            "hint": "see --help",
+        }});
+        let _ = print(&format!("{error:#}\n"));
+    }
+    ExitCode::from(WRONG_USAGE)
 }
 
 /// Prints a result.
@@ -137,42 +240,5 @@ fn say(text: &str) {
         && !is_broken_pipe(&e)
     {
         tracing::warn!("{e:#}");
-    }
-}
-
-/// The standard error, where a message that cannot be written is lost: it must not stop the work.
-struct Diagnostics;
-
-impl Write for Diagnostics {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let _ = io::stderr().write_all(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-fn start_diagnostics(cli: &Cli) {
-    let to_log = matches!(&cli.command, Command::Mount(args) if args.log_file.is_some());
-    let level = match (cli.quiet, cli.verbose) {
-        (true, _) => Level::ERROR,
-        (false, 0) if !to_log => Level::WARN,
-        (false, 0) => Level::INFO,
-        (false, 1) => Level::INFO,
-        (false, _) => Level::DEBUG,
-    };
-    let colours =
-        io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty());
-    let diagnostics = tracing_subscriber::fmt()
-        .with_writer(|| Diagnostics)
-        .with_max_level(level)
-        .with_target(false)
-        .with_ansi(colours && !to_log);
-    if to_log {
-        diagnostics.init(); // with the time
-    } else {
-        diagnostics.without_time().init();
     }
 }

@@ -1,18 +1,24 @@
 //! `mount`: the tree on a directory, from the background or the foreground.
 
 use std::fs::File;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
 use odmoe_fs::model::Model;
-use odmoe_fs::mounts::{Cache, Mount, Options, close_inherited_descriptors, set_read_ahead};
+use odmoe_fs::mounts::{
+    Cache, Mount, MountError, Options, close_inherited_descriptors, set_read_ahead,
+};
 
+use super::diagnostics::{self, LogFormat};
+use super::doctor::complaints;
 use super::{ModelArg, say, text};
 
 /// Show a model as base_model/ and experts/ on a directory
 ///
 /// Returns when the tree can be used; a background process serves it until it is unmounted.
 #[derive(clap::Args)]
+#[command(args_override_self = true)]
 pub struct MountArgs {
     #[command(flatten)]
     model: ModelArg,
@@ -29,10 +35,10 @@ pub struct MountArgs {
     #[arg(long)]
     allow_other: bool,
     /// Owner of the files, instead of the user who mounts
-    #[arg(long, value_name = "UID")]
+    #[arg(long, value_name = "UID", value_parser = clap::value_parser!(u32).range(..i64::from(u32::MAX)))]
     uid: Option<u32>,
     /// Group of the files, instead of that of the user who mounts
-    #[arg(long, value_name = "GID")]
+    #[arg(long, value_name = "GID", value_parser = clap::value_parser!(u32).range(..i64::from(u32::MAX)))]
     gid: Option<u32>,
     /// Whose page cache keeps what was read
     #[arg(long, value_enum, value_name = "WHOSE", default_value_t = CacheArg::Page, help_heading = "Reading")]
@@ -48,12 +54,66 @@ pub struct MountArgs {
     /// More of it also makes every look at a file's header read as much. Only root may change it.
     #[arg(long, value_name = "SIZE", default_value = "auto", value_parser = read_ahead, help_heading = "Reading")]
     readahead: ReadAheadArg,
-    /// Worker threads [default: four per processor, 8 to 16]
+    /// Count requests, bytes, latencies and the use of each expert, for `odmoe-fs top`
+    ///
+    /// Then every open of a file comes to us. What the kernel answers from its cache does not, and is not counted.
+    #[arg(long, help_heading = "Reading")]
+    stats: bool,
+    /// Worker threads, 1 to 256 [default: four per processor, 8 to 16]
+    ///
+    /// Each reserves 17 MiB of address space, and takes 3 MiB of memory once it has read.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256), help_heading = "Reading")]
     threads: Option<u16>,
-    /// Append the messages of the background process to a file; without it they are lost
-    #[arg(long, value_name = "FILE", conflicts_with = "foreground")]
+    /// First unmount what odmoe-fs has mounted on the directory, if anything, whatever its state
+    ///
+    /// Programs that have files of it open keep the old mount until they close them. A mount whose process is
+    /// dead is unmounted without it, too. What other file systems have mounted stays.
+    #[arg(long)]
+    replace: bool,
+    /// Options as in /etc/fstab, such as allow_other,uid=1000,cache=direct
+    ///
+    /// Each long option of this command can be said so, with _ or -. Those of all file systems, such as
+    /// ro, noauto, nofail, user and x-systemd.automount, are accepted; the mount is always
+    /// ro,nosuid,nodev,noexec.
+    #[arg(short = 'o', value_name = "OPTIONS")]
+    pub options: Vec<String>,
+    /// Append the messages of the background process to a file (not with -f, which has stderr)
+    ///
+    /// Without it they go to the journal of systemd, or, where there is none, are lost.
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with = "foreground",
+        help_heading = "Messages"
+    )]
     pub log_file: Option<PathBuf>,
+    /// Find out everything that can be known before, and mount nothing.
+    #[arg(skip)]
+    pub only_check: bool,
+    /// How messages are written, to stderr, a log file or the journal
+    #[arg(
+        long,
+        value_enum,
+        value_name = "FORMAT",
+        default_value_t,
+        help_heading = "Messages"
+    )]
+    pub log_format: LogFormat,
+}
+
+impl MountArgs {
+    /// A daemon must not hold what it inherited. To be called before anything is opened.
+    pub fn leave_what_was_inherited(&self) -> anyhow::Result<()> {
+        if !self.foreground {
+            close_inherited_descriptors().context("cannot close inherited descriptors")?;
+        }
+        Ok(())
+    }
+
+    /// Whether messages go to the journal, where there is one.
+    pub fn logs_to_journal(&self) -> bool {
+        !self.foreground && self.log_file.is_none()
+    }
 }
 
 #[derive(Clone, Copy, clap::ValueEnum)]
@@ -84,9 +144,19 @@ fn read_ahead(text: &str) -> Result<ReadAheadArg, String> {
 }
 
 pub fn run(args: &MountArgs) -> anyhow::Result<()> {
-    if !args.foreground {
-        close_inherited_descriptors().context("cannot close inherited descriptors")?;
-    }
+    mount(args).inspect_err(|e| {
+        // What keeps this one from working may not be what its error says.
+        if matches!(
+            e.downcast_ref(),
+            Some(MountError::Refused { .. } | MountError::DaemonDied(_) | MountError::Daemon(_))
+        ) {
+            let complaints = complaints();
+            complaints.lines().for_each(|line| tracing::warn!("{line}"));
+        }
+    })
+}
+
+fn mount(args: &MountArgs) -> anyhow::Result<()> {
     let model = Model::open(&args.model.model)?;
     if model.layout().experts().is_empty() {
         tracing::warn!(
@@ -96,6 +166,7 @@ pub fn run(args: &MountArgs) -> anyhow::Result<()> {
     }
     let options = Options {
         nonempty: args.nonempty,
+        replace: args.replace,
         allow_other: args.allow_other,
         uid: args.uid,
         gid: args.gid,
@@ -104,18 +175,29 @@ pub fn run(args: &MountArgs) -> anyhow::Result<()> {
             CacheArg::Page => Cache::Page,
             CacheArg::Direct => Cache::Direct,
         },
+        stats: args.stats,
         keep_source_cache: args.keep_source_cache,
     };
     let mount = Mount::prepare(model, &args.directory, &options)?;
     let log = match &args.log_file {
-        Some(path) => Some(open_log(path, mount.directory())?),
+        Some(path) => Some(open_log(path, &mount)?),
         None => None,
     };
+    if let Some(log) = &log {
+        diagnostics::log_to(log)?;
+    }
+    if args.only_check {
+        return Ok(());
+    }
     let summary = summary(&mount);
     let directory = mount.directory().to_owned();
     if args.foreground {
         mount.serve(|| {
             tune(&directory, args.readahead);
+            // For a systemd unit with `Type=notify`; elsewhere it does nothing.
+            if let Err(e) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
+                tracing::warn!("systemd was not told that the mount is ready: {e}");
+            }
             say(&format!("{summary}unmount with Ctrl-C\n"));
         })?;
     } else {
@@ -138,20 +220,36 @@ fn tune(directory: &Path, read_ahead: ReadAheadArg) {
     }
 }
 
-fn open_log(path: &Path, directory: &Path) -> anyhow::Result<File> {
+/// Opens the log for appending, and makes it if it is not there.
+fn open_log(path: &Path, mount: &Mount) -> anyhow::Result<File> {
     let folder = std::path::absolute(path)?;
     let folder = folder
         .parent()
         .and_then(|folder| folder.canonicalize().ok());
     ensure!(
-        !folder.is_some_and(|folder| folder.starts_with(directory)),
+        !folder.is_some_and(|folder| folder.starts_with(mount.directory())),
         "the log {path:?} would lie below the mount, where nobody could read it; choose another place"
     );
-    File::options()
+    let log = File::options()
         .append(true)
         .create(true)
+        .custom_flags(libc::O_NONBLOCK) // else a pipe that nobody reads would hold us up
         .open(path)
-        .with_context(|| format!("cannot open the log {path:?}"))
+        .with_context(|| format!("cannot open the log {path:?}"))?;
+    let metadata = log.metadata()?;
+    ensure!(
+        metadata.is_file() || metadata.file_type().is_char_device(),
+        "the log {path:?} is no regular file; choose one that is"
+    );
+    let is_part = |part: &Path| {
+        part.metadata()
+            .is_ok_and(|part| (part.dev(), part.ino()) == (metadata.dev(), metadata.ino()))
+    };
+    ensure!(
+        !mount.model().source().paths().any(is_part),
+        "the log {path:?} is the model itself; choose another file"
+    );
+    Ok(log)
 }
 
 fn summary(mount: &Mount) -> String {

@@ -14,13 +14,13 @@ use super::{print, text};
 pub struct StatusArgs {
     /// Print a JSON array of {"directory", "model", "pid", "state"}
     #[arg(long)]
-    json: bool,
+    pub json: bool,
 }
 
 #[derive(Serialize)]
 struct Line {
     directory: String,
-    model: String,
+    model: Option<String>,
     pid: Option<u32>,
     state: &'static str,
 }
@@ -29,7 +29,9 @@ impl Line {
     fn of(mount: MountStatus) -> Self {
         Self {
             directory: mount.directory.to_string_lossy().into_owned(),
-            model: mount.model.to_string_lossy().into_owned(),
+            model: mount
+                .model
+                .map(|model| model.to_string_lossy().into_owned()),
             pid: mount.pid,
             state: mount.state.name(),
         }
@@ -51,7 +53,7 @@ pub fn run(args: &StatusArgs) -> anyhow::Result<()> {
             text::name(&line.directory),
             line.state.to_owned(),
             pid,
-            text::name(&line.model),
+            line.model.as_deref().map_or("-".into(), text::name),
         ]
     });
     print(&text::table(std::iter::once(head).chain(rows).collect()))

@@ -3,8 +3,10 @@
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
+use anyhow::ensure;
 use odmoe_fs::layout::Layout;
 use odmoe_fs::model::Model;
+use odmoe_fs::mounts::{MountEntry, State, mount_of, resolved, state_of};
 use odmoe_fs::source::PageCache;
 use odmoe_fs::verify::{Comparison, Depth, Difference, Report};
 use odmoe_fs::work::default_jobs;
@@ -31,7 +33,7 @@ pub struct VerifyArgs {
     quick: bool,
     /// Print one JSON object
     #[arg(long)]
-    json: bool,
+    pub json: bool,
     /// Files to compare at the same time, 1 to 256 [default: the processors, at most 8]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256), requires = "directory")]
     jobs: Option<u16>,
@@ -58,18 +60,40 @@ pub fn run(args: &VerifyArgs, quiet: bool) -> anyhow::Result<bool> {
     };
     let jobs = args.jobs.and_then(|n| NonZeroUsize::new(n.into()));
     let jobs = jobs.unwrap_or_else(default_jobs);
+    let mount = mount_below(directory);
+    if let Some(mount) = &mount {
+        ensure!(
+            state_of(&mount.directory) != State::Stale,
+            "the process of the mount on {:?} is dead, so nothing can be compared; mount it again",
+            mount.directory
+        );
+    }
     let stop = Stop::on_signals()?;
     let comparison = Comparison::new(&model, directory, depth)?;
     let meter = Meter::new(comparison.bytes(), quiet);
     let result = comparison.run(jobs, &stop.flag, &|progress| meter.add(progress));
     meter.finish();
     let report = stop.explain(result)?;
+    if let Some(mount) = mount.filter(|_| !report.differences.is_empty()) {
+        ensure!(
+            mount_below(directory).as_ref() == Some(&mount)
+                && state_of(&mount.directory) != State::Stale,
+            "the mount on {:?} ended during the comparison; mount it, and compare again",
+            mount.directory
+        );
+    }
     print(&if args.json {
         json(&TreeReport::of(&report, depth, model.layout()))?
     } else {
         in_words(&report, depth, model.layout(), directory)
     })?;
     Ok(report.differences.is_empty())
+}
+
+/// The mount of ours that a directory lies in.
+fn mount_below(directory: &Path) -> Option<MountEntry> {
+    let directory = resolved(directory).ok()?;
+    mount_of(&directory).filter(MountEntry::is_odmoe)
 }
 
 fn json(value: &impl Serialize) -> anyhow::Result<String> {

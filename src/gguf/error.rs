@@ -18,9 +18,12 @@ pub struct HeaderError {
 }
 
 /// What can be wrong with a field of a header.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case", prefix = "gguf.")]
 pub enum Problem {
-    #[error("found \"{0}\" instead of \"GGUF\"; this is no GGUF file")]
+    #[error(
+        "found \"{0}\" instead of \"GGUF\", so this is no GGUF file; give a model in the GGUF format"
+    )]
     Magic(String),
     #[error("this is a big-endian GGUF; convert it with gguf-py's gguf_convert_endian.py")]
     BigEndian,
@@ -29,13 +32,13 @@ pub enum Problem {
     )]
     Version(u32),
     #[error(
-        "needs {needed} bytes, but the file has only {left} more; it is truncated or corrupt, download it again"
+        "needs {needed} bytes, but the file has only {left} more; download it again, it is truncated or corrupt"
     )]
     Truncated { needed: u64, left: u64 },
-    #[error("the header goes beyond {MAX_HEADER_BYTES} bytes; no real model has such a header")]
+    #[error("the header goes beyond {MAX_HEADER_BYTES} bytes, which no real model has")]
     HeaderTooLarge,
     #[error(
-        "{count} is more than the {left} bytes left in the file can hold; it is truncated or corrupt, download it again"
+        "{count} is more than the {left} bytes left in the file can hold; download it again, it is truncated or corrupt"
     )]
     Count { count: u64, left: u64 },
     #[error("{count} is above the limit of {limit}")]
@@ -62,14 +65,14 @@ pub enum Problem {
     NegativeDimension(i64),
     #[error("the product of the dimensions {0:?} is too large")]
     Elements(Vec<u64>),
-    #[error("type {id} is {name}: {advice}")]
+    #[error("type {id} is {name}, which is not supported; {advice}")]
     RetiredType {
         id: u32,
         name: &'static str,
         advice: &'static str,
     },
     #[error(
-        "type {0} is unknown, so the size of the tensor cannot be known; a newer odmoe-fs may know it"
+        "type {0} is unknown, so the size of the tensor cannot be known; look for a newer odmoe-fs that knows it"
     )]
     UnknownType(u32),
     #[error("rows of {ne0} elements are no whole number of {ggml_type} blocks of {}", ggml_type.block_size)]
@@ -83,11 +86,11 @@ pub enum Problem {
         ggml_type: &'static GgmlType,
     },
     #[error(
-        "is {found}, but the tensors before it end at {expected}; the file is corrupt, download it again"
+        "is {found}, but the tensors before it end at {expected}; download it again, it is corrupt"
     )]
     Offset { found: u64, expected: u64 },
     #[error(
-        "the data ends at byte {end}, but the file has only {file_bytes} bytes; it is truncated, download it again"
+        "the data ends at byte {end}, but the file has only {file_bytes} bytes; download it again, it is truncated"
     )]
     BeyondEnd { end: u64, file_bytes: u64 },
     #[error("cannot be read: {0}")]

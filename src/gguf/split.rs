@@ -106,30 +106,31 @@ pub fn looks_like_raw_cut(name: &str) -> bool {
 }
 
 /// Why the parts of a set do not make a model.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[derive(Debug, thiserror::Error, strum::IntoStaticStr, PartialEq, Eq)]
+#[strum(serialize_all = "snake_case", prefix = "split.")]
 pub enum SplitError {
     #[error("{key} is no count")]
     BadKey { key: &'static str },
     #[error("split.count is {count}, but {key} is missing")]
     MissingKey { key: &'static str, count: u64 },
     #[error(
-        "split.count is {count}, but at most {MAX_PARTS} parts fit the format; the file is corrupt"
+        "split.count is {count}, but at most {MAX_PARTS} parts fit the format; download it again, it is corrupt"
     )]
     TooManyParts { count: u64 },
     #[error("the parts are larger together than any file system can show")]
     TooLarge,
-    #[error("the parts hold {0} tensors together; no real model has so many")]
+    #[error("the parts hold {0} tensors together, more than any real model")]
     TooManyTensors(u64),
     #[error("split.no is {no}, but split.count is {count}")]
     NumberBeyondCount { no: u64, count: u64 },
     #[error("this is no part of a split set, but part {number} of {count} was expected here")]
     NotAPart { number: u64, count: u64 },
     #[error(
-        "split.no is {found}, but in this place it must be {expected}; the file has another part's name"
+        "split.no is {found}, but in this place it must be {expected}; give the file the name that it was published with"
     )]
     WrongNumber { found: u64, expected: u64 },
     #[error(
-        "{key} is {found}, but {expected} in the first part; the parts are of different models or versions"
+        "{key} is {found}, but {expected} in the first part; download the whole set again, its parts are of different models or versions"
     )]
     Disagree {
         key: &'static str,

@@ -186,9 +186,9 @@ impl fmt::Display for GgmlType {
 
 /// What is known of an id without a usable size: `(name, advice)`.
 pub(super) fn retired(id: u32) -> Option<(&'static str, &'static str)> {
-    const REMOVED: &str = "it was removed from llama.cpp; quantise the model again";
+    const REMOVED: &str = "quantise the model again, llama.cpp removed it";
     const REPACKED: &str =
-        "llama.cpp removed this pre-packed type; quantise to Q4_0 or IQ4_NL instead";
+        "quantise to Q4_0 or IQ4_NL instead, llama.cpp removed this pre-packed type";
     match id {
         4 => Some(("Q4_2", REMOVED)),
         5 => Some(("Q4_3", REMOVED)),

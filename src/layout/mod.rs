@@ -128,7 +128,8 @@ impl File {
 }
 
 /// Why a model has no layout.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case", prefix = "layout.")]
 pub enum LayoutError {
     #[error("{first} and {second} are of the same layer, but disagree on the number of experts")]
     ExpertCounts { first: String, second: String },
@@ -138,7 +139,7 @@ pub enum LayoutError {
         first: String,
         second: String,
     },
-    #[error("{0} has a fourth dimension; experts are stacked along the third")]
+    #[error("{0} has a fourth dimension, but experts are stacked along the third")]
     FourthDimension(String),
     #[error("{0} should hold gate and up rows, half of each, but has an odd number of rows")]
     OddFusedRows(String),
@@ -151,7 +152,7 @@ pub enum LayoutError {
         interleave: u32,
     },
     #[error(
-        "layer {layer} has {experts} experts, which makes {total} or more in all; no real model has so many"
+        "layer {layer} has {experts} experts, which makes {total} or more in all, more than any real model"
     )]
     TooManyExperts {
         layer: u32,
@@ -159,13 +160,13 @@ pub enum LayoutError {
         total: u64,
     },
     #[error(
-        "the experts up to layer {layer} hold {tensors} tensors together; no real model has so many"
+        "the experts up to layer {layer} hold {tensors} tensors together, more than any real model"
     )]
     TooManyExpertTensors { layer: u32, tensors: usize },
     #[error("a tensor is called {METADATA_KEY:?}, which safetensors reserves; rename it")]
     ReservedName,
     #[error(
-        "the header of {path} takes {bytes} bytes, but safetensors allows only 100000000; the model has too many tensors"
+        "the header of {path} takes {bytes} bytes, but safetensors allows only 100000000, so the model has too many tensors"
     )]
     HeaderTooLarge { path: String, bytes: u64 },
     #[error(transparent)]
@@ -232,6 +233,26 @@ impl Layout {
             .files
             .partition_point(|file| matches!(file.kind, FileKind::Base(_)));
         &self.files[first..]
+    }
+
+    /// The file of an expert; `None` if the model has no such.
+    pub fn expert(&self, layer: u32, expert: u32) -> Option<&File> {
+        let wanted = FileKind::Expert { layer, expert };
+        let at = self
+            .files
+            .binary_search_by_key(&wanted, |file| file.kind)
+            .ok()?;
+        Some(&self.files[at])
+    }
+
+    /// The numbers of a layer's experts, in order.
+    pub fn experts_of(&self, layer: u32) -> impl Iterator<Item = u32> + '_ {
+        self.experts()
+            .iter()
+            .filter_map(move |file| match file.kind {
+                FileKind::Expert { layer: of, expert } if of == layer => Some(expert),
+                _ => None,
+            })
     }
 
     /// The layers that have routed experts.

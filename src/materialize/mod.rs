@@ -38,7 +38,8 @@ use crate::tree::Ino;
 pub use crate::work::Progress;
 
 /// Why a tree cannot be written. What is complete stays, and the same command goes on from there.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case", prefix = "materialize.")]
 pub enum MaterializeError {
     #[error("cannot {action} {path:?}: {cause}")]
     Io {
@@ -118,6 +119,15 @@ pub struct Options {
     pub force: bool,
 }
 
+/// What a run has done besides writing files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outcome {
+    /// Whether a document had to be made anew.
+    pub documents_written: bool,
+    /// What lies in the target's folders, but is not listed: files of another model, or of nobody.
+    pub unlisted: Vec<PathBuf>,
+}
+
 /// What is to be written to a target, and what is there already.
 #[derive(Debug)]
 pub struct Plan<'a> {
@@ -131,6 +141,8 @@ pub struct Plan<'a> {
     done: Vec<Ino>,
     /// Complete files, chosen or not, that only need the tree's time.
     touch: Vec<Ino>,
+    /// Experts that the target's registry lists, but that are gone and were not chosen.
+    lost: Vec<String>,
     /// By index in [`Layout::files`](crate::layout::Layout::files): is chosen, so that it will be
     /// there when the plan has been run.
     chosen: Vec<bool>,
@@ -195,6 +207,7 @@ impl<'a> Plan<'a> {
             replaced: HashSet::new(),
             done: Vec::new(),
             touch: Vec::new(),
+            lost: Vec::new(),
             chosen: vec![false; layout.files().len()],
             options: options.clone(),
             ways: Ways::probe(model, existing_folder(target)?, options.reflink)?,
@@ -226,6 +239,7 @@ impl<'a> Plan<'a> {
             plan.cost.room += bytes.next_multiple_of(plan.ways.block);
         }
         plan.check_others()?;
+        plan.lost = plan.lost_experts()?;
         plan.check_sharing()?;
         Ok(plan)
     }
@@ -238,6 +252,34 @@ impl<'a> Plan<'a> {
     /// The number of chosen files that are complete already.
     pub fn files_done(&self) -> usize {
         self.done.len()
+    }
+
+    /// Experts that the target's registry lists, but that are gone and were not chosen: the registry will list
+    /// them no more.
+    pub fn lost(&self) -> &[String] {
+        &self.lost
+    }
+
+    fn lost_experts(&self) -> Result<Vec<String>, MaterializeError> {
+        let registry = self.target.join(REGISTRY_PATH);
+        // Another thing of that name is dealt with elsewhere; a pipe would be waited for.
+        if !registry.symlink_metadata().is_ok_and(|m| m.is_file()) {
+            return Ok(Vec::new());
+        }
+        let registry = std::fs::read(registry).unwrap_or_default();
+        let registry: serde_json::Map<String, serde_json::Value> =
+            serde_json::from_slice(&registry).unwrap_or_default();
+        let mut lost = Vec::new();
+        for (file, chosen) in self.model.layout().files().iter().zip(&self.chosen) {
+            let stem = file.kind.stem();
+            if !chosen
+                && registry.contains_key(&stem)
+                && matches!(self.state(self.find(&file.kind.path()))?, State::Missing)
+            {
+                lost.push(stem);
+            }
+        }
+        Ok(lost)
     }
 
     /// Bytes of the files to write.

@@ -7,6 +7,7 @@
 //! flushes the whole file system, and then each of them gets its name. The flush is short: most of
 //! the bytes went to the disk while they were written (`copy`).
 
+use std::collections::HashSet;
 use std::fs::{self, File, FileTimes, Permissions, TryLockError};
 use std::io::{self, Write};
 use std::num::NonZeroUsize;
@@ -20,8 +21,8 @@ use tempfile::{NamedTempFile, TempPath};
 
 use super::compare::State;
 use super::copy::{self, Copier, Target};
-use super::{DIRECTORIES, DOCUMENTS, MaterializeError, Plan, io_error};
-use crate::layout::{Doc, File as LayoutFile};
+use super::{DIRECTORIES, DOCUMENTS, MaterializeError, Outcome, Plan, io_error};
+use crate::layout::{Doc, File as LayoutFile, METADATA_GGUF_PATH, METADATA_PATH, REGISTRY_PATH};
 use crate::sys;
 use crate::tree::Ino;
 use crate::work::{Progress, in_parallel};
@@ -43,7 +44,7 @@ impl Plan<'_> {
         jobs: NonZeroUsize,
         stop: &AtomicBool,
         progress: &(dyn Fn(Progress) + Sync),
-    ) -> Result<(), MaterializeError> {
+    ) -> Result<Outcome, MaterializeError> {
         for directory in DIRECTORIES {
             let directory = self.target.join(directory);
             fs::create_dir_all(&directory).map_err(io_error("make", &directory))?;
@@ -63,8 +64,13 @@ impl Plan<'_> {
                 .map_err(io_error("set the time of", &path))?;
         }
         self.write_files(&folders, jobs, stop, progress)?;
-        for (path, bytes) in self.documents()? {
-            self.write_document(&folders, path, &bytes)?;
+        let present = self.present()?;
+        let mut outcome = Outcome {
+            documents_written: false,
+            unlisted: self.unlisted(&folders, &present)?,
+        };
+        for (path, bytes) in self.documents(&present) {
+            outcome.documents_written |= self.write_document(&folders, path, &bytes)?;
         }
         folders.check()?;
         for (folder, path) in folders
@@ -75,7 +81,31 @@ impl Plan<'_> {
         {
             folder.sync_all().map_err(io_error("flush", path))?;
         }
-        Ok(())
+        Ok(outcome)
+    }
+
+    /// What lies in the target's folders and is not listed by the documents: files of another model, or
+    /// of nobody.
+    fn unlisted(
+        &self,
+        folders: &Folders,
+        present: &[bool],
+    ) -> Result<Vec<PathBuf>, MaterializeError> {
+        let files = self.model.layout().files().iter().zip(present);
+        let mut listed: HashSet<PathBuf> = files
+            .filter(|(_, present)| **present)
+            .map(|(file, _)| self.target.join(file.kind.path()))
+            .collect();
+        let documents = [REGISTRY_PATH, METADATA_PATH, METADATA_GGUF_PATH];
+        listed.extend(documents.map(|path| self.target.join(path)));
+        let mut unlisted = Vec::new();
+        for Folder { path, held, .. } in &folders.0 {
+            let entries = held.read_dir().map_err(io_error("list", path))?;
+            let paths = entries.flatten().map(|entry| path.join(entry.file_name()));
+            unlisted.extend(paths.filter(|path| !listed.contains(path)));
+        }
+        unlisted.sort();
+        Ok(unlisted)
     }
 
     /// Removes what killed runs have left in the target, and returns the bytes that may then be
@@ -146,12 +176,11 @@ impl Plan<'_> {
     }
 
     /// The documents that describe what is there, and their paths in the tree.
-    fn documents(&self) -> Result<Vec<(&'static str, Vec<u8>)>, MaterializeError> {
-        let chosen = self.present()?;
+    fn documents(&self, listed: &[bool]) -> [(&'static str, Vec<u8>); 2] {
         let layout = self.model.layout();
         let present = |file: &LayoutFile| {
             let found = layout.files().binary_search_by_key(&file.kind, |f| f.kind);
-            found.is_ok_and(|index| chosen[index])
+            found.is_ok_and(|index| listed[index])
         };
         let render = |(path, doc)| {
             let mut bytes = Vec::new();
@@ -162,25 +191,31 @@ impl Plan<'_> {
             .expect("writing to memory cannot fail");
             (path, bytes)
         };
-        Ok(DOCUMENTS.into_iter().map(render).collect())
+        DOCUMENTS.map(render)
     }
 
+    /// Writes a document, unless it is there already; says whether it did.
     fn write_document(
         &self,
         folders: &Folders,
         path: &str,
         bytes: &[u8],
-    ) -> Result<(), MaterializeError> {
+    ) -> Result<bool, MaterializeError> {
         let path = self.target.join(path);
         let folder = folders.of(&path);
+        let place = folder.place(&path);
+        let is_file = place.symlink_metadata().is_ok_and(|m| m.is_file());
+        if is_file && fs::read(&place).is_ok_and(|found| found == bytes) {
+            return Ok(false);
+        }
         let mut file = temporary_in(folder).map_err(io_error("make files in", &folder.path))?;
         file.write_all(bytes)
             .and_then(|()| self.complete(file.as_file()))
             .and_then(|()| file.as_file().sync_all())
             .map_err(io_error("write", &path))?;
-        file.persist(folder.place(&path))
+        file.persist(place)
             .map_err(|e| io_error("name", &path)(e.error))?;
-        Ok(())
+        Ok(true)
     }
 
     /// Gives a file the tree's time; once it has been flushed, it may have its name.
@@ -364,6 +399,17 @@ fn temporary_in(folder: &Folder) -> io::Result<NamedTempFile> {
         .suffix(TEMPORARY_SUFFIX)
         .permissions(Permissions::from_mode(0o666)) // the umask takes its part
         .tempfile_in(&folder.held)
+        .map_err(without_path)
+}
+
+/// The error of the system, without the path by which we reached the folder.
+fn without_path(error: io::Error) -> io::Error {
+    let inner = error.get_ref().and_then(|inner| inner.source());
+    let cause = inner.and_then(|inner| inner.downcast_ref::<io::Error>());
+    match cause.and_then(io::Error::raw_os_error) {
+        Some(errno) => io::Error::from_raw_os_error(errno),
+        None => error,
+    }
 }
 
 /// Removes the temporary files of runs that were killed. Only with the lock: a run that lives has such

@@ -39,7 +39,12 @@ impl Mount {
                     Some(_) => Err(MountError::Daemon(
                         String::from_utf8_lossy(&said).into_owned(),
                     )),
-                    None => Err(MountError::DaemonDied(fate_of(child))),
+                    None => {
+                        let fate = fate_of(child);
+                        // What it mounted, if it came so far, nobody serves.
+                        let _ = super::preflight::unmount_stale(&directory);
+                        Err(MountError::DaemonDied(fate))
+                    }
                 }
             }
         }
@@ -82,6 +87,9 @@ fn wait_until_it_answers(directory: &Path) -> Result<(), MountError> {
 
 fn fate_of(child: i32) -> String {
     match wait_for(child) {
+        Ok(status) if status == -libc::SIGABRT => {
+            "it gave up, as it does without memory".to_owned()
+        }
         Ok(status) if status < 0 => format!("killed by signal {}", -status),
         Ok(status) => format!("exit status {status}"),
         Err(e) => e.to_string(),

@@ -9,6 +9,7 @@
 //! [`unmount`] ends one of ours.
 
 mod background;
+mod holders;
 mod preflight;
 mod read_ahead;
 mod status;
@@ -23,9 +24,11 @@ use std::time::Duration;
 
 use fuser::{Config, MountOption, Session, SessionACL};
 
+pub use holders::Holder;
 pub use read_ahead::{ReadAheadError, set_read_ahead};
-pub use status::{MountStatus, State, status};
-pub use table::{MountEntry, mount_of, mount_table};
+pub use status::{MountStatus, State, state_of, status};
+pub use table::{MountEntry, mount_of, mount_table, resolved};
+pub(crate) use unmount::fusermount;
 pub use unmount::{UnmountError, unmount};
 
 pub use crate::fuse::Cache;
@@ -46,6 +49,8 @@ const SUBTYPE: &str = "odmoe";
 pub struct Options {
     /// Mount over a directory that is not empty.
     pub nonempty: bool,
+    /// First unmount what of ours is mounted on the directory, in whatever state.
+    pub replace: bool,
     /// Let every user in, not only the one who mounts.
     pub allow_other: bool,
     /// The owner of the files, instead of the one who mounts.
@@ -56,12 +61,15 @@ pub struct Options {
     pub threads: Option<usize>,
     /// Whose page cache keeps what was read.
     pub cache: Cache,
+    /// Count what is asked for, and show it as extended attributes of the root ([`crate::stats`]).
+    pub stats: bool,
     /// Let the model's pages stay in the page cache, too, though the mounted files' pages do.
     pub keep_source_cache: bool,
 }
 
 /// Why a mount cannot be made, or ended badly. Each says what to do.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case", prefix = "mount.")]
 pub enum MountError {
     #[error("{0:?} does not exist; make it with `mkdir -p`")]
     DirectoryMissing(PathBuf),
@@ -72,14 +80,14 @@ pub enum MountError {
     )]
     NotEmpty(PathBuf),
     #[error(
-        "{source_name:?} is already mounted on {directory:?}; unmount it first, with `odmoe-fs umount`"
+        "{source_name:?} is already mounted on {directory:?}; unmount it first, with `odmoe-fs umount`, or say --replace"
     )]
     AlreadyMounted {
         directory: PathBuf,
         source_name: String,
     },
     #[error(
-        "{source_name:?} is mounted on {directory:?}, but {} does not answer; unmount it, with `odmoe-fs umount --lazy`, and end the process",
+        "{source_name:?} is mounted on {directory:?}, but {} does not answer; say --replace, or unmount it with `odmoe-fs umount --lazy`, and end the process",
         process(*.pid)
     )]
     NotAnswering {
@@ -134,12 +142,18 @@ pub enum MountError {
         directory: PathBuf,
         cause: io::Error,
     },
+    #[error(
+        "{threads} worker threads cannot be started: {cause}; use fewer with --threads, or allow more with `ulimit -u` and `ulimit -v`"
+    )]
+    Workers { threads: usize, cause: io::Error },
     #[error("cannot go to the background: {0}")]
     Background(io::Error),
     /// What the daemon said before it ended.
     #[error("{0}")]
     Daemon(String),
-    #[error("the background process ended before the mount was ready ({0})")]
+    #[error(
+        "the background process ended before the mount was ready ({0}); if memory is short, use fewer --threads, else say the same with -f to see why"
+    )]
     DaemonDied(String),
 }
 
@@ -186,8 +200,12 @@ impl Mount {
             );
         }
         let config = config(&model, options);
+        let mut file_system = OdmoeFs::new(model, owner, options.cache);
+        if options.stats {
+            file_system.count();
+        }
         Ok(Self {
-            file_system: OdmoeFs::new(model, owner, options.cache),
+            file_system,
             directory,
             lock,
             config,
@@ -214,6 +232,8 @@ impl Mount {
         // Before any thread starts, so that all of them leave the signals to the one that waits.
         let signals = Signals::block(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP])
             .map_err(MountError::Background)?;
+        let threads = self.config.n_threads.unwrap_or(1);
+        try_workers(threads).map_err(|cause| MountError::Workers { threads, cause })?;
         let directory = self.directory;
         let session = Session::new(self.file_system, &directory, &self.config).map_err(|e| {
             MountError::Refused {
@@ -240,7 +260,6 @@ impl Mount {
         // and another file system there by then. So it never drops its mount; we end it.
         let mut session = ManuallyDrop::new(session.spawn().map_err(&fail)?);
         let serving = std::mem::replace(&mut session.guard, std::thread::spawn(|| Ok(())));
-        let threads = self.config.n_threads.unwrap_or(1);
         tracing::info!("mounted on {directory:?}, {threads} worker threads");
         ready();
         let served = serving
@@ -308,6 +327,38 @@ fn give_up_privileges() {
         }
         privileges::no_new_privileges();
     }
+}
+
+/// The buffer of a worker of fuser and what else it reserves, and its stack.
+const WORKER_BYTES: usize = 17 << 20;
+const STACK_BYTES: usize = 2 << 20;
+
+/// Starts as many threads as there will be workers, with as much memory, and ends them again. fuser
+/// starts its own when the mount is made already, and would leave it without anybody to serve it.
+fn try_workers(threads: usize) -> io::Result<()> {
+    // All at once first: what a thread lacks while it starts is no error but its end.
+    let mut all: Vec<u8> = Vec::new();
+    let bytes = threads * (WORKER_BYTES + STACK_BYTES);
+    all.try_reserve_exact(bytes).map_err(io::Error::other)?;
+    drop(all);
+    let gate = parking_lot::Mutex::new(());
+    let started = || {
+        let mut buffer: Vec<u8> = Vec::new();
+        let reserved = buffer.try_reserve_exact(WORKER_BYTES);
+        drop(gate.lock()); // until all of them are there
+        reserved.map_err(io::Error::other)
+    };
+    std::thread::scope(|scope| {
+        let closed = gate.lock();
+        let workers: Vec<_> = (0..threads)
+            .map(|_| std::thread::Builder::new().spawn_scoped(scope, started))
+            .collect();
+        drop(closed);
+        workers.into_iter().try_for_each(|worker| {
+            let ended = worker?.join();
+            ended.unwrap_or_else(|_| Err(io::Error::other("a thread panicked")))
+        })
+    })
 }
 
 fn config(model: &Model, options: &Options) -> Config {

@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::{MountEntry, MountError, Options, State, status, table, unmount};
+use crate::doctor::user_allow_other;
 use crate::model::Model;
 use crate::sys::process::effective_ids;
 
 const DEVICE: &str = "/dev/fuse";
-const FUSE_CONF: &str = "/etc/fuse.conf";
 /// How long to wait for another mount on the same directory to be made, or refused.
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -21,7 +21,8 @@ pub(super) fn check(
     directory: &Path,
     options: &Options,
 ) -> Result<(PathBuf, Option<File>), MountError> {
-    let directory = usable_directory(directory)?;
+    usable_fuse(options)?;
+    let directory = usable_directory(directory, options.replace)?;
     let lock = lock(&directory)?;
     // Again: somebody else may have mounted there before we had the lock.
     not_mounted(&directory)?;
@@ -33,7 +34,6 @@ pub(super) fn check(
     if !options.nonempty && !is_empty(&directory)? {
         return Err(MountError::NotEmpty(directory));
     }
-    usable_fuse(options)?;
     Ok((directory, lock))
 }
 
@@ -70,7 +70,7 @@ fn lock(directory: &Path) -> Result<Option<File>, MountError> {
     }
 }
 
-fn usable_directory(given: &Path) -> Result<PathBuf, MountError> {
+fn usable_directory(given: &Path, replace: bool) -> Result<PathBuf, MountError> {
     let fail = |cause: io::Error| match cause.kind() {
         io::ErrorKind::NotFound => MountError::DirectoryMissing(given.to_owned()),
         _ => MountError::Directory {
@@ -79,7 +79,7 @@ fn usable_directory(given: &Path) -> Result<PathBuf, MountError> {
         },
     };
     let directory = table::resolved(given).map_err(fail)?;
-    repair(&directory)?;
+    clear(&directory, replace)?;
     not_mounted(&directory)?;
     if !directory.metadata().map_err(fail)?.is_dir() {
         return Err(MountError::NotADirectory(directory));
@@ -88,40 +88,50 @@ fn usable_directory(given: &Path) -> Result<PathBuf, MountError> {
 }
 
 /// Unmounts what a daemon of ours that is dead has left on the directory: nobody can use it, and
-/// nothing is lost.
-fn repair(directory: &Path) -> Result<(), MountError> {
-    if stale(directory)?.is_none() {
+/// nothing is lost. With `replace` also what is alive.
+fn clear(directory: &Path, replace: bool) -> Result<(), MountError> {
+    if in_the_way(directory, replace)?.is_none() {
         return Ok(());
     }
-    // Rivals may be about to repair it, too, and who comes late must not unmount what another has just
+    // Rivals may be about to do so, too, and who comes late must not unmount what another has just
     // mounted. The directory itself cannot be locked, but the one above it can, if it can be read.
     let _rivals = directory.parent().and_then(|above| lock(above).ok());
-    while let Some(mount) = stale(directory)? {
+    while let Some((mount, state)) = in_the_way(directory, replace)? {
         unmount::unmount(directory, true).map_err(|cause| MountError::Repair {
             directory: directory.to_owned(),
             cause,
         })?;
-        tracing::warn!(
-            "{directory:?} was a mount of {:?} whose process is dead; unmounted it",
-            mount.source.to_string_lossy()
-        );
+        let source = mount.source.to_string_lossy();
+        match state {
+            State::Stale => tracing::warn!(
+                "{directory:?} was a mount of {source:?} whose process is dead; unmounted it"
+            ),
+            _ => tracing::warn!(
+                "{directory:?} was a mount of {source:?}; unmounted it, and programs that have files of it open keep it"
+            ),
+        }
     }
     Ok(())
 }
 
-/// The mount on a directory if it is one of ours whose daemon is dead. Fails if that does not answer.
-fn stale(directory: &Path) -> Result<Option<MountEntry>, MountError> {
+/// Unmounts what is on a directory if it is one of ours that nobody serves.
+pub(super) fn unmount_stale(directory: &Path) -> Result<(), MountError> {
+    clear(directory, false)
+}
+
+/// The mount on a directory if it is one of ours that shall go. Fails if that does not answer.
+fn in_the_way(directory: &Path, replace: bool) -> Result<Option<(MountEntry, State)>, MountError> {
     let Some(mount) = table::mounted_on(directory).filter(MountEntry::is_odmoe) else {
         return Ok(None);
     };
     match status::state_of(directory) {
-        State::Stale => Ok(Some(mount)),
+        state if state == State::Stale || replace => Ok(Some((mount, state))),
         State::NotAnswering => Err(MountError::NotAnswering {
             directory: directory.to_owned(),
             source_name: mount.source.to_string_lossy().into_owned(),
             pid: status::pid_of(&mount),
         }),
-        State::Alive | State::NotReadable => Ok(None), // for `not_mounted` to say
+        _ => Ok(None), // for `not_mounted` to say
     }
 }
 
@@ -171,15 +181,6 @@ fn usable_fuse(options: &Options) -> Result<(), MountError> {
         return Err(MountError::UserAllowOther);
     }
     Ok(())
-}
-
-/// Whether `fuse.conf` lets users say `allow_other`: a line of its own, comments aside.
-fn user_allow_other() -> bool {
-    std::fs::read_to_string(FUSE_CONF)
-        .unwrap_or_default()
-        .lines()
-        .filter_map(|line| line.split('#').next())
-        .any(|line| line.trim() == "user_allow_other")
 }
 
 /// What the mount helper or the kernel said, with the cure of the usual cases.

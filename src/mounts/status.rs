@@ -11,6 +11,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use super::SUBTYPE;
 use super::table::{self, MountEntry};
 use crate::sys::mount::{Answer, Question};
 
@@ -24,8 +25,8 @@ const DYING: Duration = Duration::from_millis(10);
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MountStatus {
     pub directory: PathBuf,
-    /// The model's path, or `odmoe` where the table cannot hold it.
-    pub model: OsString,
+    /// The model's path; `None` where the table cannot hold it and nothing can be seen of its process.
+    pub model: Option<OsString>,
     /// The process that serves it; `None` where that is dead, or nothing of it can be seen.
     pub pid: Option<u32>,
     pub state: State,
@@ -79,23 +80,32 @@ pub fn status() -> Vec<MountStatus> {
         }
     }
     let processes = processes();
-    let one = |(mount, state): (MountEntry, State)| MountStatus {
-        pid: serving(&mount, &processes),
-        model: mount.source,
-        directory: mount.directory,
-        state,
+    let one = |(mount, state): (MountEntry, State)| {
+        let process = processes.iter().find(|process| process.serves(&mount));
+        MountStatus {
+            pid: process.map(|process| process.pid),
+            model: match mount.source {
+                // A path that would be taken for options of the mount.
+                source if source == SUBTYPE => process.and_then(Process::model),
+                source => Some(source),
+            },
+            directory: mount.directory,
+            state,
+        }
     };
     mounts.into_iter().zip(states).map(one).collect()
 }
 
-/// The state of the mount on a directory.
-pub(super) fn state_of(directory: &Path) -> State {
+/// The state of the mount on a directory, within little more than a second.
+pub fn state_of(directory: &Path) -> State {
     states(&[directory])[0]
 }
 
 /// The process that serves a mount, if it can be seen.
 pub(super) fn pid_of(mount: &MountEntry) -> Option<u32> {
-    serving(mount, &processes())
+    let processes = processes();
+    let process = processes.iter().find(|process| process.serves(mount))?;
+    Some(process.pid)
 }
 
 fn states(directories: &[&Path]) -> Vec<State> {
@@ -166,6 +176,14 @@ impl Process {
         })
     }
 
+    /// The model, or a part of it: the file that a daemon of ours keeps open.
+    fn model(&self) -> Option<OsString> {
+        let descriptors = std::fs::read_dir(format!("/proc/{}/fd", self.pid)).ok()?;
+        let mut files = descriptors.filter_map(|fd| fd.ok()?.path().read_link().ok());
+        let model = files.find(|file| file.extension().is_some_and(|e| e == "gguf"))?;
+        Some(model.into_os_string())
+    }
+
     fn serves(&self, mount: &MountEntry) -> bool {
         if self.connections.is_empty() {
             // An older kernel. Relative paths were those of a folder that the daemon has left.
@@ -175,11 +193,4 @@ impl Process {
         let connection = mount.device.strip_prefix("0:");
         connection.is_some_and(|number| self.connections.iter().any(|n| n == number))
     }
-}
-
-fn serving(mount: &MountEntry, processes: &[Process]) -> Option<u32> {
-    processes
-        .iter()
-        .find(|process| process.serves(mount))
-        .map(|process| process.pid)
 }

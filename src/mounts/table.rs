@@ -110,7 +110,7 @@ const MOST_LINKS: usize = 40;
 
 /// A directory's absolute path without links, found without asking a mount of ours on the way: it may
 /// be dead or stopped. What lies below one is taken as it is written.
-pub(super) fn resolved(directory: &Path) -> io::Result<PathBuf> {
+pub fn resolved(directory: &Path) -> io::Result<PathBuf> {
     let table = mount_table();
     let mut done = PathBuf::from("/");
     let mut rest: Vec<OsString> = reversed(&std::path::absolute(directory)?);

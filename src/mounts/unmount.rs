@@ -5,26 +5,44 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use super::table;
+use super::holders::{Holder, holders};
+use super::{State, status, table};
 use crate::sys;
 
 /// Why a directory was not unmounted.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case", prefix = "umount.")]
 pub enum UnmountError {
-    #[error("{0:?} does not exist")]
+    #[error("{0:?} does not exist; name one of those that `odmoe-fs status` lists")]
     Missing(PathBuf),
-    #[error("{0:?} is no odmoe-fs mount; `odmoe-fs status` lists them")]
+    #[error("{0:?} is no odmoe-fs mount; name one of those that `odmoe-fs status` lists")]
     NotOurs(PathBuf),
     #[error(
-        "{0:?} is in use: a program has a file open or works in it; close it, or say --lazy to unmount when the last has left"
+        "{directory:?} is in use by {}; end that, or say --lazy to take the mount away now and end it when the last user has left",
+        in_words(.holders)
     )]
-    Busy(PathBuf),
+    Busy {
+        directory: PathBuf,
+        /// As far as this user may see them.
+        holders: Vec<Holder>,
+    },
     #[error(
         "fusermount3 is not installed, and unmounting needs it unless you are root; install the package fuse3"
     )]
     NoFusermount,
     #[error("{directory:?} cannot be unmounted: {reason}")]
     Refused { directory: PathBuf, reason: String },
+}
+
+/// The first of those who use a mount, and how many more there are.
+fn in_words(holders: &[Holder]) -> String {
+    const SHOWN: usize = 4;
+    let names: Vec<_> = holders.iter().take(SHOWN).map(Holder::to_string).collect();
+    match holders.len().saturating_sub(SHOWN) {
+        _ if holders.is_empty() => "a process that only its owner or root may see".to_owned(),
+        0 => names.join(", "),
+        more => format!("{} and {more} more", names.join(", ")),
+    }
 }
 
 /// Unmounts one of our mounts, a dead one too. A busy one is refused, or with `lazy` taken out of
@@ -38,7 +56,19 @@ pub fn unmount(directory: &Path, lazy: bool) -> Result<PathBuf, UnmountError> {
         },
     })?;
     match table::mounted_on(&directory) {
-        Some(entry) if entry.is_odmoe() => run(&directory, lazy)?,
+        Some(entry) if entry.is_odmoe() => {
+            run(&directory, lazy).or_else(|e| match e {
+                // Nobody can use a dead one, whoever has files of it open.
+                UnmountError::Busy { .. } if status::state_of(&directory) == State::Stale => {
+                    run(&directory, true)
+                }
+                UnmountError::Busy { directory, .. } => Err(UnmountError::Busy {
+                    holders: holders(&entry),
+                    directory,
+                }),
+                e => Err(e),
+            })?;
+        }
         _ => return Err(UnmountError::NotOurs(directory)),
     }
     Ok(directory)
@@ -54,10 +84,14 @@ fn run(directory: &Path, lazy: bool) -> Result<(), UnmountError> {
         directory: directory.to_owned(),
         reason,
     };
+    let busy = || UnmountError::Busy {
+        directory: directory.to_owned(),
+        holders: Vec::new(),
+    };
     match sys::mount::unmount(directory, lazy) {
         Ok(()) => return Ok(()),
         Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
-            return Err(UnmountError::Busy(directory.to_owned()));
+            return Err(busy());
         }
         // Not root: the setuid helper may.
         Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {}
@@ -76,7 +110,7 @@ fn run(directory: &Path, lazy: bool) -> Result<(), UnmountError> {
     }
     let said = String::from_utf8_lossy(&output.stderr);
     if said.contains("busy") {
-        return Err(UnmountError::Busy(directory.to_owned()));
+        return Err(busy());
     }
     // The helper keeps a list of who mounted what.
     if said.contains("not found in") {
@@ -87,7 +121,7 @@ fn run(directory: &Path, lazy: bool) -> Result<(), UnmountError> {
 }
 
 /// The setuid helper that mounts and unmounts for users, where fuser looks for it, too.
-pub(super) fn fusermount() -> Option<PathBuf> {
+pub(crate) fn fusermount() -> Option<PathBuf> {
     if let Some(path) = std::env::var_os("FUSERMOUNT_PATH") {
         return Some(PathBuf::from(path)).filter(|path| is_program(path));
     }

@@ -104,11 +104,14 @@ impl Identity {
 }
 
 /// Why a range of a part cannot be read. To a reader of a mount all of them are EIO.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case", prefix = "read.")]
 pub enum ReadError {
-    #[error("{path:?} has changed since it was opened; unmount, and mount again")]
+    #[error(
+        "{path:?} has changed since it was opened; open it again once nobody writes to it: unmount and mount, or say the same command"
+    )]
     Changed { path: PathBuf },
-    #[error("{path:?} cannot be opened again: {cause}")]
+    #[error("{path:?} cannot be opened again: {cause}; {}", reopen_hint(.cause))]
     Reopen { path: PathBuf, cause: io::Error },
     #[error("{path:?} cannot be read at byte {offset}: {cause}")]
     Read {
@@ -116,6 +119,13 @@ pub enum ReadError {
         offset: u64,
         cause: io::Error,
     },
+}
+
+fn reopen_hint(cause: &io::Error) -> &'static str {
+    match cause.raw_os_error() {
+        Some(libc::EMFILE | libc::ENFILE) => "allow more open files with `ulimit -n`",
+        _ => "put it back, reads of it fail until then",
+    }
 }
 
 impl Source {
@@ -280,7 +290,7 @@ impl PartFile {
             let path = self.path.clone();
             let error = ReadError::Reopen { path, cause };
             if !self.missed.swap(true, Ordering::Relaxed) {
-                tracing::error!("{error}; reads of it fail until it is back");
+                tracing::error!("{error}");
             }
             error
         };

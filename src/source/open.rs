@@ -15,7 +15,8 @@ use crate::sys;
 const HEADER_BUFFER_BYTES: usize = 64 << 10;
 
 /// Why a model cannot be opened.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case", prefix = "model.")]
 pub enum OpenError {
     #[error("cannot open {path:?}: {cause}")]
     Io { path: PathBuf, cause: io::Error },

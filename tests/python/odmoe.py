@@ -87,11 +87,20 @@ def fail(*arguments, status=1, naming=(), **options):
     """Runs `odmoe-fs`, which must refuse and name each of `naming` on standard error; returns that text."""
     done = odmoe(*arguments, **options)
     assert done.returncode == status, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
-    reasons = done.stderr.strip().split(": ")
-    assert len(set(reasons)) == len(reasons), f"says something twice: {done.stderr}"
+    said = done.stderr
+    if status == 1:
+        what, hint = said[said.index("error: ") :].split("\nhint: ")  # one sentence each
+        assert hint.strip() and "\n" not in what
+        said = said.replace("\nhint: ", "; ")
+    reasons = said.strip().split(": ")
+    assert len(set(reasons)) == len(reasons), f"says something twice: {said}"
     for word in naming:
-        assert str(word).lower() in done.stderr.lower(), f"{word!s} is not named in: {done.stderr}"
-    return done.stderr
+        assert str(word).lower() in said.lower(), f"{word!s} is not named in: {said}"
+    return said
+
+
+# What an error of a model says if it does not itself say what to do.
+DOWNLOAD = "; compare the file's checksum with the published one, and download it again if it differs"
 
 
 # Code for `ask` that lists the folder `root`.
@@ -297,18 +306,24 @@ def daemon_of(where):
             return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         return []
 
-    def serves_another(pid):
+    def connections(pid):
+        """What it serves, by the numbers of mounts; nothing on older kernels, and of a daemon that is ending."""
         with contextlib.suppress(OSError):
             infos = [path.read_text() for path in Path(f"/proc/{pid}/fdinfo").iterdir()]
-            connections = re.findall(r"^fuse_connection:\s*(\d+)$", "\n".join(infos), re.MULTILINE)
-            return bool(connections) and connection not in connections  # older kernels do not tell
-        return True
+            return re.findall(r"^fuse_connection:\s*(\d+)$", "\n".join(infos), re.MULTILINE)
+        return []
+
+    def started(pid):
+        with contextlib.suppress(OSError):
+            return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        return 0
 
     connection = next((m.device.removeprefix("0:") for m in reversed(list(mounts())) if m.at == str(where)), None)
     mine = os.fsencode(where)
     daemons = [int(p) for p in os.listdir("/proc") if p.isdigit() and mine in words(p) and b"mount" in words(p)]
-    (pid,) = [pid for pid in daemons if connection is None or not serves_another(pid)]
-    return pid
+    serving = [pid for pid in daemons if connection in connections(pid)]
+    # The number of a connection is soon used again, while the daemon that had it before is still ending.
+    return max(serving or daemons, key=started)
 
 
 def is_running(pid):

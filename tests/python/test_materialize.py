@@ -216,3 +216,33 @@ def test_a_place_that_is_no_folder_is_refused(model, tmp_path):
 def test_a_mounted_tree_is_never_written_into(model, tmp_path):
     with mounted(model, tmp_path / "mnt") as root:
         fail("materialize", model, root, naming=[root])
+
+
+def test_a_finished_tree_needs_no_room_to_write(tmp_path, small):
+    """Not even for the documents, which are there."""
+    out = tmp_path / "out"
+    succeed("materialize", small[0], out)
+    before = {name: path.stat().st_ino for name, path in files_of(out).items()}
+    assert succeed("materialize", small[0], out).startswith("nothing to write: all files are complete")
+    assert {name: path.stat().st_ino for name, path in files_of(out).items()} == before
+    (out / "experts/registry.json").write_text("{}")
+    assert succeed("materialize", small[0], out).startswith("nothing to write but the documents")
+
+
+def test_what_another_model_has_left_in_the_target_is_named(tmp_path, small):
+    out = tmp_path / "out"
+    succeed("materialize", small[0], out)
+    stranger = out / "experts/layer_77_expert_777.safetensors"
+    stranger.touch()
+    done = odmoe("materialize", small[0], out)
+    assert done.returncode == 0 and str(stranger) in done.stderr and "1 file" in done.stderr
+
+
+def test_experts_that_are_gone_are_named_when_the_registry_forgets_them(tmp_path, small):
+    out = tmp_path / "out"
+    succeed("materialize", small[0], out)
+    gone = out / "experts/layer_01_expert_001.safetensors"
+    gone.unlink()
+    done = odmoe("materialize", small[0], out, "--layers", 0)
+    assert done.returncode == 0 and "layer_01_expert_001" in done.stderr
+    assert "layer_01_expert_001" not in (out / "experts/registry.json").read_text()

@@ -82,7 +82,7 @@ def test_every_name_is_shown_and_harmless(model, tmp_path):
     out.mkdir()
     said_by("-vv", "inspect", path)
     lines = said_by("inspect", path, "--tensors").splitlines()
-    assert len([line for line in lines if " F32       [8] " in line]) == len(names)
+    assert len([line for line in lines if " F32   [8]" in line]) == len(names)
     report = json.loads(odmoe("inspect", path, "--tensors", "--json").stdout)
     assert [t["name"] for t in report["tensors"]] == names
     said_by("verify", path)

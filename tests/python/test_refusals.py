@@ -6,7 +6,7 @@ import struct
 
 import pytest
 
-from odmoe import REPO, fail
+from odmoe import DOWNLOAD, REPO, fail
 
 U16, I32, U32, STRING, U64 = 2, 5, 4, 8, 10
 MIB = 1 << 20
@@ -45,7 +45,7 @@ FILES = {
     "a header that is too long": (
         gguf([text("k") + struct.pack("<IQ", STRING, 1 << 28)]),
         1 << 29,
-        'key 0 "k", value, at byte 45: the header goes beyond 268435456 bytes; no real model has such a header',
+        'key 0 "k", value, at byte 45: the header goes beyond 268435456 bytes, which no real model has',
     ),
     "a key that is no UTF-8": (gguf([pair(b"\xff\xfe", U32, 1)]), None, "key 0, at byte 24: is not valid UTF-8"),
     "a key with NUL": (gguf([pair("a\0b", U32, 1)]), None, "key 0, at byte 24: holds a NUL byte"),
@@ -54,7 +54,7 @@ FILES = {
         gguf(tensors=[tensor("\x1b[2J\n\u202e", [3], 43)]),
         256,
         r'tensor 0 "\u{1b}[2J\n\u{202e}", type, at byte 52: type 43 is unknown, so the size of the tensor cannot be '
-        "known; a newer odmoe-fs may know it",
+        "known; look for a newer odmoe-fs that knows it",
     ),
     "a split number that is text": (gguf([pair("split.count", STRING, "2")]), None, "split.count is no count"),
     "a split count that is negative": (gguf([pair("split.count", I32, -1)]), None, "split.count is no count"),
@@ -62,7 +62,7 @@ FILES = {
     "more parts than the format has": (
         gguf([pair("split.count", U64, 70_000), pair("split.no", U16, 0), pair("split.tensors.count", I32, 0)]),
         None,
-        "split.count is 70000, but at most 65535 parts fit the format; the file is corrupt",
+        "split.count is 70000, but at most 65535 parts fit the format; download it again, it is corrupt",
     ),
     "a split number beyond the count": (
         gguf([pair("split.count", U16, 2), pair("split.no", U16, 2), pair("split.tensors.count", I32, 0)]),
@@ -77,7 +77,7 @@ def refused(path):
     assert fail("verify", path) == said
     assert fail("mount", path, path.parent) == said
     assert said.count("\n") == 1 and not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", said)
-    return said.removeprefix("error: ").removesuffix("\n")
+    return said.removeprefix("error: ").removesuffix("\n").removesuffix(DOWNLOAD)
 
 
 @pytest.mark.parametrize("why", FILES)
@@ -105,17 +105,17 @@ SETS = {
     "one is of another count": (
         [part(0, tensors=one("a")), part(1, count=3, tensors=one("b"))],
         2,
-        "split.count is 3, but 2 in the first part; the parts are of different models or versions",
+        "split.count is 3, but 2 in the first part; download the whole set again, its parts are of different models or versions",
     ),
     "one is of another number of tensors": (
         [part(0, tensors=one("a")), part(1, tensors_count=9, tensors=one("b"))],
         2,
-        "split.tensors.count is 9, but 2 in the first part; the parts are of different models or versions",
+        "split.tensors.count is 9, but 2 in the first part; download the whole set again, its parts are of different models or versions",
     ),
     "one has the other's number": (
         [part(0, tensors=one("a")), part(0, tensors=one("b"))],
         2,
-        "split.no is 0, but in this place it must be 1; the file has another part's name",
+        "split.no is 0, but in this place it must be 1; give the file the name that it was published with",
     ),
     "one is a whole model": (
         [part(0, tensors=one("a")), gguf(tensors=one("b"))],
@@ -154,7 +154,7 @@ def test_a_part_without_the_others_is_refused_in_these_words(tmp_path):
         f'"{lone}" is part 2 of 5, but its name does not end in "-00002-of-00005.gguf", so the other parts cannot be found; '
         "give the parts the names that they were published with"
     )
-    assert refused(tmp_path / "nothing.gguf") == f'cannot open "{tmp_path}/nothing.gguf": No such file or directory (os error 2)'
+    assert refused(tmp_path / "nothing.gguf") == f'cannot open "{tmp_path}/nothing.gguf": No such file or directory (os error 2); check the path, and that you may read the file'
 
 
 # --- and none is forgotten ------------------------------------------------------------------------------------------

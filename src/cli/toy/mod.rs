@@ -20,9 +20,12 @@ use anyhow::{Context, ensure};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, FromArgMatches};
 use odmoe_fs::gguf::{GGML_TYPES, GgmlType, MAX_TENSORS, PartName};
+use odmoe_fs::materialize::ignore_file_size_signal;
+use odmoe_fs::work::Progress;
 
 use self::plan::Plan;
 use self::weights::Elements;
+use super::progress::Meter;
 use super::{Stop, say, text};
 
 /// Write a small Mixture-of-Experts GGUF with made-up weights
@@ -108,9 +111,20 @@ fn type_parser() -> impl TypedValueParser<Value = &'static GgmlType> {
         .map(|name| GgmlType::from_name(&name).expect("the name is one of the table"))
 }
 
-pub fn run(args: &ToyArgs) -> anyhow::Result<()> {
+pub fn run(args: &ToyArgs, quiet: bool) -> anyhow::Result<()> {
+    // Beyond `ulimit -f`, writing shall be an error and not the end.
+    ignore_file_size_signal();
     let stop = Stop::on_signals()?;
-    let files = stop.explain(write_toy(args, &stop.flag))?;
+    let meter = Meter::new(Plan::new(args)?.bytes(), quiet);
+    let result = write_toy(
+        args,
+        Watch {
+            stop: &stop.flag,
+            progress: &|progress| meter.add(progress),
+        },
+    );
+    meter.finish();
+    let files = stop.explain(result)?;
     let mut bytes = 0;
     for file in &files {
         bytes += fs::metadata(file)?.len();
@@ -128,11 +142,19 @@ pub fn run(args: &ToyArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Who watches while a model is written.
+#[derive(Clone, Copy)]
+pub struct Watch<'a> {
+    /// Set when it shall end early.
+    pub stop: &'a AtomicBool,
+    pub progress: &'a dyn Fn(Progress),
+}
+
 /// Writes the model and returns its files, in the order of the parts.
 ///
-/// Either all of them appear, or none; no existing file is overwritten. Once `stop` is set, it ends
+/// Either all of them appear, or none; no existing file is overwritten. Once it is told to stop, it ends
 /// early and leaves nothing behind.
-pub fn write_toy(args: &ToyArgs, stop: &AtomicBool) -> anyhow::Result<Vec<PathBuf>> {
+pub fn write_toy(args: &ToyArgs, watch: Watch) -> anyhow::Result<Vec<PathBuf>> {
     let plan = Plan::new(args)?;
     let count = usize::from(args.split);
     let tensors = plan.tensors.len();
@@ -153,9 +175,10 @@ pub fn write_toy(args: &ToyArgs, stop: &AtomicBool) -> anyhow::Result<Vec<PathBu
     let mut written = Vec::with_capacity(count);
     for ((no, range), path) in (0..).zip(plan.parts(count)).zip(&paths) {
         let part = plan
-            .write_part(no, args.split, range, args.seed, path, stop)
+            .write_part(no, args.split, range, args.seed, path, watch)
             .with_context(|| format!("cannot write {path:?}"))?;
         written.push(part);
+        (watch.progress)(Progress { bytes: 0, files: 1 });
     }
     for (at, (file, path)) in written.into_iter().zip(&paths).enumerate() {
         if let Err(e) = file.persist_noclobber(path) {

@@ -5,15 +5,19 @@ use std::io::{self, BufWriter, Write};
 use std::ops::Range;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 
 use anyhow::bail;
 use odmoe_fs::gguf::write::{Writer, Written};
 use odmoe_fs::gguf::{GgmlType, Value, ValueType};
+use odmoe_fs::work::Progress;
 use tempfile::TempPath;
 
 use super::weights::{Elements, SplitMix64};
-use super::{Naming, ToyArgs};
+use super::{Naming, ToyArgs, Watch};
+
+/// How often progress is told.
+const PROGRESS_BYTES: u64 = 1 << 20;
 
 /// What the model holds.
 pub(super) struct Plan {
@@ -53,9 +57,14 @@ impl Plan {
         })
     }
 
+    /// Bytes of all tensors.
+    pub(super) fn bytes(&self) -> u64 {
+        self.tensors.iter().map(Tensor::bytes).sum()
+    }
+
     /// Deals the tensors out, in their order, to parts of about equal size, none of them empty.
     pub(super) fn parts(&self, count: usize) -> Vec<Range<usize>> {
-        let total: u64 = self.tensors.iter().map(Tensor::bytes).sum();
+        let total = self.bytes();
         let (mut end, mut bytes) = (0, 0);
         let part = |number| {
             let goal = total / count as u64 * number as u64;
@@ -82,7 +91,7 @@ impl Plan {
         tensors: Range<usize>,
         seed: u64,
         path: &Path,
-        stop: &AtomicBool,
+        watch: Watch,
     ) -> anyhow::Result<TempPath> {
         let tensors = &self.tensors[tensors];
         let header = self.header(no, count, tensors);
@@ -99,7 +108,7 @@ impl Plan {
         let mut at = header.bytes.len() as u64;
         for (tensor, &(offset, bytes)) in tensors.iter().zip(&header.data) {
             pad(&mut out, offset - at)?;
-            tensor.write_data(seed, &mut out, stop)?;
+            tensor.write_data(seed, &mut out, watch)?;
             at = offset + bytes;
         }
         pad(&mut out, header.file_bytes - at)?;
@@ -329,18 +338,29 @@ impl Tensor {
         row_bytes.expect("rows are whole blocks") * rows
     }
 
-    fn write_data(&self, seed: u64, out: &mut impl Write, stop: &AtomicBool) -> io::Result<()> {
+    fn write_data(&self, seed: u64, out: &mut impl Write, watch: Watch) -> io::Result<()> {
         let elements = Elements::of(self.ggml_type).expect("a toy is made of such types");
         // Norms scale what passes through them, so they are about 1.
         let mean = if self.name.contains("norm") { 1.0 } else { 0.0 };
         let mut random = SplitMix64::of_tensor(seed, &self.name);
         let mut block = vec![0; self.ggml_type.block_bytes as usize];
-        for _ in 0..self.bytes() / block.len() as u64 {
-            if stop.load(Ordering::Relaxed) {
-                return Err(io::Error::other("stopped; nothing was kept"));
+        let mut told = 0;
+        for n in 1..=self.bytes() / block.len() as u64 {
+            if watch.stop.load(Ordering::Relaxed) {
+                return Err(io::Error::other(
+                    "stopped, and nothing was kept; the same command begins anew",
+                ));
             }
             elements.fill(&mut block, mean, &mut random);
             out.write_all(&block)?;
+            let bytes = n * block.len() as u64;
+            if bytes - told >= PROGRESS_BYTES || bytes == self.bytes() {
+                (watch.progress)(Progress {
+                    bytes: bytes - told,
+                    files: 0,
+                });
+                told = bytes;
+            }
         }
         Ok(())
     }

@@ -8,7 +8,11 @@ use super::weights::{SplitMix64, f16_bits};
 use super::*;
 
 fn write_toy(args: &ToyArgs) -> anyhow::Result<Vec<PathBuf>> {
-    super::write_toy(args, &AtomicBool::new(false))
+    let watch = super::Watch {
+        stop: &AtomicBool::new(false),
+        progress: &|_| {},
+    };
+    super::write_toy(args, watch)
 }
 
 /// A toy of a few hundred kilobytes at most.

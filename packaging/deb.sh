@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Builds the Debian package into target/debian: `cargo install cargo-deb`, then this.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+target=${CARGO_TARGET_DIR:-target}
+binary=$target/release/odmoe-fs
+made=$target/packaging
+
+cargo build --release --bin odmoe-fs
+rm -rf "$made"
+mkdir -p "$made"
+"$binary" man --all "$made/man"
+gzip -9n "$made"/man/*.1
+"$binary" completions bash >"$made/odmoe-fs.bash"
+"$binary" completions zsh >"$made/_odmoe-fs"
+"$binary" completions fish >"$made/odmoe-fs.fish"
+# What mount(8) looks for when it is told `-t fuse.odmoe`.
+ln -s /usr/bin/odmoe-fs "$made/mount.fuse.odmoe"
+cargo deb --no-build --quiet "$@"

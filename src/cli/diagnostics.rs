@@ -1,0 +1,145 @@
+//! Messages: on the standard error, and those of a daemon, which has none, in a file or in the journal.
+//!
+//! Which of the two a process is, its number tells: the daemon is forked off after all this is set up.
+
+use std::fs::File;
+use std::io::{self, IsTerminal, Write};
+use std::sync::OnceLock;
+
+use tracing::Level;
+use tracing::level_filters::LevelFilter;
+use tracing_subscriber::filter::dynamic_filter_fn;
+use tracing_subscriber::fmt;
+use tracing_subscriber::prelude::*;
+use tracing_subscriber::{Layer, Registry};
+
+/// How much is said.
+#[derive(Clone, Copy)]
+pub struct Volume {
+    pub quiet: bool,
+    pub verbose: u8,
+}
+
+/// How the messages of a mount are written.
+#[derive(Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum LogFormat {
+    /// Lines for people
+    #[default]
+    Text,
+    /// A JSON object on each line
+    Json,
+}
+
+/// Where a daemon writes, once it is known.
+static LOG: OnceLock<File> = OnceLock::new();
+
+/// From here on a daemon's messages go to this file.
+pub fn log_to(file: &File) -> io::Result<()> {
+    let _ = LOG.set(file.try_clone()?);
+    Ok(())
+}
+
+/// To be called once, before anything is said. The journal is for daemons that have no file.
+pub fn start(volume: Volume, format: LogFormat, to_journal: bool) {
+    let said = match (volume.quiet, volume.verbose) {
+        (true, _) => Level::ERROR,
+        (false, 0) => Level::WARN,
+        (false, 1) => Level::INFO,
+        (false, _) => Level::DEBUG,
+    };
+    // A log that is asked for holds more than what a person must know.
+    let logged = if volume.quiet {
+        said
+    } else {
+        said.max(Level::INFO)
+    };
+    let caller = std::process::id();
+    let here = dynamic_filter_fn(move |metadata, _| {
+        metadata.level() <= &said && std::process::id() == caller
+    });
+    let in_daemon = move || {
+        dynamic_filter_fn(move |metadata, _| {
+            metadata.level() <= &logged && std::process::id() != caller
+        })
+        .with_max_level_hint(LevelFilter::from_level(logged))
+    };
+    let colours =
+        io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty());
+    let terminal = match format {
+        LogFormat::Text => fmt::layer()
+            .with_target(false)
+            .with_ansi(colours)
+            .without_time()
+            .with_writer(|| Diagnostics)
+            .boxed(),
+        LogFormat::Json => json_lines(|| Diagnostics),
+    };
+    let file = match format {
+        LogFormat::Text => fmt::layer()
+            .with_target(false)
+            .with_ansi(false)
+            .with_writer(|| Log)
+            .boxed(),
+        LogFormat::Json => json_lines(|| Log),
+    };
+    let here = here.with_max_level_hint(LevelFilter::from_level(said));
+    let mut layers = vec![
+        terminal.with_filter(here).boxed(),
+        file.with_filter(in_daemon()).boxed(),
+    ];
+    if let Some(journal) = to_journal.then(journal).flatten() {
+        layers.push(journal.with_filter(in_daemon()).boxed());
+    }
+    tracing_subscriber::registry().with(layers).init();
+}
+
+fn json_lines<W, O>(writer: W) -> Box<dyn Layer<Registry> + Send + Sync>
+where
+    W: Fn() -> O + Send + Sync + 'static,
+    O: Write,
+{
+    let layer = fmt::layer().json().flatten_event(true);
+    layer.with_target(false).with_writer(writer).boxed()
+}
+
+/// The journal of systemd, where there is one.
+#[cfg(target_os = "linux")]
+fn journal() -> Option<tracing_journald::Layer> {
+    let journal = tracing_journald::layer().ok()?;
+    Some(journal.with_syslog_identifier("odmoe-fs".to_owned()))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn journal() -> Option<tracing_subscriber::layer::Identity> {
+    None
+}
+
+/// The standard error, where a message that cannot be written is lost: it must not stop the work.
+pub struct Diagnostics;
+
+impl Write for Diagnostics {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let _ = io::stderr().write_all(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The file of a daemon, if it has one.
+struct Log;
+
+impl Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if let Some(mut file) = LOG.get() {
+            let _ = file.write_all(bytes);
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

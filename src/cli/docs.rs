@@ -1,0 +1,166 @@
+//! `man` and `completions`: made from the command line's own definition.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use clap::{Command, CommandFactory};
+use clap_complete::Shell;
+use clap_mangen::Man;
+use clap_mangen::roff::{Roff, bold, roman};
+
+use super::failure::EXIT_STATUSES;
+use super::{Cli, print};
+
+/// Print the manual page of odmoe-fs, or of one of its commands
+///
+/// To read it: odmoe-fs man | man -l -
+#[derive(clap::Args)]
+pub struct ManArgs {
+    /// The command
+    #[arg(value_name = "COMMAND")]
+    command: Option<String>,
+    /// Write the pages of all commands into a directory instead
+    #[arg(long, value_name = "DIR", conflicts_with = "command")]
+    all: Option<PathBuf>,
+}
+
+/// Print what completes command lines in a shell
+///
+/// For bash: odmoe-fs completions bash > ~/.local/share/bash-completion/completions/odmoe-fs
+#[derive(clap::Args)]
+pub struct CompletionsArgs {
+    /// The shell
+    #[arg(value_name = "SHELL", value_enum)]
+    shell: Shell,
+}
+
+pub fn complete(args: &CompletionsArgs) -> anyhow::Result<()> {
+    let mut out = Vec::new();
+    clap_complete::generate(args.shell, &mut Cli::command(), "odmoe-fs", &mut out);
+    // For bash, clap_complete 4.6 names the commands of a program with a hyphen in two ways, so that none of
+    // their options would be found.
+    print(&String::from_utf8(out)?.replace("odmoe__subcmd__fs", "odmoe__fs"))
+}
+
+pub fn man(args: &ManArgs) -> anyhow::Result<()> {
+    let mut program = Cli::command();
+    program.build(); // so that commands know their full names
+    if let Some(folder) = &args.all {
+        return write_all(&program, folder);
+    }
+    let page = match &args.command {
+        None => page(&program)?,
+        Some(name) => match program.get_subcommands().find(|c| c.get_name() == name) {
+            Some(command) => page(command)?,
+            None => bail!("there is no command {name:?}; say one of those that --help lists"),
+        },
+    };
+    print(&page)
+}
+
+fn write_all(program: &Command, folder: &Path) -> anyhow::Result<()> {
+    fs::create_dir_all(folder).with_context(|| format!("cannot make {folder:?}"))?;
+    let commands = program.get_subcommands().filter(|c| c.get_name() != "help");
+    for command in std::iter::once(program).chain(commands) {
+        let path = folder.join(format!("{}.1", name(command)));
+        fs::write(&path, page(command)?).with_context(|| format!("cannot write {path:?}"))?;
+    }
+    Ok(())
+}
+
+/// `odmoe-fs` or `odmoe-fs-mount`.
+fn name(command: &Command) -> String {
+    let name = command.get_bin_name().unwrap_or(command.get_name());
+    name.replace(' ', "-")
+}
+
+fn page(command: &Command) -> anyhow::Result<String> {
+    let page = Man::new(command.clone()).source(concat!("odmoe-fs ", env!("CARGO_PKG_VERSION")));
+    let mut out = Vec::new();
+    page.render(&mut out)?;
+    exit_statuses(&mut out)?;
+    if command.get_name() == "odmoe-fs" {
+        surroundings(&mut out)?;
+    }
+    Ok(String::from_utf8(out)?)
+}
+
+fn exit_statuses(out: &mut Vec<u8>) -> anyhow::Result<()> {
+    let mut roff = Roff::new();
+    roff.control("SH", ["EXIT STATUS"]);
+    for (status, meaning) in EXIT_STATUSES {
+        roff.control("TP", [])
+            .text([bold(status)])
+            .text([roman(meaning)]);
+    }
+    roff.to_writer(out)?;
+    Ok(())
+}
+
+/// What is around the program.
+const FILES: [(&str, &str); 3] = [
+    (
+        "/dev/fuse",
+        "The FUSE device, which who mounts must be allowed to open.",
+    ),
+    (
+        "/etc/fuse.conf",
+        "Holds the line user_allow_other, which lets users say --allow-other, and mount_max.",
+    ),
+    (
+        "/sbin/mount.fuse.odmoe",
+        "A link to this program, for mount -t fuse.odmoe and lines of /etc/fstab.",
+    ),
+];
+const ENVIRONMENT: [(&str, &str); 3] = [
+    ("NO_COLOR", "If set, no colours."),
+    (
+        "FUSERMOUNT_PATH",
+        "The mount helper of users, instead of the fusermount3 that PATH leads to.",
+    ),
+    (
+        "NOTIFY_SOCKET",
+        "Where mount -f tells systemd that it is ready.",
+    ),
+];
+const EXAMPLES: [(&str, &str); 4] = [
+    (
+        "odmoe-fs mount model-00001-of-00009.gguf /mnt/odmoe",
+        "Mount a model of nine parts.",
+    ),
+    (
+        "mount -t fuse.odmoe -o allow_other /models/model.gguf /mnt/odmoe",
+        "The same by mount(8), for every user.",
+    ),
+    (
+        "/models/model.gguf /mnt/odmoe fuse.odmoe allow_other,nofail 0 0",
+        "The same as a line of /etc/fstab.",
+    ),
+    (
+        "odmoe-fs verify model.gguf /mnt/odmoe",
+        "Compare a tree with its model, byte for byte.",
+    ),
+];
+
+fn surroundings(out: &mut Vec<u8>) -> anyhow::Result<()> {
+    let mut roff = Roff::new();
+    for (title, entries) in [
+        ("FILES", &FILES[..]),
+        ("ENVIRONMENT", &ENVIRONMENT),
+        ("EXAMPLES", &EXAMPLES),
+    ] {
+        roff.control("SH", [title]);
+        for (name, meaning) in entries {
+            roff.control("TP", [])
+                .text([bold(*name)])
+                .text([roman(*meaning)]);
+        }
+    }
+    roff.control("SH", ["SEE ALSO"]);
+    roff.text([roman("mount(8), fstab(5), fuse(8), fusermount3(1)")]);
+    out.flush()?;
+    roff.to_writer(out)?;
+    Ok(())
+}

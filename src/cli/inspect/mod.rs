@@ -1,0 +1,111 @@
+//! `inspect`: what is in a model, and what the mount would show.
+//!
+//! [`report`] has the numbers, which `--json` prints; [`picture`] shows them to a person, and [`tables`] lists
+//! tensors, of the whole model or of one expert.
+
+mod memory;
+mod picture;
+mod report;
+mod tables;
+
+use std::str::FromStr;
+
+use anyhow::bail;
+use odmoe_fs::model::Model;
+
+use self::picture::Screen;
+use self::report::Report;
+use self::tables::ExpertReport;
+use super::{ModelArg, print, text};
+
+/// Say what is in a model, and what mounting it would show
+///
+/// On a terminal as a picture, else as plain text.
+#[derive(clap::Args)]
+pub struct InspectArgs {
+    #[command(flatten)]
+    model: ModelArg,
+    /// List every tensor
+    #[arg(long)]
+    tensors: bool,
+    /// Show where one expert lies, such as 3,17: expert 17 of layer 3
+    #[arg(long, value_name = "LAYER,EXPERT", conflicts_with = "tensors")]
+    expert: Option<ExpertName>,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Which expert.
+#[derive(Clone, Copy)]
+struct ExpertName {
+    layer: u32,
+    expert: u32,
+}
+
+impl FromStr for ExpertName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parse = || {
+            let (layer, expert) = text.split_once(',')?;
+            Some(Self {
+                layer: layer.trim().parse().ok()?,
+                expert: expert.trim().parse().ok()?,
+            })
+        };
+        parse().ok_or_else(|| "it must be two numbers, such as 3,17".to_owned())
+    }
+}
+
+pub fn run(args: &InspectArgs) -> anyhow::Result<()> {
+    let model = Model::open(&args.model.model)?;
+    let screen = Screen::of_stdout();
+    if let Some(name) = args.expert {
+        let report = expert(&model, name)?;
+        return print(&if args.json {
+            json(&report)?
+        } else {
+            report.text(&screen)
+        });
+    }
+    let report = Report::new(&model, args.tensors);
+    if args.json {
+        return print(&json(&report)?);
+    }
+    let mut text = picture::draw(&report, &screen);
+    if let Some(tensors) = &report.tensors {
+        text += "\n";
+        text += &tables::tensors(tensors, &screen);
+    }
+    print(&text)
+}
+
+fn json(value: &impl serde::Serialize) -> anyhow::Result<String> {
+    Ok(serde_json::to_string_pretty(value)? + "\n")
+}
+
+fn expert(model: &Model, name: ExpertName) -> anyhow::Result<ExpertReport<'_>> {
+    let layout = model.layout();
+    if let Some(file) = layout.expert(name.layer, name.expert) {
+        return Ok(ExpertReport::new(model, file));
+    }
+    let layers: Vec<u32> = layout.moe_layers().collect();
+    if layers.is_empty() {
+        bail!("the model has no routed experts; see what it has without --expert");
+    }
+    if !layers.contains(&name.layer) {
+        bail!(
+            "layer {} has no experts; choose one of the layers {}",
+            name.layer,
+            text::ranges(&layers)
+        );
+    }
+    let experts: Vec<u32> = layout.experts_of(name.layer).collect();
+    bail!(
+        "layer {} has no expert {}; choose one of the experts {}",
+        name.layer,
+        name.expert,
+        text::ranges(&experts)
+    )
+}

@@ -1,0 +1,304 @@
+//! What is in a model, in numbers: the JSON of `inspect`, and what its texts are made from.
+
+use std::collections::BTreeMap;
+
+use odmoe_fs::layout::{File, FileKind, Layout};
+use odmoe_fs::model::Model;
+use odmoe_fs::safetensors::{Dtype, Shape};
+use serde::Serialize;
+
+use super::memory::Memory;
+
+#[derive(Serialize)]
+pub struct Report<'a> {
+    pub architecture: Option<&'a str>,
+    pub gguf_version: u32,
+    pub parts: Vec<PartReport<'a>>,
+    /// Bytes of all parts.
+    pub bytes: u64,
+    pub tensor_count: usize,
+    pub ggml_types: BTreeMap<&'static str, Amount>,
+    pub components: BTreeMap<&'static str, Amount>,
+    pub experts: ExpertsReport,
+    /// Every layer that has a tensor.
+    pub layers: Vec<LayerReport>,
+    pub active: ActiveReport,
+    /// `None` where the system does not tell.
+    pub memory: Option<Memory>,
+    pub tree: TreeReport,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tensors: Option<Vec<TensorReport<'a>>>,
+}
+
+#[derive(Serialize)]
+pub struct PartReport<'a> {
+    pub path: std::borrow::Cow<'a, str>,
+    pub bytes: u64,
+    pub alignment: u32,
+    pub data_start: u64,
+    pub tensors: usize,
+}
+
+/// A number of tensors and their bytes.
+#[derive(Serialize, Default, Clone, Copy)]
+pub struct Amount {
+    pub tensors: usize,
+    pub bytes: u64,
+}
+
+#[derive(Serialize)]
+pub struct ExpertsReport {
+    pub files: usize,
+    /// Payload bytes of all experts.
+    pub bytes: u64,
+    pub used_per_token: Option<serde_json::Value>,
+    pub layers: Vec<ExpertLayerReport>,
+    /// Those that lack one of the three matrices.
+    pub incomplete: Vec<IncompleteReport>,
+}
+
+#[derive(Serialize)]
+pub struct ExpertLayerReport {
+    pub layer: u32,
+    pub experts: usize,
+    /// Payload bytes of its experts.
+    pub bytes: u64,
+}
+
+#[derive(Serialize)]
+pub struct LayerReport {
+    pub layer: u32,
+    /// `moe` if it has routed experts, else `dense`.
+    pub kind: &'static str,
+    /// Payload bytes of all its tensors but the routed experts.
+    pub base_bytes: u64,
+    pub experts: usize,
+    /// Payload bytes of all its experts.
+    pub expert_bytes: u64,
+}
+
+/// Experts that lack a matrix.
+#[derive(Serialize)]
+pub struct IncompleteReport {
+    /// Of `w1.weight` (gate), `w2.weight` (down) and `w3.weight` (up).
+    pub missing: Vec<&'static str>,
+    pub experts: usize,
+    /// The first of them: layer and number.
+    pub first: (u32, u32),
+}
+
+/// What one token needs.
+#[derive(Serialize)]
+pub struct ActiveReport {
+    /// Experts used in each layer; `None` where the model does not say.
+    pub experts_per_layer: Option<u64>,
+    /// Payload bytes of so many experts of average size in each layer that has experts.
+    pub expert_bytes: Option<u64>,
+    /// Payload bytes of `base_model/`.
+    pub base_bytes: u64,
+    /// Both together.
+    pub bytes: Option<u64>,
+}
+
+#[derive(Serialize)]
+pub struct TreeReport {
+    pub files: usize,
+    pub bytes: u64,
+    /// Payload bytes that are at another place modulo 4096 than in the model: a file system that
+    /// shares blocks has to copy them.
+    pub incongruent_bytes: u64,
+    pub incongruent_expert_bytes: u64,
+    /// Payload bytes whose blocks such a file system can share with the model.
+    pub sharable_bytes: u64,
+}
+
+#[derive(Serialize)]
+pub struct TensorReport<'a> {
+    pub name: &'a str,
+    pub part: u32,
+    pub ggml_type: &'static str,
+    /// Row-major, in elements.
+    pub shape: Vec<u64>,
+    pub dtype: &'static str,
+    pub offset: u64,
+    pub bytes: u64,
+}
+
+impl<'a> Report<'a> {
+    pub fn new(model: &'a Model, tensors: bool) -> Self {
+        let layout = model.layout();
+        let header = layout.model();
+        let mut ggml_types: BTreeMap<_, Amount> = BTreeMap::new();
+        let mut per_part = vec![0; header.parts.len()];
+        for tensor in &header.tensors {
+            let amount = ggml_types.entry(tensor.info.ggml_type.name).or_default();
+            amount.tensors += 1;
+            amount.bytes += tensor.info.bytes;
+            per_part[tensor.part as usize] += 1;
+        }
+        let parts = model.source().paths().zip(&header.parts).zip(per_part);
+        let parts = parts.map(|((path, part), tensors)| PartReport {
+            path: path.to_string_lossy(),
+            bytes: part.file_bytes,
+            alignment: part.alignment,
+            data_start: part.data_start,
+            tensors,
+        });
+        let incongruent = |files: &[File]| files.iter().map(|f| f.incongruent_bytes).sum();
+        let used = layout.expert_used_count().and_then(|value| value.as_u64());
+        let expert_layers = expert_layers(layout);
+        let payload: u64 = layout.files().iter().map(|file| file.payload_bytes).sum();
+        let incongruent_bytes: u64 = incongruent(layout.files());
+        Self {
+            layers: layers(layout, &expert_layers),
+            active: ActiveReport::new(layout, &expert_layers, used),
+            memory: Memory::of_this_machine(),
+            architecture: header.architecture(),
+            gguf_version: header.version,
+            parts: parts.collect(),
+            bytes: header.parts.iter().map(|part| part.file_bytes).sum(),
+            tensor_count: header.tensors.len(),
+            ggml_types,
+            components: components(layout),
+            experts: ExpertsReport {
+                files: layout.experts().len(),
+                bytes: layout.experts().iter().map(|f| f.payload_bytes).sum(),
+                used_per_token: used.map(Into::into),
+                incomplete: incomplete(layout),
+                layers: expert_layers,
+            },
+            tree: TreeReport {
+                files: model.tree().files().count(),
+                bytes: model.tree().total_size(),
+                incongruent_bytes,
+                sharable_bytes: payload - incongruent_bytes,
+                incongruent_expert_bytes: incongruent(layout.experts()),
+            },
+            tensors: tensors.then(|| tensor_reports(layout)),
+        }
+    }
+}
+
+fn components(layout: &Layout) -> BTreeMap<&'static str, Amount> {
+    let files = layout.files().iter().filter_map(|file| match file.kind {
+        FileKind::Base(component) => Some((component, file)),
+        FileKind::Expert { .. } => None,
+    });
+    let amounts = files.map(|(component, file)| {
+        let amount = Amount {
+            tensors: layout.tensors(file).len(),
+            bytes: file.payload_bytes,
+        };
+        (component.name(), amount)
+    });
+    amounts.collect()
+}
+
+fn expert_layers(layout: &Layout) -> Vec<ExpertLayerReport> {
+    let mut layers: Vec<ExpertLayerReport> = Vec::new();
+    for file in layout.experts() {
+        let FileKind::Expert { layer, .. } = file.kind else {
+            continue;
+        };
+        match layers.last_mut().filter(|last| last.layer == layer) {
+            Some(last) => {
+                last.experts += 1;
+                last.bytes += file.payload_bytes;
+            }
+            None => layers.push(ExpertLayerReport {
+                layer,
+                experts: 1,
+                bytes: file.payload_bytes,
+            }),
+        }
+    }
+    layers
+}
+
+fn tensor_reports(layout: &Layout) -> Vec<TensorReport<'_>> {
+    let tensors = layout.model().tensors.iter();
+    let reports = tensors.map(|tensor| TensorReport {
+        name: &tensor.info.name,
+        part: tensor.part,
+        ggml_type: tensor.info.ggml_type.name,
+        shape: Shape::of_dims(tensor.info.dims()).dims().to_vec(),
+        dtype: Dtype::of(tensor.info.ggml_type).name(),
+        offset: tensor.info.offset,
+        bytes: tensor.info.bytes,
+    });
+    reports.collect()
+}
+
+fn layers(layout: &Layout, experts: &[ExpertLayerReport]) -> Vec<LayerReport> {
+    let mut bytes: BTreeMap<u32, u64> = BTreeMap::new();
+    for tensor in &layout.model().tensors {
+        let layer = tensor.info.name.strip_prefix("blk.");
+        let layer = layer.and_then(|rest| rest.split('.').next()?.parse().ok());
+        if let Some(layer) = layer {
+            *bytes.entry(layer).or_default() += tensor.info.bytes;
+        }
+    }
+    let report = |(layer, bytes)| {
+        let experts = experts.iter().find(|experts| experts.layer == layer);
+        let expert_bytes = experts.map_or(0, |experts| experts.bytes);
+        LayerReport {
+            layer,
+            kind: if experts.is_some() { "moe" } else { "dense" },
+            base_bytes: bytes - expert_bytes,
+            experts: experts.map_or(0, |experts| experts.experts),
+            expert_bytes,
+        }
+    };
+    bytes.into_iter().map(report).collect()
+}
+
+impl ActiveReport {
+    fn new(layout: &Layout, layers: &[ExpertLayerReport], used: Option<u64>) -> Self {
+        let experts = layout.experts().len();
+        let base = &layout.files()[..layout.files().len() - experts];
+        let base_bytes = base.iter().map(|file| file.payload_bytes).sum();
+        let of_layer = |layer: &ExpertLayerReport, used: u64| {
+            let experts = layer.experts as u64;
+            // In 128 bits, since a model may claim to use any number.
+            (u128::from(layer.bytes) * u128::from(used.min(experts)) / u128::from(experts)) as u64
+        };
+        let expert_bytes = used.map(|used| layers.iter().map(|l| of_layer(l, used)).sum());
+        Self {
+            experts_per_layer: used,
+            expert_bytes,
+            base_bytes,
+            bytes: expert_bytes.map(|bytes: u64| bytes + base_bytes),
+        }
+    }
+}
+
+/// The matrices of an expert, and what they are.
+pub const MATRICES: [(&str, &str); 3] = [
+    ("w1.weight", "gate"),
+    ("w2.weight", "down"),
+    ("w3.weight", "up"),
+];
+
+fn incomplete(layout: &Layout) -> Vec<IncompleteReport> {
+    let mut found: Vec<IncompleteReport> = Vec::new();
+    for file in layout.experts() {
+        let FileKind::Expert { layer, expert } = file.kind else {
+            continue;
+        };
+        let has = |name: &str| layout.tensors(file).any(|tensor| tensor.name == name);
+        let missing = MATRICES.iter().map(|(name, _)| *name);
+        let missing: Vec<_> = missing.filter(|name| !has(name)).collect();
+        if missing.is_empty() {
+            continue;
+        }
+        match found.iter_mut().find(|report| report.missing == missing) {
+            Some(report) => report.experts += 1,
+            None => found.push(IncompleteReport {
+                missing,
+                experts: 1,
+                first: (layer, expert),
+            }),
+        }
+    }
+    found
+}

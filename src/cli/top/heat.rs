@@ -1,0 +1,245 @@
+//! Experts as a map: a row for each layer, a column for each expert, and as many of them in one cell as it takes to fit.
+
+use std::collections::HashMap;
+
+use super::super::text;
+use super::Sample;
+
+/// What makes an expert hot.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Measure {
+    /// How often its file was opened
+    #[default]
+    Opens,
+    /// How many read requests came for it
+    Reads,
+    /// How many bytes of it were read
+    Bytes,
+}
+
+impl Measure {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Opens => "opens",
+            Self::Reads => "reads",
+            Self::Bytes => "bytes",
+        }
+    }
+
+    pub fn next(self) -> Self {
+        match self {
+            Self::Opens => Self::Reads,
+            Self::Reads => Self::Bytes,
+            Self::Bytes => Self::Opens,
+        }
+    }
+
+    pub fn text(self, value: u64) -> String {
+        match self {
+            Self::Bytes => text::size(value),
+            _ => format!("{} {}", text::count(value), self.name()),
+        }
+    }
+}
+
+/// How hot each expert is.
+#[derive(Debug, Clone, Default)]
+pub struct Heat {
+    /// The number of experts of each layer.
+    layers: Vec<(u32, u32)>,
+    /// By layer and expert; those that were not used are not in it.
+    values: HashMap<(u32, u32), u64>,
+}
+
+impl Heat {
+    pub fn of(sample: &Sample, measure: Measure) -> Self {
+        let experts = sample.heat.iter().flat_map(|layer| {
+            layer.experts.iter().map(|&(expert, opens, reads, bytes)| {
+                let value = match measure {
+                    Measure::Opens => opens,
+                    Measure::Reads => reads,
+                    Measure::Bytes => bytes,
+                };
+                ((layer.layer, expert), value)
+            })
+        });
+        Self {
+            layers: sample.stats.layers.clone(),
+            values: experts.filter(|(_, value)| *value > 0).collect(),
+        }
+    }
+
+    /// What was added since an earlier moment.
+    pub fn since(&self, earlier: &Self) -> Self {
+        let grown = |(key, value): (&(u32, u32), &u64)| {
+            let before = earlier.values.get(key).copied().unwrap_or(0);
+            Some((*key, value.checked_sub(before).filter(|grown| *grown > 0)?))
+        };
+        Self {
+            layers: self.layers.clone(),
+            values: self.values.iter().filter_map(grown).collect(),
+        }
+    }
+
+    pub fn hottest(&self) -> u64 {
+        self.values.values().copied().max().unwrap_or(0)
+    }
+
+    /// The hottest experts: layer, number, heat.
+    pub fn top(&self, n: usize) -> Vec<(u32, u32, u64)> {
+        let mut all: Vec<_> = self
+            .values
+            .iter()
+            .map(|(&(l, e), &value)| (l, e, value))
+            .collect();
+        all.sort_by_key(|&(layer, expert, value)| (std::cmp::Reverse(value), layer, expert));
+        all.truncate(n);
+        all
+    }
+}
+
+/// A map that fits.
+pub struct Grid {
+    pub rows: Vec<Row>,
+    /// The experts that share a column.
+    pub experts_per_cell: usize,
+    /// The hottest cell.
+    pub hottest: u64,
+    /// The highest number of experts of a layer.
+    pub experts: usize,
+}
+
+/// One layer, or some that share a row.
+pub struct Row {
+    pub first: u32,
+    pub last: u32,
+    /// The sum of what is in a cell; `None` where there are no experts.
+    pub cells: Vec<Option<u64>>,
+}
+
+impl Row {
+    pub fn label(&self) -> String {
+        if self.first == self.last {
+            self.first.to_string()
+        } else {
+            format!("{}-{}", self.first, self.last)
+        }
+    }
+}
+
+impl Grid {
+    pub fn of(heat: &Heat, max_rows: usize, max_columns: usize) -> Self {
+        let experts = heat
+            .layers
+            .iter()
+            .map(|layer| layer.1 as usize)
+            .max()
+            .unwrap_or(0);
+        let experts_per_cell = experts.div_ceil(max_columns.max(1)).max(1);
+        let layers_per_row = heat.layers.len().div_ceil(max_rows.max(1)).max(1);
+        let rows: Vec<Row> = heat
+            .layers
+            .chunks(layers_per_row)
+            .map(|layers| Row {
+                first: layers[0].0,
+                last: layers[layers.len() - 1].0,
+                cells: cells(heat, layers, experts, experts_per_cell),
+            })
+            .collect();
+        let hottest = rows
+            .iter()
+            .flat_map(|row| &row.cells)
+            .flatten()
+            .copied()
+            .max();
+        Self {
+            rows,
+            experts_per_cell,
+            hottest: hottest.unwrap_or(0),
+            experts,
+        }
+    }
+
+    /// How hot a cell is, of `steps`: 0 is not used at all. By the square root, so that the lukewarm is seen, too.
+    pub fn step(&self, value: u64, steps: u64) -> u64 {
+        if value == 0 || self.hottest == 0 {
+            return 0;
+        }
+        let share = (value as f64 / self.hottest as f64).sqrt();
+        ((share * steps as f64).ceil() as u64).clamp(1, steps)
+    }
+
+    /// A cell as a character.
+    pub fn shade(&self, cell: Option<u64>) -> char {
+        const SHADES: [char; 5] = ['·', '░', '▒', '▓', '█'];
+        match cell {
+            None => ' ',
+            Some(value) => SHADES[self.step(value, 4) as usize],
+        }
+    }
+
+    /// What the columns are.
+    pub fn scale(&self) -> String {
+        let last = self.experts.saturating_sub(1);
+        match self.experts_per_cell {
+            1 => format!("experts 0 to {last}"),
+            n => format!("experts 0 to {last}, {n} in each column"),
+        }
+    }
+}
+
+fn cells(heat: &Heat, layers: &[(u32, u32)], experts: usize, per_cell: usize) -> Vec<Option<u64>> {
+    let columns = experts.div_ceil(per_cell);
+    let mut cells = vec![None; columns];
+    for &(layer, count) in layers {
+        for expert in 0..count {
+            let cell = &mut cells[expert as usize / per_cell];
+            let value = heat.values.get(&(layer, expert)).copied().unwrap_or(0);
+            *cell = Some(cell.unwrap_or(0) + value);
+        }
+    }
+    cells
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn heat() -> Heat {
+        Heat {
+            layers: vec![(1, 8), (2, 8), (3, 4)],
+            values: [((1, 0), 100), ((2, 7), 1), ((3, 3), 25)].into(),
+        }
+    }
+
+    #[test]
+    fn nothing_is_lost_when_experts_and_layers_share_cells() {
+        for (rows, columns) in [(9, 9), (3, 8), (2, 3), (1, 1)] {
+            let grid = Grid::of(&heat(), rows, columns);
+            assert!(grid.rows.len() <= rows && grid.rows[0].cells.len() <= columns);
+            let sum: u64 = grid.rows.iter().flat_map(|row| &row.cells).flatten().sum();
+            assert_eq!(sum, 126);
+        }
+        let grid = Grid::of(&heat(), 2, 4);
+        assert_eq!(grid.rows[0].label(), "1-2");
+        assert_eq!(grid.rows[1].cells, [Some(0), Some(25), None, None]);
+    }
+
+    #[test]
+    fn the_hottest_is_black_and_only_the_unused_is_empty() {
+        let grid = Grid::of(&heat(), 3, 8);
+        let shades: String = grid.rows[0].cells.iter().map(|c| grid.shade(*c)).collect();
+        assert_eq!(shades, "█·······");
+        assert_eq!(grid.shade(Some(1)), '░');
+        assert_eq!(grid.shade(None), ' ');
+    }
+
+    #[test]
+    fn what_was_added_is_the_difference() {
+        let mut earlier = heat();
+        earlier.values.insert((1, 0), 60);
+        earlier.values.remove(&(2, 7));
+        assert_eq!(heat().since(&earlier).top(5), [(1, 0, 40), (2, 7, 1)]);
+        assert_eq!(heat().since(&heat()).hottest(), 0);
+    }
+}

@@ -1,0 +1,224 @@
+//! `top`: which experts are hot, and how fast a mount is read.
+//!
+//! [`Sample`] is what a mount says of itself, [`Heat`] its experts as a grid; they are shown live (`view`),
+//! printed, or drawn (`svg`).
+
+mod heat;
+mod svg;
+mod view;
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, bail, ensure};
+use odmoe_fs::mounts::{FS_TYPE, State, mount_of, state_of};
+use odmoe_fs::stats::{self, HEAT_ATTRIBUTE, STATS_ATTRIBUTE, Snapshot};
+use serde::Serialize;
+
+use self::heat::{Grid, Heat, Measure};
+use super::{print, say, text};
+
+/// Show which experts of a mount are hot, and how fast it is read
+///
+/// The mount must have been made with --stats. What is counted is what reaches the file system: reads that
+/// the kernel answers from its cache do not, so that opens tell best how often an expert is used.
+#[derive(clap::Args)]
+pub struct TopArgs {
+    /// The directory that the model is mounted on
+    #[arg(value_name = "DIR")]
+    directory: PathBuf,
+    /// Print what was counted so far, and stop
+    #[arg(long)]
+    once: bool,
+    /// Print it as one JSON object (with --once)
+    #[arg(long, requires = "once")]
+    pub json: bool,
+    /// Draw the heat map into an SVG file, and stop
+    #[arg(long, value_name = "FILE.svg", conflicts_with = "once")]
+    export: Option<PathBuf>,
+    /// What the heat is that --once and --export show, and the live view starts with
+    #[arg(long, value_enum, value_name = "WHAT", default_value_t)]
+    heat: Measure,
+    /// Seconds between two looks of the live view
+    #[arg(long, value_name = "SECONDS", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    interval: u64,
+}
+
+/// What a mount has counted until a moment.
+#[derive(Serialize)]
+struct Sample {
+    stats: Snapshot,
+    /// Of each layer the experts that were used, the hottest first: `[expert, opens, reads, bytes]`.
+    heat: Vec<LayerHeat>,
+}
+
+#[derive(Serialize)]
+struct LayerHeat {
+    layer: u32,
+    experts: Vec<stats::Heat>,
+}
+
+pub fn run(args: &TopArgs) -> anyhow::Result<()> {
+    let root = mounted(&args.directory)?;
+    let sample = Sample::of(&root)?;
+    if let Some(path) = &args.export {
+        return export(&sample, &root, args.heat, path);
+    }
+    if args.json {
+        return print(&(serde_json::to_string_pretty(&sample)? + "\n"));
+    }
+    if args.once {
+        return print(&in_words(&sample, &root, args.heat));
+    }
+    view::run(&root, sample, args.heat, Duration::from_secs(args.interval))
+}
+
+/// The root of the mount that a directory lies in.
+fn mounted(directory: &Path) -> anyhow::Result<PathBuf> {
+    let mount = odmoe_fs::mounts::resolved(directory)
+        .ok()
+        .and_then(|path| mount_of(&path));
+    match mount.filter(|mount| mount.fs_type == FS_TYPE) {
+        Some(mount) => Ok(mount.directory),
+        None => bail!(
+            "{directory:?} is no odmoe-fs mount; name one of those that `odmoe-fs status` lists"
+        ),
+    }
+}
+
+impl Sample {
+    /// Asks a mount, unless it does not answer.
+    fn of(root: &Path) -> anyhow::Result<Self> {
+        match state_of(root) {
+            State::Alive => {}
+            State::NotAnswering => bail!(
+                "the mount on {root:?} does not answer; see with `odmoe-fs status` which process serves it"
+            ),
+            State::Stale => bail!(
+                "the process of the mount on {root:?} is dead, or it was unmounted; mount it again with --stats"
+            ),
+            State::NotReadable => {
+                bail!("the mount on {root:?} is another user's; ask as that user")
+            }
+        }
+        let stats = attribute(root, STATS_ATTRIBUTE)?;
+        let stats = stats.with_context(|| {
+            format!(
+                "the mount on {root:?} counts nothing; mount it with --stats, such as: odmoe-fs mount --replace --stats MODEL.gguf DIR"
+            )
+        })?;
+        let stats: Snapshot = serde_json::from_slice(&stats)?;
+        let heat = stats.layers.iter().map(|&(layer, _)| {
+            let value = attribute(root, &format!("{HEAT_ATTRIBUTE}{layer}"))?;
+            let experts = serde_json::from_slice(&value.unwrap_or_default())?;
+            Ok(LayerHeat { layer, experts })
+        });
+        Ok(Self {
+            heat: heat.collect::<anyhow::Result<_>>()?,
+            stats,
+        })
+    }
+}
+
+/// An extended attribute; `None` if the file has no such.
+fn attribute(path: &Path, name: &str) -> anyhow::Result<Option<Vec<u8>>> {
+    let mut value = vec![0; 64 << 10]; // as long as they can be
+    match rustix::fs::getxattr(path, name, &mut value) {
+        Ok(length) => {
+            value.truncate(length);
+            Ok(Some(value))
+        }
+        Err(
+            rustix::io::Errno::NODATA | rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS,
+        ) => Ok(None),
+        Err(e) => Err(std::io::Error::from(e)).with_context(|| format!("cannot ask {path:?}")),
+    }
+}
+
+/// Widths of what is printed: a line of a terminal.
+const COLUMNS: usize = 64;
+const ROWS: usize = 128;
+
+fn in_words(sample: &Sample, root: &Path, measure: Measure) -> String {
+    let stats = &sample.stats;
+    let heat = Heat::of(sample, measure);
+    let mut out = format!(
+        "{} on {}, counted for {} s\n",
+        text::name(&stats.architecture),
+        text::path(root),
+        stats.seconds as u64
+    );
+    for (name, used) in [("experts", stats.experts), ("base", stats.base)] {
+        out += &format!(
+            "{name:<8} {:>10} opens {:>12} reads {:>12}\n",
+            text::count(used.opens),
+            text::count(used.reads),
+            text::size(used.bytes)
+        );
+    }
+    out += &format!("latency  {}\n", latencies(&stats.latency));
+    if stats.errors > 0 {
+        out += &format!("errors   {}\n", text::count(stats.errors));
+    }
+    if heat.hottest() == 0 {
+        return out + "no expert was used yet\n";
+    }
+    out += &format!("\n{} of experts, by layer\n", measure.name());
+    let grid = Grid::of(&heat, ROWS, COLUMNS);
+    for row in &grid.rows {
+        let cells: String = row.cells.iter().map(|cell| grid.shade(*cell)).collect();
+        out += &format!("{:>9} {}\n", row.label(), cells.trim_end());
+    }
+    out += &format!("{:>9} {}\n", "", grid.scale());
+    out += "\nhottest experts\n";
+    for (layer, expert, value) in heat.top(10) {
+        out += &format!(
+            "  layer {layer:<4} expert {expert:<5} {:>12}\n",
+            measure.text(value)
+        );
+    }
+    out
+}
+
+fn latencies(latency: &stats::Latency) -> String {
+    let micros = |n: u64| match n {
+        0..1000 => format!("{n} µs"),
+        1000..1_000_000 => format!("{:.1} ms", n as f64 / 1e3),
+        _ => format!("{:.1} s", n as f64 / 1e6),
+    };
+    format!(
+        "half of the reads within {}, 90 % {}, 99 % {}, all {}",
+        micros(latency.p50_us),
+        micros(latency.p90_us),
+        micros(latency.p99_us),
+        micros(latency.max_us)
+    )
+}
+
+fn export(sample: &Sample, root: &Path, measure: Measure, path: &Path) -> anyhow::Result<()> {
+    ensure!(
+        path.extension()
+            .is_some_and(|extension| extension.eq_ignore_ascii_case("svg")),
+        "{path:?} does not end in .svg; say such a name"
+    );
+    let heat = Heat::of(sample, measure);
+    let title = format!("{} on {}", sample.stats.architecture, root.display());
+    let drawing = svg::draw(&heat, measure, &title, sample.stats.seconds);
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    // Another picture of that name is replaced when this one is whole.
+    let write = || {
+        use std::os::unix::fs::PermissionsExt;
+        let mut file = tempfile::Builder::new()
+            .permissions(std::fs::Permissions::from_mode(0o666)) // less the umask
+            .tempfile_in(folder)?;
+        file.write_all(drawing.as_bytes())?;
+        file.persist(path).map_err(|e| e.error)
+    };
+    write().with_context(|| format!("cannot write {path:?}"))?;
+    say(&format!("drew {}\n", text::path(path)));
+    Ok(())
+}

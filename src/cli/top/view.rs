@@ -1,0 +1,196 @@
+//! The live view: what was counted, drawn anew each time the mount is asked.
+
+use std::io::{self, IsTerminal};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::ensure;
+use ratatui::Frame;
+use ratatui::crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
+use ratatui::layout::{Constraint, Layout, Rect};
+use ratatui::style::{Color, Style};
+use ratatui::text::{Line, Span};
+
+use super::super::text;
+use super::heat::{Grid, Heat, Measure};
+use super::{Sample, latencies};
+
+/// How far from grey to red there are colours: of the 256 that most terminals have.
+const COLOURS: [u8; 7] = [236, 58, 100, 142, 172, 202, 196];
+/// Labels of layers.
+const LABEL_COLUMNS: u16 = 9;
+
+struct View<'a> {
+    root: &'a Path,
+    sample: Sample,
+    /// The one before, with the seconds between them.
+    before: Option<(Sample, f64)>,
+    measure: Measure,
+    /// Only what was added between the last two looks.
+    recent: bool,
+    colours: bool,
+}
+
+/// Shows a mount until the user ends it, or until it does not answer any more.
+pub fn run(
+    root: &Path,
+    sample: Sample,
+    measure: Measure,
+    interval: Duration,
+) -> anyhow::Result<()> {
+    ensure!(
+        io::stdout().is_terminal() && io::stdin().is_terminal(),
+        "there is no terminal to show the live view on; say --once, or --once --json"
+    );
+    let mut view = View {
+        root,
+        sample,
+        before: None,
+        measure,
+        recent: false,
+        colours: std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty()),
+    };
+    // Also restores the terminal if there is a panic.
+    let mut terminal = ratatui::try_init()?;
+    let ended = view.show(&mut terminal, interval);
+    ratatui::restore();
+    ended
+}
+
+impl View<'_> {
+    fn show(
+        &mut self,
+        terminal: &mut ratatui::DefaultTerminal,
+        interval: Duration,
+    ) -> anyhow::Result<()> {
+        let mut next = Instant::now() + interval;
+        loop {
+            terminal.draw(|frame| self.draw(frame))?;
+            let left = next.saturating_duration_since(Instant::now());
+            if event::poll(left)? {
+                if let Event::Key(key) = event::read()?
+                    && key.kind == KeyEventKind::Press
+                    && self.ends(key)
+                {
+                    return Ok(());
+                }
+                continue;
+            }
+            let sample = Sample::of(self.root)?;
+            let seconds = sample.stats.seconds - self.sample.stats.seconds;
+            self.before = Some((std::mem::replace(&mut self.sample, sample), seconds));
+            next = Instant::now() + interval;
+        }
+    }
+
+    /// Obeys a key; says whether it ends the view.
+    fn ends(&mut self, key: KeyEvent) -> bool {
+        match key.code {
+            KeyCode::Char('q') | KeyCode::Esc => return true,
+            KeyCode::Char('c') if key.modifiers.contains(KeyModifiers::CONTROL) => return true,
+            KeyCode::Char('h') => self.measure = self.measure.next(),
+            KeyCode::Char('r') => self.recent = !self.recent,
+            _ => {}
+        }
+        false
+    }
+
+    fn draw(&self, frame: &mut Frame) {
+        let areas = Layout::vertical([
+            Constraint::Length(4),
+            Constraint::Min(0),
+            Constraint::Length(1),
+        ]);
+        let [head, map, foot] = areas.areas(frame.area());
+        for (line, row) in self.head().into_iter().zip(head.rows()) {
+            frame.render_widget(Line::from(line), row);
+        }
+        self.draw_map(frame, map);
+        let keys = "q ends   h opens, reads or bytes   r all or only the last interval";
+        frame.render_widget(Line::from(keys), foot);
+    }
+
+    fn head(&self) -> [String; 4] {
+        let stats = &self.sample.stats;
+        let (reads, bytes, opens) = match &self.before {
+            Some((before, seconds)) if *seconds > 0.0 => {
+                let rate = |now: u64, before: u64| now.saturating_sub(before) as f64 / seconds;
+                let before = &before.stats;
+                (
+                    rate(
+                        stats.experts.reads + stats.base.reads,
+                        before.experts.reads + before.base.reads,
+                    ),
+                    rate(
+                        stats.experts.bytes + stats.base.bytes,
+                        before.experts.bytes + before.base.bytes,
+                    ),
+                    rate(
+                        stats.experts.opens + stats.base.opens,
+                        before.experts.opens + before.base.opens,
+                    ),
+                )
+            }
+            _ => (0.0, 0.0, 0.0),
+        };
+        let what = if self.recent {
+            "in the last interval"
+        } else {
+            "since the mount"
+        };
+        [
+            format!(
+                "{} on {}",
+                text::name(&stats.architecture),
+                text::path(self.root)
+            ),
+            format!(
+                "{} reads/s   {}/s   {} opens/s   {} errors",
+                text::count(reads as u64),
+                text::size(bytes as u64),
+                text::count(opens as u64),
+                text::count(stats.errors)
+            ),
+            latencies(&stats.latency),
+            format!("{} of experts {what}, by layer", self.measure.name()),
+        ]
+    }
+
+    fn draw_map(&self, frame: &mut Frame, area: Rect) {
+        let mut heat = Heat::of(&self.sample, self.measure);
+        if self.recent {
+            let before = self
+                .before
+                .as_ref()
+                .map(|(before, _)| Heat::of(before, self.measure));
+            heat = heat.since(&before.unwrap_or_default());
+        }
+        let columns = area.width.saturating_sub(LABEL_COLUMNS + 1);
+        let lines = area.height.saturating_sub(1);
+        if columns == 0 || lines == 0 {
+            return;
+        }
+        let grid = Grid::of(&heat, lines.into(), columns.into());
+        let mut rows = area.rows();
+        for (row, place) in grid.rows.iter().zip(&mut rows) {
+            let mut spans = vec![Span::raw(format!("{:>9} ", row.label()))];
+            spans.extend(row.cells.iter().map(|cell| self.cell(&grid, *cell)));
+            frame.render_widget(Line::from(spans), place);
+        }
+        if let Some(place) = rows.next() {
+            let hottest = self.measure.text(grid.hottest);
+            let scale = format!("{:>9} {}; the hottest has {hottest}", "", grid.scale());
+            frame.render_widget(Line::from(scale), place);
+        }
+    }
+
+    fn cell(&self, grid: &Grid, cell: Option<u64>) -> Span<'static> {
+        match cell.filter(|_| self.colours) {
+            None => Span::raw(grid.shade(cell).to_string()),
+            Some(value) => {
+                let colour = COLOURS[grid.step(value, COLOURS.len() as u64 - 1) as usize];
+                Span::styled("█", Style::new().fg(Color::Indexed(colour)))
+            }
+        }
+    }
+}

@@ -1,0 +1,405 @@
+//! Whether this machine can mount, and the one command that cures what keeps it from it.
+//!
+//! The problem: FUSE fails with an errno, for reasons that lie in device nodes, set-user-id bits, containers
+//! and the limits of a session.
+//!
+//! The plan: each [`Check`] looks at one of them without changing anything. What keeps a mount from working is a
+//! [`Verdict::Failure`]; what makes it slower or narrower is a [`Verdict::Note`].
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::path::Path;
+
+use serde::Serialize;
+
+use crate::mounts::fusermount;
+use crate::sys::process::{descriptor_limit, effective_ids};
+
+/// The FUSE device, and its numbers on Linux.
+const DEVICE: &str = "/dev/fuse";
+const DEVICE_NUMBERS: (u64, u64) = (10, 229);
+const FUSE_CONF: &str = "/etc/fuse.conf";
+/// `CAP_SYS_ADMIN` in the capability sets of `/proc/self/status`.
+const CAP_SYS_ADMIN: u64 = 1 << 21;
+
+/// How a container is started so that root in it can mount.
+pub const DOCKER: &str =
+    "docker run --device /dev/fuse --cap-add SYS_ADMIN --security-opt apparmor=unconfined IMAGE";
+/// The same for podman, with root or without.
+pub const PODMAN: &str =
+    "podman run --device /dev/fuse --cap-add SYS_ADMIN --security-opt label=disable IMAGE";
+
+/// What was found of one thing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Check {
+    /// What was looked at, in a word or two.
+    pub name: &'static str,
+    pub verdict: Verdict,
+    /// What was found, in a sentence.
+    pub found: String,
+    /// The command, or the change, that cures it; `None` where nothing needs a cure, or none is known.
+    pub cure: Option<String>,
+}
+
+/// What a finding means for mounts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Verdict {
+    Good,
+    /// Mounts work, but something about them could be better.
+    Note,
+    /// Mounts do not work.
+    Failure,
+}
+
+impl Check {
+    fn good(name: &'static str, found: impl Into<String>) -> Self {
+        Self {
+            name,
+            verdict: Verdict::Good,
+            found: found.into(),
+            cure: None,
+        }
+    }
+
+    fn note(name: &'static str, found: impl Into<String>, cure: impl Into<String>) -> Self {
+        Self {
+            verdict: Verdict::Note,
+            cure: Some(cure.into()),
+            ..Self::good(name, found)
+        }
+    }
+
+    fn failure(name: &'static str, found: impl Into<String>, cure: impl Into<String>) -> Self {
+        Self {
+            verdict: Verdict::Failure,
+            cure: Some(cure.into()),
+            ..Self::good(name, found)
+        }
+    }
+}
+
+/// Looks at everything that decides whether this user can mount here. Off Linux there is nothing to look at.
+pub fn examine() -> Vec<Check> {
+    if !cfg!(target_os = "linux") {
+        return Vec::new();
+    }
+    let who = Who::now();
+    let mut checks = vec![device(&who)];
+    checks.extend(privileges(&who));
+    checks.extend(helper(&who));
+    checks.extend(user_name(&who));
+    checks.push(allow_other(&who));
+    checks.push(kernel());
+    checks.extend(limits());
+    checks
+}
+
+/// Who asks, and from where.
+struct Who {
+    uid: u32,
+    container: Option<&'static str>,
+    /// Root of a user namespace, or one of its users, is not that of the machine.
+    in_user_namespace: bool,
+    may_mount: bool,
+    /// Set-user-id programs do nothing for it.
+    no_new_privileges: bool,
+}
+
+impl Who {
+    fn now() -> Self {
+        let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let field = |name: &str| {
+            let mut lines = status.lines();
+            lines.find_map(|line| Some(line.strip_prefix(name)?.trim().to_owned()))
+        };
+        let effective = field("CapEff:").and_then(|set| u64::from_str_radix(&set, 16).ok());
+        Self {
+            uid: effective_ids().0,
+            container: container(),
+            in_user_namespace: in_user_namespace(
+                &fs::read_to_string("/proc/self/uid_map").unwrap_or_default(),
+            ),
+            may_mount: effective.is_some_and(|set| set & CAP_SYS_ADMIN != 0),
+            no_new_privileges: field("NoNewPrivs:").as_deref() == Some("1"),
+        }
+    }
+
+    fn is_root(&self) -> bool {
+        self.uid == 0
+    }
+
+    /// What gives this user the right to the device and to mount.
+    fn container_cure(&self) -> Option<&'static str> {
+        match self.container? {
+            "podman" => Some(PODMAN),
+            _ => Some(DOCKER),
+        }
+    }
+}
+
+fn container() -> Option<&'static str> {
+    if Path::new("/run/.containerenv").exists() {
+        return Some("podman");
+    }
+    if Path::new("/.dockerenv").exists() {
+        return Some("docker");
+    }
+    std::env::var_os("container").map(|_| "a container")
+}
+
+/// Whether the map of user ids is another than that of the machine: `0 0 4294967295`.
+fn in_user_namespace(map: &str) -> bool {
+    !map.is_empty() && map.split_whitespace().ne(["0", "0", "4294967295"])
+}
+
+fn device(who: &Who) -> Check {
+    let name = "/dev/fuse";
+    let Ok(metadata) = fs::metadata(DEVICE) else {
+        let cure = who.container_cure().unwrap_or("sudo modprobe fuse");
+        return Check::failure(name, "the device does not exist", cure);
+    };
+    let number = metadata.rdev();
+    #[cfg(target_os = "linux")]
+    let numbers = (
+        u64::from(libc::major(number)),
+        u64::from(libc::minor(number)),
+    );
+    #[cfg(not(target_os = "linux"))]
+    let numbers = (number, 0);
+    if !metadata.file_type().is_char_device() || numbers != DEVICE_NUMBERS {
+        let cure = "sudo rm /dev/fuse && sudo mknod -m 0666 /dev/fuse c 10 229";
+        return Check::failure(name, "it is not the FUSE device", cure);
+    }
+    let mode = metadata.permissions().mode() & 0o7777;
+    match File::options().read(true).write(true).open(DEVICE) {
+        Ok(_) => Check::good(name, format!("can be opened (mode {mode:04o})")),
+        Err(e) if matches!(e.raw_os_error(), Some(libc::ENODEV | libc::ENXIO)) => {
+            Check::failure(name, "the kernel has no FUSE", "sudo modprobe fuse")
+        }
+        Err(e) if e.raw_os_error() == Some(libc::EPERM) => {
+            let cure = who.container_cure().unwrap_or(DOCKER);
+            Check::failure(name, "a container keeps it closed", cure)
+        }
+        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => Check::failure(
+            name,
+            format!("this user may not open it (mode {mode:04o})"),
+            "sudo chmod 0666 /dev/fuse",
+        ),
+        Err(e) => Check::failure(name, format!("cannot be opened: {e}"), "sudo modprobe fuse"),
+    }
+}
+
+fn privileges(who: &Who) -> Option<Check> {
+    let name = "container";
+    let place = match (who.container, who.in_user_namespace) {
+        (Some(container), true) => format!("in {container}, in a user namespace"),
+        (Some(container), false) => format!("in {container}"),
+        (None, true) => "in a user namespace".to_owned(),
+        (None, false) if !who.is_root() || who.may_mount => return None,
+        (None, false) => "root, but without all its rights".to_owned(),
+    };
+    if who.is_root() && !who.may_mount {
+        let cure = who.container_cure().unwrap_or(DOCKER);
+        let found = format!("{place}: no right to mount (CAP_SYS_ADMIN)");
+        return Some(Check::failure(name, found, cure));
+    }
+    let found = format!("{place}; its mounts are seen inside of it only");
+    Some(Check::good(name, found))
+}
+
+fn helper(who: &Who) -> Option<Check> {
+    let name = "fusermount3";
+    if who.is_root() {
+        return None; // mounts by itself
+    }
+    let Some(path) = fusermount() else {
+        let cure = "sudo apt install fuse3 # or: sudo dnf install fuse3";
+        return Some(Check::failure(
+            name,
+            "is not installed, and users mount by it",
+            cure,
+        ));
+    };
+    let metadata = fs::metadata(&path).ok();
+    let is_set_uid = metadata.is_some_and(|m| m.uid() == 0 && m.permissions().mode() & 0o4000 != 0);
+    Some(if !is_set_uid {
+        let cure = format!("sudo chown root {0} && sudo chmod u+s {0}", path.display());
+        Check::failure(name, format!("{path:?} is not set-user-id root"), cure)
+    } else if who.no_new_privileges {
+        Check::failure(
+            name,
+            "set-user-id programs do nothing here (no_new_privs is set)",
+            "start the container without --security-opt no-new-privileges, or the service without NoNewPrivileges=",
+        )
+    } else {
+        Check::good(name, format!("{} is set-user-id root", path.display()))
+    })
+}
+
+/// The helper asks for the name of who mounts.
+fn user_name(who: &Who) -> Option<Check> {
+    if who.is_root() {
+        return None;
+    }
+    let known = fs::read_to_string("/etc/passwd").unwrap_or_default();
+    let uid = who.uid.to_string();
+    if known
+        .lines()
+        .any(|line| line.split(':').nth(2) == Some(&uid))
+    {
+        return None;
+    }
+    // Users may also come from a directory service, which only a C library can ask.
+    let found = format!(
+        "user {uid} is not in /etc/passwd; if no other service knows a name, fusermount3 refuses"
+    );
+    Some(Check::note(
+        "user",
+        found,
+        format!("sudo useradd --uid {uid} NAME"),
+    ))
+}
+
+fn allow_other(who: &Who) -> Check {
+    let name = "--allow-other";
+    if who.is_root() || user_allow_other() {
+        return Check::good(name, "may be said");
+    }
+    let cure = "echo user_allow_other | sudo tee -a /etc/fuse.conf";
+    Check::note(
+        name,
+        "may not be said: mounts are for this user alone",
+        cure,
+    )
+}
+
+/// Whether `fuse.conf` lets users say `allow_other`: a line of its own, comments aside.
+pub(crate) fn user_allow_other() -> bool {
+    fs::read_to_string(FUSE_CONF)
+        .unwrap_or_default()
+        .lines()
+        .filter_map(|line| line.split('#').next())
+        .any(|line| line.trim() == "user_allow_other")
+}
+
+/// What kernels have learnt that mounts use, newest first, and what is lost without.
+const KERNEL_FEATURES: [((u32, u32), &str); 4] = [
+    (
+        (6, 14),
+        "what is read on ext4 and XFS leaves the page cache as it was only by O_DIRECT",
+    ),
+    (
+        (6, 6),
+        "np.memmap and candle cannot read with --cache direct",
+    ),
+    (
+        (6, 5),
+        "what is cached of the model is not seen, and read from the disk",
+    ),
+    ((5, 1), "every listing of a directory asks twice more"),
+];
+
+fn kernel() -> Check {
+    let name = "kernel";
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let release = release.trim();
+    let Some(version) = version(release) else {
+        return Check::good(name, format!("Linux {release}"));
+    };
+    let lost: Vec<_> = KERNEL_FEATURES
+        .iter()
+        .filter(|(since, _)| version < *since)
+        .map(|(since, lost)| format!("before {}.{}: {lost}", since.0, since.1))
+        .collect();
+    if lost.is_empty() {
+        return Check::good(name, format!("Linux {release} has all that mounts use"));
+    }
+    let found = format!("Linux {release}; {}", lost.join("; "));
+    Check::note(name, found, "install a newer kernel")
+}
+
+/// `6.18` of `6.18.44-generic`.
+fn version(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+/// What loaders of all experts need: a map for each file of Kimi-K2.5, and some for themselves.
+const MAPS_WANTED: u64 = 65_530;
+/// MLX keeps the file of every array open that was not evaluated yet.
+const DESCRIPTORS_WANTED: u64 = 4096;
+/// What the kernel has had from the start.
+const PAGES_WANTED: u64 = 256;
+
+fn limits() -> Vec<Check> {
+    let number = |path: &str| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
+    let mut checks = Vec::new();
+    // Ours was raised to the hard limit already; what loaders may raise theirs to.
+    let descriptors = descriptor_limit().unwrap_or(u64::MAX);
+    checks.push(if descriptors < DESCRIPTORS_WANTED {
+        Check::note(
+            "ulimit -n",
+            format!("{descriptors} files may be open; a model in many parts, or a loader of many experts, wants more"),
+            format!("ulimit -n {DESCRIPTORS_WANTED} # for good: LimitNOFILE= or /etc/security/limits.conf"),
+        )
+    } else {
+        Check::good("ulimit -n", format!("{descriptors} files may be open"))
+    });
+    if let Some(maps) = number("/proc/sys/vm/max_map_count") {
+        checks.push(if maps < MAPS_WANTED {
+            let found = format!("{maps} maps; a loader that maps all experts at once wants more");
+            Check::note(
+                "vm.max_map_count",
+                found,
+                "sudo sysctl vm.max_map_count=262144",
+            )
+        } else {
+            Check::good(
+                "vm.max_map_count",
+                format!("{maps} maps: one for each of so many experts"),
+            )
+        });
+    }
+    if let Some(pages) = number("/proc/sys/fs/fuse/max_pages_limit") {
+        checks.push(if pages < PAGES_WANTED {
+            let found = format!("{pages} pages: requests are smaller than they could be");
+            Check::note(
+                "fs.fuse.max_pages_limit",
+                found,
+                "sudo sysctl fs.fuse.max_pages_limit=256",
+            )
+        } else {
+            let kib = pages * 4;
+            Check::good(
+                "fs.fuse.max_pages_limit",
+                format!("requests of up to {kib} KiB"),
+            )
+        });
+    }
+    checks.push(Check::good(
+        "read-ahead",
+        "128 KiB by the kernel, and whole experts by odmoe-fs; more by --readahead is seldom faster",
+    ));
+    checks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_read_from_the_names_of_releases() {
+        assert_eq!(version("6.18.44-generic"), Some((6, 18)));
+        assert_eq!(version("5.4-rc1"), Some((5, 4)));
+        assert_eq!(version("what"), None);
+        assert!((6, 6) < (6, 14));
+    }
+
+    #[test]
+    fn a_map_of_user_ids_tells_a_namespace() {
+        assert!(!in_user_namespace("         0          0 4294967295\n"));
+        assert!(in_user_namespace("         0       1000          1\n"));
+    }
+}

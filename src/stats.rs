@@ -1,0 +1,370 @@
+//! What a mount is asked for: requests, bytes, latencies, and opens and reads of each expert.
+//!
+//! The problem: counting must cost a reader nothing, and a user wants to see which experts are hot.
+//!
+//! The plan: relaxed atomics, one set for each file, and a histogram of latencies whose buckets grow with the
+//! numbers. Readers of the counters take [`Snapshot`]s; what they see of different counters may be of slightly
+//! different moments. What the kernel answers from its cache never reaches a file system: of a file that is cached,
+//! only opens are seen.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+use crate::layout::{FileKind, Layout};
+use crate::model::Model;
+use crate::tree::Ino;
+
+/// The extended attribute of a mount's root that holds a [`Snapshot`].
+pub const STATS_ATTRIBUTE: &str = "user.odmoe.stats";
+/// What the names of the others start with; a layer's number follows. Each holds [`Heat`]s.
+pub const HEAT_ATTRIBUTE: &str = "user.odmoe.heat.";
+/// The longest value, and the longest list of names, that Linux takes.
+const MAX_ATTRIBUTE_BYTES: usize = 64 << 10;
+/// Real models have at most 128 layers; more would not fit into one attribute.
+const MAX_LISTED_LAYERS: usize = 1000;
+
+/// The counters of one mount.
+#[derive(Debug)]
+pub struct Stats {
+    started: Instant,
+    operations: [AtomicU64; Operation::ALL.len()],
+    errors: AtomicU64,
+    latencies: Histogram,
+    /// Counters by inode number, for files without tensors, too.
+    files: Box<[Counter]>,
+    /// Of each expert its layer, its number and its inode, in order.
+    experts: Box<[(u32, u32, Ino)]>,
+}
+
+/// What is counted of a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Operation {
+    Lookup,
+    Getattr,
+    Open,
+    Read,
+    Readdir,
+    Statfs,
+}
+
+impl Operation {
+    const ALL: [(Self, &str); 6] = [
+        (Self::Lookup, "lookup"),
+        (Self::Getattr, "getattr"),
+        (Self::Open, "open"),
+        (Self::Read, "read"),
+        (Self::Readdir, "readdir"),
+        (Self::Statfs, "statfs"),
+    ];
+}
+
+#[derive(Debug, Default)]
+struct Counter {
+    opens: AtomicU64,
+    reads: AtomicU64,
+    bytes: AtomicU64,
+}
+
+/// How often files were opened and read, and how many bytes that were.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Use {
+    pub opens: u64,
+    /// Requests, not calls: the kernel joins, splits and saves them.
+    pub reads: u64,
+    pub bytes: u64,
+}
+
+impl std::ops::AddAssign for Use {
+    fn add_assign(&mut self, other: Self) {
+        self.opens += other.opens;
+        self.reads += other.reads;
+        self.bytes += other.bytes;
+    }
+}
+
+/// The use of one expert: its number, opens, reads, bytes.
+pub type Heat = (u32, u64, u64, u64);
+
+/// All counters but those of the single experts.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Snapshot {
+    pub architecture: String,
+    /// Since the mount was made.
+    pub seconds: f64,
+    /// By operation.
+    pub requests: std::collections::BTreeMap<String, u64>,
+    /// Reads that ended with an error.
+    pub errors: u64,
+    pub latency: Latency,
+    /// Of all files of `base_model/`, documents included.
+    pub base: Use,
+    /// Of all experts together.
+    pub experts: Use,
+    /// The number of experts of each layer that has some: `[layer, experts]`.
+    pub layers: Vec<(u32, u32)>,
+    /// Whether there are more layers than are listed.
+    pub layers_cut: bool,
+}
+
+/// How long reads took, from the request to the reply, in microseconds. The percentiles are rounded up to the end of a
+/// bucket, by at most an eighth.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Latency {
+    pub p50_us: u64,
+    pub p90_us: u64,
+    pub p99_us: u64,
+    pub max_us: u64,
+}
+
+impl Stats {
+    /// Counters for a model's tree, all zero.
+    pub fn new(model: &Model) -> Self {
+        let tree = model.tree();
+        let experts = model.layout().experts().iter().filter_map(|file| {
+            let FileKind::Expert { layer, expert } = file.kind else {
+                return None;
+            };
+            Some((layer, expert, tree.find(&file.kind.path())?))
+        });
+        let inodes = tree.files().max().map_or(0, |last| last + 1);
+        Self {
+            started: Instant::now(),
+            operations: Default::default(),
+            errors: AtomicU64::new(0),
+            latencies: Histogram::default(),
+            files: (0..inodes).map(|_| Counter::default()).collect(),
+            experts: experts.collect(),
+        }
+    }
+
+    /// Counts a request.
+    pub fn count(&self, operation: Operation) {
+        self.operations[operation as usize].fetch_add(1, Relaxed);
+    }
+
+    /// Counts an open of a file.
+    pub fn opened(&self, file: Ino) {
+        self.count(Operation::Open);
+        if let Some(counter) = self.files.get(file as usize) {
+            counter.opens.fetch_add(1, Relaxed);
+        }
+    }
+
+    /// Counts a read that was answered; `bytes` is `None` where that was an error.
+    pub fn read(&self, file: Ino, bytes: Option<u64>, took: Duration) {
+        self.count(Operation::Read);
+        self.latencies.add(took);
+        let Some(bytes) = bytes else {
+            self.errors.fetch_add(1, Relaxed);
+            return;
+        };
+        if let Some(counter) = self.files.get(file as usize) {
+            counter.reads.fetch_add(1, Relaxed);
+            counter.bytes.fetch_add(bytes, Relaxed);
+        }
+    }
+
+    /// All counters but those of the single experts.
+    pub fn snapshot(&self, layout: &Layout) -> Snapshot {
+        let mut all = Use::default();
+        self.files.iter().for_each(|counter| all += counter.get());
+        let mut experts = Use::default();
+        for (_, _, ino) in &self.experts {
+            experts += self.files[*ino as usize].get();
+        }
+        let layers: Vec<_> = self
+            .experts
+            .chunk_by(|a, b| a.0 == b.0)
+            .map(|layer| (layer[0].0, layer.len() as u32))
+            .collect();
+        Snapshot {
+            architecture: layout.model().architecture().unwrap_or_default().to_owned(),
+            seconds: self.started.elapsed().as_secs_f64(),
+            requests: Operation::ALL
+                .iter()
+                .map(|(operation, name)| {
+                    let count = self.operations[*operation as usize].load(Relaxed);
+                    ((*name).to_owned(), count)
+                })
+                .collect(),
+            errors: self.errors.load(Relaxed),
+            latency: self.latencies.get(),
+            base: Use {
+                opens: all.opens - experts.opens,
+                reads: all.reads - experts.reads,
+                bytes: all.bytes - experts.bytes,
+            },
+            experts,
+            layers_cut: layers.len() > MAX_LISTED_LAYERS,
+            layers: layers.into_iter().take(MAX_LISTED_LAYERS).collect(),
+        }
+    }
+
+    /// The experts of a layer that were used, the hottest first: by opens, then by bytes.
+    pub fn heat(&self, layer: u32) -> Vec<Heat> {
+        let start = self.experts.partition_point(|expert| expert.0 < layer);
+        let experts = self.experts[start..]
+            .iter()
+            .take_while(|expert| expert.0 == layer);
+        let mut heat: Vec<Heat> = experts
+            .map(|(_, expert, ino)| {
+                let used = self.files[*ino as usize].get();
+                (*expert, used.opens, used.reads, used.bytes)
+            })
+            .filter(|heat| heat.1 + heat.2 > 0)
+            .collect();
+        heat.sort_by_key(|&(expert, opens, _, bytes)| (std::cmp::Reverse((opens, bytes)), expert));
+        heat
+    }
+
+    /// The value of an extended attribute of the root; `None` if there is no such. What is too long for the kernel is cut
+    /// at its cold end.
+    pub fn attribute(&self, name: &[u8], layout: &Layout) -> Option<Vec<u8>> {
+        let name = std::str::from_utf8(name).ok()?;
+        if name == STATS_ATTRIBUTE {
+            return serde_json::to_vec(&self.snapshot(layout)).ok();
+        }
+        let layer: u32 = name.strip_prefix(HEAT_ATTRIBUTE)?.parse().ok()?;
+        self.experts
+            .binary_search_by_key(&layer, |expert| expert.0)
+            .ok()?;
+        let mut heat = self.heat(layer);
+        loop {
+            let value = serde_json::to_vec(&heat).ok()?;
+            if value.len() <= MAX_ATTRIBUTE_BYTES {
+                return Some(value);
+            }
+            heat.truncate(heat.len() * MAX_ATTRIBUTE_BYTES / value.len());
+        }
+    }
+
+    /// The names of all extended attributes of the root, each ended by NUL.
+    pub fn attribute_names(&self) -> Vec<u8> {
+        let mut names = format!("{STATS_ATTRIBUTE}\0").into_bytes();
+        for layer in self.experts.chunk_by(|a, b| a.0 == b.0) {
+            let name = format!("{HEAT_ATTRIBUTE}{}\0", layer[0].0);
+            if names.len() + name.len() > MAX_ATTRIBUTE_BYTES {
+                break;
+            }
+            names.extend(name.into_bytes());
+        }
+        names
+    }
+}
+
+impl Counter {
+    fn get(&self) -> Use {
+        Use {
+            opens: self.opens.load(Relaxed),
+            reads: self.reads.load(Relaxed),
+            bytes: self.bytes.load(Relaxed),
+        }
+    }
+}
+
+/// Buckets of each power of two, so that one is an eighth wide.
+const SUBBUCKETS: u64 = 8;
+/// Up to 2^40 µs, which is twelve days.
+const BUCKETS: usize = 8 * 40;
+
+/// Numbers of microseconds in buckets that grow with them.
+#[derive(Debug)]
+struct Histogram {
+    buckets: [AtomicU64; BUCKETS],
+    max: AtomicU64,
+}
+
+impl Default for Histogram {
+    fn default() -> Self {
+        Self {
+            buckets: [const { AtomicU64::new(0) }; BUCKETS],
+            max: AtomicU64::new(0),
+        }
+    }
+}
+
+impl Histogram {
+    fn add(&self, time: Duration) {
+        let micros = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        self.buckets[Self::bucket(micros)].fetch_add(1, Relaxed);
+        self.max.fetch_max(micros, Relaxed);
+    }
+
+    /// Numbers below 16 have a bucket each; above, each power of two has eight.
+    fn bucket(micros: u64) -> usize {
+        if micros < 2 * SUBBUCKETS {
+            return micros as usize;
+        }
+        let power = u64::from(micros.ilog2());
+        let within = (micros >> (power - 3)) - SUBBUCKETS;
+        let bucket = (power - 2) * SUBBUCKETS + within;
+        (bucket as usize).min(BUCKETS - 1)
+    }
+
+    /// The largest number of a bucket.
+    fn end(bucket: usize) -> u64 {
+        let bucket = bucket as u64;
+        if bucket < 2 * SUBBUCKETS {
+            return bucket;
+        }
+        let power = bucket / SUBBUCKETS + 2;
+        let within = bucket % SUBBUCKETS;
+        ((SUBBUCKETS + within + 1) << (power - 3)) - 1
+    }
+
+    fn get(&self) -> Latency {
+        let counts: Vec<u64> = self
+            .buckets
+            .iter()
+            .map(|bucket| bucket.load(Relaxed))
+            .collect();
+        let total: u64 = counts.iter().sum();
+        let max = self.max.load(Relaxed);
+        let percentile = |percent: u64| {
+            let wanted = (total * percent).div_ceil(100);
+            let mut seen = 0;
+            let bucket = counts.iter().position(|count| {
+                seen += count;
+                seen >= wanted && seen > 0
+            });
+            bucket.map_or(0, |bucket| Self::end(bucket).min(max))
+        };
+        Latency {
+            p50_us: percentile(50),
+            p90_us: percentile(90),
+            p99_us: percentile(99),
+            max_us: max,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buckets_follow_each_other_without_gap_and_are_at_most_an_eighth_wide() {
+        let mut last = 0;
+        for micros in 0..100_000 {
+            let bucket = Histogram::bucket(micros);
+            assert!(bucket == last || bucket == last + 1);
+            assert!(Histogram::end(bucket) >= micros);
+            assert!(Histogram::end(bucket) - micros <= micros / 8);
+            last = bucket;
+        }
+        assert_eq!(Histogram::bucket(u64::MAX), BUCKETS - 1);
+    }
+
+    #[test]
+    fn percentiles_are_those_of_what_was_added() {
+        let histogram = Histogram::default();
+        assert_eq!(histogram.get(), Latency::default());
+        (1..=100).for_each(|n| histogram.add(Duration::from_micros(n)));
+        let latency = histogram.get();
+        assert!((50..=56).contains(&latency.p50_us), "{latency:?}");
+        assert!((90..=100).contains(&latency.p90_us), "{latency:?}");
+        assert_eq!(latency.max_us, 100);
+    }
+}

@@ -1,0 +1,285 @@
+"""A mount's life as a person or a service meets it: options of fstab, `--replace`, who keeps it busy, logs, systemd."""
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+
+import pytest
+
+import models
+from odmoe import (
+    LISTING,
+    ME,
+    PYTHON,
+    ask,
+    daemon_of,
+    detach,
+    fail,
+    foreground,
+    in_private_mounts,
+    is_running,
+    mount_at,
+    mounted,
+    mounts,
+    needs_root,
+    odmoe,
+    run,
+    succeed,
+    wait_for,
+)
+
+EXPERT = "experts/layer_00_expert_000.safetensors"
+
+
+@pytest.fixture
+def model(public):
+    return models.write_small(public)[0]
+
+
+@contextlib.contextmanager
+def holding(person, code):
+    """A process that does something and then waits."""
+    code += "\nprint(1, flush=True)\nsys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([PYTHON, "-c", "import mmap, os, sys\n" + code], **pipes, **person.switch()) as holder:
+        assert holder.stdout.readline() == b"1\n"
+        yield holder
+        holder.stdin.close()
+
+
+# --- busy -----------------------------------------------------------------------------------------------------------
+
+USES = {
+    "open": "file = open({path!r}, 'rb')",
+    "mapped": "file = open({path!r}, 'rb'); map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ); file.close()",
+    "working directory": "os.chdir({root!r})",
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_busy_unmount_names_who_is_in_the_way_and_offers_lazy(use, person, model, folder):
+    with mounted(model, folder, user=person):
+        with holding(person, USES[use].format(path=str(folder / EXPERT), root=str(folder))) as holder:
+            fail("umount", folder, user=person, naming=[f"python3 (process {holder.pid})", "--lazy"])
+            assert mount_at(folder)
+
+
+def test_who_unmounts_is_not_in_its_own_way(person, model, folder):
+    """A shell that stands in the mount is."""
+    with mounted(model, folder, user=person):
+        script = f'cd "{folder}" && "{person.binary}" umount "{folder}"'
+        done = run("sh", "-c", script, user=person)
+        assert done.returncode == 1 and "sh (process " in done.stderr and "odmoe-fs (process" not in done.stderr
+
+
+def test_several_directories_are_unmounted_at_once_and_each_that_fails_is_named(person, model, public, folder):
+    other = public / "other"
+    other.mkdir()
+    shutil.chown(other, person.uid, person.gid)
+    for where in (folder, other):
+        succeed("mount", model, where, user=person)
+    done = odmoe("umount", folder, public / "nothing", other, public, user=person)
+    assert done.returncode == 1
+    assert done.stderr.count("error: ") == 2 and "nothing" in done.stderr
+    assert mount_at(folder) is None and mount_at(other) is None
+
+
+# --- replaced -------------------------------------------------------------------------------------------------------
+
+
+def test_replace_puts_another_model_in_the_place_of_one_that_is_used(person, model, folder, public):
+    other = public / "other"
+    other.mkdir()
+    dense = models.write_dense(other)[0]
+    with mounted(model, folder, user=person):
+        fail("mount", dense, folder, user=person, naming=["--replace"])
+        with holding(person, f"file = open({str(folder / EXPERT)!r}, 'rb')"):
+            done = odmoe("mount", "--replace", dense, folder, user=person)
+            assert done.returncode == 0 and "keep it" in done.stderr, done.stderr
+            assert [m.source for m in mounts() if m.at == str(folder)] == [str(dense)]
+
+
+def test_replace_does_not_hang_on_a_daemon_that_is_stopped(person, model, folder):
+    with mounted(model, folder, user=person):
+        stopped = daemon_of(folder)
+        os.kill(stopped, signal.SIGSTOP)
+        try:
+            succeed("mount", "--replace", model, folder, user=person)
+            assert ask(person, LISTING, root=folder) == ["base_model", "experts"]
+        finally:
+            os.kill(stopped, signal.SIGCONT)
+        wait_for(lambda: not is_running(stopped))
+
+
+@needs_root
+def test_replace_never_takes_away_another_file_system(model, public):
+    where = public / "mnt"
+    where.mkdir()
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "theirs", where], check=True)
+        (where / "file").touch()
+        fail("mount", "--replace", model, where, naming=["not empty"])
+        assert mount_at(where).source == "theirs"
+    finally:
+        detach(where)
+
+
+def test_a_mount_that_cannot_be_made_replaces_nothing(person, model, folder, public):
+    with mounted(model, folder, user=person):
+        fail("mount", "--replace", public / "nothing.gguf", folder, user=person)
+        if person != ME:
+            fail("mount", "--replace", "--allow-other", model, folder, user=person, naming=["user_allow_other"])
+        assert ask(person, LISTING, root=folder) == ["base_model", "experts"]
+
+
+# --- fstab ----------------------------------------------------------------------------------------------------------
+
+
+def test_options_can_be_said_as_in_fstab(person, model, folder):
+    options = "rw,noauto,x-systemd.automount,uid=7,gid=8,cache=direct,keep_source_cache"
+    with mounted(model, folder, "-o", options, "-o", "threads=2", user=person):
+        owner = ask(person, "s = os.stat(path); answer = [s.st_uid, s.st_gid]", path=folder / EXPERT)
+        assert owner == [7, 8]
+        assert set(mount_at(folder).options.split(",")) >= {"ro"}
+
+
+def test_an_option_that_does_not_exist_is_wrong_usage(model, folder):
+    for option in ("frobnicate", "uid=you", "threads=0"):
+        said = fail("mount", model, folder, "-o", f"ro,{option}", status=2)
+        assert option.split("=")[0] in said
+    assert mount_at(folder) is None
+
+
+@pytest.fixture
+def helper(person, public):
+    """The name by which mount(8) calls the program."""
+    link = public / "mount.fuse.odmoe"
+    link.symlink_to(person.binary)
+    return link
+
+
+def test_the_helper_of_mount_mounts_checks_and_refuses(helper, person, model, folder):
+    call = [helper, model, folder, "-t", "fuse.odmoe"]
+    assert run(*call, "-f", "-o", "rw,noexec", user=person).returncode == 0
+    assert mount_at(folder) is None
+    assert run(*call, "-s", "-o", "rw,of_another", user=person).returncode == 0
+    done = run(*call, "-o", "rw", user=person)
+    assert done.returncode == 32 and "already mounted" in done.stderr
+    succeed("umount", folder, user=person)
+    done = run(*call, "-o", "of_another", user=person)
+    assert done.returncode == 1 and "of_another" in done.stderr
+    assert run(helper, model, user=person).returncode == 1
+
+
+# --- logs -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_log_is_never_the_model_nor_a_pipe(person, model, folder, public):
+    before = model.read_bytes()
+    pipe = public / "pipe"
+    os.mkfifo(pipe, 0o666)
+    pipe.chmod(0o666)
+    if person == ME:
+        fail("mount", model, folder, "--log-file", model, user=person, naming=["is the model itself"])
+        link = public / "link.gguf"
+        os.link(model, link)
+        fail("mount", model, folder, "--log-file", link, user=person, naming=["is the model itself"])
+    fail("mount", model, folder, "--log-file", pipe, user=person, naming=["pipe"])
+    assert mount_at(folder) is None
+    assert model.read_bytes() == before
+
+
+def test_a_log_can_be_read_by_programs(person, model, folder, public):
+    log = public / "log"
+    log.touch()
+    log.chmod(0o666)
+    with mounted(model, folder, "--log-file", log, "--log-format", "json", user=person):
+        os.truncate(model, 100)
+        reading = "answer = len(open(path, 'rb').read())"
+        ask(person, reading, path=folder / EXPERT)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert {line["level"] for line in lines} >= {"INFO", "ERROR"}
+    assert any("has changed" in line["message"] for line in lines)
+    assert all(line["timestamp"] for line in lines)
+
+
+def test_what_is_logged_does_not_reach_the_terminal(model, folder, public):
+    done = odmoe("mount", model, folder, "--log-file", public / "log")
+    assert (done.returncode, done.stderr) == (0, "")
+    succeed("umount", folder)
+
+
+@needs_root
+def test_without_a_log_file_messages_go_to_the_journal(model, public):
+    """What listens is no journald, but the socket and the protocol are its."""
+    where = public / "mnt"
+    listener = public / "listener.py"
+    listener.write_text(f"""
+import socket, subprocess, sys
+journal = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+journal.bind("/run/systemd/journal/socket")
+journal.settimeout(30)
+subprocess.run([{str(ME.binary)!r}, "mount", {str(model)!r}, {str(where)!r}], check=True)
+said = b""
+while b"mounted on" not in said:
+    said += journal.recv(1 << 16)
+subprocess.run([{str(ME.binary)!r}, "umount", {str(where)!r}], check=True)
+sys.stdout.buffer.write(said)
+""")
+    where.mkdir()
+    script = "mount -t tmpfs none /run && mkdir -p /run/systemd/journal && exec python3 \"$1\""
+    done = run("unshare", "-m", "sh", "-euc", script, "sh", listener)
+    assert done.returncode == 0, done.stderr
+    assert "SYSLOG_IDENTIFIER\n" in done.stdout and "worker threads" in done.stdout
+
+
+# --- systemd --------------------------------------------------------------------------------------------------------
+
+
+def test_systemd_is_told_when_the_tree_answers(model, public, monkeypatch):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(public / "notify"))
+        manager.settimeout(30)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(public / "notify"))
+        with foreground(model, public / "mnt") as process:
+            assert manager.recv(100) == b"READY=1\n"
+            assert (public / "mnt" / EXPERT).stat().st_size
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0
+
+
+# --- what is lacking ------------------------------------------------------------------------------------------------
+
+
+def test_workers_that_cannot_start_are_an_error_and_leave_no_mount(person, model, folder):
+    for threads in (64, 256):
+        little = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_AS, (600 << 20, 600 << 20))}
+        fail("mount", model, folder, "--threads", threads, user=person, naming=["worker threads", "--threads"], **little)
+        assert mount_at(folder) is None
+    with mounted(model, folder, "--threads", 2, user=person, **little):
+        pass
+
+
+@needs_root
+def test_a_user_of_few_processes_gets_an_error_and_no_mount(model, public, nobody):
+    where = public / "mnt"
+    where.mkdir()
+    shutil.chown(where, nobody.uid, nobody.gid)
+    few = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_NPROC, (12, 12))}
+    fail("mount", model, where, "--threads", 32, user=nobody, naming=["worker threads", "ulimit -u"], **few)
+    assert mount_at(where) is None
+
+
+@needs_root
+def test_a_mount_that_fails_says_what_is_wrong_with_the_machine(model, public, nobody):
+    (public / "mnt").mkdir()
+    closed = "cp -a /dev/fuse \"$1/fuse\" && chmod 600 \"$1/fuse\" && mount --bind \"$1/fuse\" /dev/fuse"
+    scratch = public / "scratch"
+    scratch.mkdir()
+    done = in_private_mounts(closed, scratch, "mount", model, public / "mnt", user=nobody)
+    assert done.returncode == 1 and "sudo chmod 0666 /dev/fuse" in done.stderr
