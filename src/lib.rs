@@ -15,21 +15,32 @@
 //!
 //! # Without FUSE
 //!
-//! Find an expert's matrix in a model, and get its bytes without a copy:
+//! Find an expert in a model, and get its matrices without a copy:
 //!
-//! ```no_run
-//! use odmoe_fs::layout::FileKind;
+//! ```
+//! # use odmoe_fs::gguf::{GgmlType, write::Writer};
+//! # let folder = tempfile::tempdir()?;
+//! # let path = folder.path().join("model.gguf");
+//! # let mut writer = Writer::new();
+//! # for name in ["gate", "down", "up"] {
+//! #     let f32_ = GgmlType::from_name("F32").unwrap();
+//! #     writer.tensor(&format!("blk.3.ffn_{name}_exps.weight"), &[8, 8, 20], f32_);
+//! # }
+//! # let header = writer.header();
+//! # let mut bytes = header.bytes;
+//! # bytes.resize(header.file_bytes as usize, 7);
+//! # std::fs::write(&path, bytes)?;
 //! use odmoe_fs::model::Model;
 //!
-//! let model = Model::open("kimi-k2.5-00001-of-00013.gguf".as_ref())?;
-//! let wanted = FileKind::Expert { layer: 3, expert: 17 };
-//! let file = model.layout().files().iter().find(|file| file.kind == wanted).unwrap();
+//! let model = Model::open(&path)?; // any part of a split set
+//! let file = model.layout().expert(3, 17).expect("layer 3 has an expert 17");
 //! for tensor in model.layout().tensors(file) {
 //!     // SAFETY: nobody changes the model while it is mapped.
 //!     let part = unsafe { model.source().map(tensor.gguf_part)? };
 //!     let start = tensor.gguf_offset as usize;
 //!     let blocks: &[u8] = &part[start..start + tensor.bytes as usize];
 //!     println!("{} {} {:?}: {} bytes", tensor.name, tensor.ggml_type, tensor.shape.dims(), blocks.len());
+//!     # assert_eq!((tensor.shape.dims(), blocks.len(), blocks[0]), (&[8, 8][..], 256, 7));
 //! }
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```

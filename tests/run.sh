@@ -46,8 +46,9 @@ rust() {
 
 venv=$target/test-venv
 
-venv() {
-    local wanted
+venv() { # venv [long]
+    local wanted requirements=(tests/python/requirements.txt)
+    if [ "${1:-}" = long ]; then requirements+=(tests/python/requirements-long.txt); fi
     need command -v python3 -- python3 python3
     need python3 -c "import ensurepip, venv" -- "Python's venv module" python3-venv
     need command -v fusermount3 -- fusermount3 fuse3
@@ -56,17 +57,17 @@ venv() {
         need command -v mkfs.btrfs -- mkfs.btrfs btrfs-progs
     fi
     # Made anew only when the interpreter or the requirements change.
-    wanted=$(python3 -VV && cat tests/python/requirements.txt)
+    wanted=$(python3 -VV && cat "${requirements[@]}")
     if [ "$(cat "$venv/made-from" 2>/dev/null)" != "$wanted" ]; then
         step python3 -m venv --clear "$venv"
-        step "$venv/bin/pip" install --quiet --disable-pip-version-check -r tests/python/requirements.txt
+        step "$venv/bin/pip" install --quiet --disable-pip-version-check "${requirements[@]/#/-r}"
         echo "$wanted" >"$venv/made-from"
     fi
     export PYTHONDONTWRITEBYTECODE=1 ODMOE_FS=${ODMOE_FS:-$target/release/odmoe-fs}
 }
 
 python() {
-    venv
+    case " $* " in *" --long "*) venv long ;; *) venv ;; esac
     step "$venv/bin/python" -m pytest tests/python "$@"
 }
 
