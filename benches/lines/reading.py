@@ -118,6 +118,37 @@ def mlx_direct(lab):
     yield from throughput(cold(lab, read, "--cache", "direct", floor=False), 0.9)
 
 
+def counted(lab, *flags, warm):
+    """The same reads through a mount that counts and one that does not, each fresh."""
+
+    def side(*flags):
+        def sample():
+            with lab.mount(*flags) as mount:
+                files = mount.experts(EXPERTS)
+                lab.cold()
+                if warm:
+                    lab.reader("pread", *files)
+                return lab.reader("pread", *files)
+
+        return sample
+
+    taken = interleave({OURS: side("--stats", *flags), "without": side(*flags)}, lab.samples)
+    check_same_bytes(taken)
+    return taken
+
+
+@line("stats-cold", "cold-pread of a mount with --stats; against one without")
+def stats_cold(lab):
+    require("mount", "--stats")
+    yield from throughput(counted(lab, warm=False), 0.95)
+
+
+@line("stats-direct", "preads of what is cached with --cache direct, each a request, with --stats; against the same without")
+def stats_direct(lab):
+    require("mount", "--stats")
+    yield from throughput(counted(lab, "--cache", "direct", warm=True), 0.95)
+
+
 @line("open-read-close", "open, pread of 4 KiB and close of a cached file, 100,000 times; against the disk's own")
 def open_read_close(lab):
     times = 100_000
