@@ -28,11 +28,16 @@ from odmoe import (
     mounts,
     needs_root,
     odmoe,
+    promises,
     run,
     succeed,
     wait_for,
 )
 
+REPLACED = (
+    "`mount --replace` takes away what of ours is on the directory, in whatever state, once all else is known to work; "
+    "programs that have files of it open keep it."
+)
 EXPERT = "experts/layer_00_expert_000.safetensors"
 
 
@@ -92,6 +97,7 @@ def test_several_directories_are_unmounted_at_once_and_each_that_fails_is_named(
 # --- replaced -------------------------------------------------------------------------------------------------------
 
 
+@promises(REPLACED)
 def test_replace_puts_another_model_in_the_place_of_one_that_is_used(person, model, folder, public):
     other = public / "other"
     other.mkdir()
@@ -104,6 +110,7 @@ def test_replace_puts_another_model_in_the_place_of_one_that_is_used(person, mod
             assert [m.source for m in mounts() if m.at == str(folder)] == [str(dense)]
 
 
+@promises(REPLACED)
 def test_replace_does_not_hang_on_a_daemon_that_is_stopped(person, model, folder):
     with mounted(model, folder, user=person):
         stopped = daemon_of(folder)
@@ -117,6 +124,7 @@ def test_replace_does_not_hang_on_a_daemon_that_is_stopped(person, model, folder
 
 
 @needs_root
+@promises("Only mounts of our own are ever unmounted.")
 def test_replace_never_takes_away_another_file_system(model, public):
     where = public / "mnt"
     where.mkdir()
@@ -129,6 +137,7 @@ def test_replace_never_takes_away_another_file_system(model, public):
         detach(where)
 
 
+@promises(REPLACED)
 def test_a_mount_that_cannot_be_made_replaces_nothing(person, model, folder, public):
     with mounted(model, folder, user=person):
         fail("mount", "--replace", public / "nothing.gguf", folder, user=person)
