@@ -32,6 +32,7 @@ rust() {
     RUSTDOCFLAGS="-D warnings" step cargo doc --no-deps
     step cargo test
     if command -v cargo-deny >/dev/null; then
+        step cargo fetch --quiet # also what other systems need
         step cargo deny --offline check licenses sources bans
     else
         echo "==> NOT CHECKED: licences and sources of the dependencies, since cargo-deny is not installed" >&2

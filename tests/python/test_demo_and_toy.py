@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 
@@ -21,6 +22,7 @@ from odmoe import (
     mounted,
     mounts,
     needs_root,
+    odmoe,
     succeed,
     wait_for,
 )
