@@ -339,3 +339,15 @@ def test_a_stopped_daemon_that_goes_on_is_alive_again(person, model, folder):
         with stopped(daemon_of(folder)):
             assert status(folder, person)["state"] == "not answering"
         assert status(folder, person)["state"] == "alive"
+
+
+def test_a_model_whose_path_would_be_taken_for_options_is_found_by_its_process(person, public, folder):
+    odd = public / "a,b"
+    odd.mkdir()
+    path = models.write_small(odd)[0]
+    with mounted(path, folder, user=person):
+        assert mount_at(folder).source == "odmoe"
+        assert status(folder, person)["model"] == str(path)
+        kill(folder, person)
+        assert status(folder, person)["model"] is None
+        succeed("mount", path, folder, user=person)

@@ -1,10 +1,12 @@
 """`verify`: a tree that is the model's is told from every other, and each difference is named; section 2 of the contract."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +15,7 @@ from odmoe import (
     BINARY,
     DATA,
     PATIENCE,
+    detach,
     expert_gguf,
     fail,
     files_of,
@@ -322,3 +325,27 @@ def verifying(model, root):
     # It blocks the signals, and starts its workers, right before it compares.
     wait_for(lambda: len(os.listdir(f"/proc/{process.pid}/task")) > 2 or process.poll() is not None)
     return process
+
+
+def test_a_mount_that_ends_during_the_comparison_is_one_error_and_no_difference(tmp_path):
+    model = sparse_gguf("kimi-k2.5-q4_k_m", tmp_path / "kimi.gguf")[0]
+    where = tmp_path / "mnt"
+    where.mkdir()
+    succeed("mount", model, where)
+    try:
+        command = [BINARY, "-q", "verify", "--quick", model, where]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+        def is_comparing():
+            with contextlib.suppress(OSError):
+                links = [os.readlink(path) for path in Path(f"/proc/{process.pid}/fd").iterdir()]
+                return any(link.startswith(f"{where}/experts/layer") for link in links)
+            return False
+
+        wait_for(is_comparing)
+        succeed("umount", "--lazy", where)
+        out, err = process.communicate(timeout=PATIENCE)
+    finally:
+        detach(where)
+    assert (process.returncode, out) == (1, ""), out[:500]
+    assert "ended during the comparison" in err and err.count("\n") == 2
