@@ -410,7 +410,7 @@ impl Filesystem for OdmoeFs {
                 let value = is_root.then(|| stats.attribute(name.as_bytes(), layout));
                 match value.flatten() {
                     Some(value) => reply_xattr(reply, &value, size),
-                    None => reply.error(Errno::ENODATA),
+                    None => reply.error(Errno::NO_XATTR),
                 }
             }
         });

@@ -194,10 +194,7 @@ fn mount(args: &MountArgs) -> anyhow::Result<()> {
     if args.foreground {
         mount.serve(|| {
             tune(&directory, args.readahead);
-            // For a systemd unit with `Type=notify`; elsewhere it does nothing.
-            if let Err(e) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
-                tracing::warn!("systemd was not told that the mount is ready: {e}");
-            }
+            tell_systemd();
             say(&format!("{summary}unmount with Ctrl-C\n"));
         })?;
     } else {
@@ -209,6 +206,14 @@ fn mount(args: &MountArgs) -> anyhow::Result<()> {
         ));
     }
     Ok(())
+}
+
+/// Tells a systemd unit with `Type=notify` that the tree answers; elsewhere it does nothing.
+fn tell_systemd() {
+    #[cfg(target_os = "linux")]
+    if let Err(e) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
+        tracing::warn!("systemd was not told that the mount is ready: {e}");
+    }
 }
 
 /// What is not granted is no reason not to mount.
