@@ -81,7 +81,7 @@ pub fn status() -> Vec<MountStatus> {
     }
     let processes = processes();
     let one = |(mount, state): (MountEntry, State)| {
-        let process = processes.iter().find(|process| process.serves(&mount));
+        let process = serving(&mount, &processes);
         MountStatus {
             pid: process.map(|process| process.pid),
             model: match mount.source {
@@ -104,8 +104,14 @@ pub fn state_of(directory: &Path) -> State {
 /// The process that serves a mount, if it can be seen.
 pub(super) fn pid_of(mount: &MountEntry) -> Option<u32> {
     let processes = processes();
-    let process = processes.iter().find(|process| process.serves(mount))?;
-    Some(process.pid)
+    Some(serving(mount, &processes)?.pid)
+}
+
+/// The process that serves a mount. The number of a connection is soon used again, while the daemon that
+/// had it before may still be ending: so the one that was started last.
+fn serving<'a>(mount: &MountEntry, processes: &'a [Process]) -> Option<&'a Process> {
+    let serving = processes.iter().filter(|process| process.serves(mount));
+    serving.max_by_key(|process| process.started)
 }
 
 fn states(directories: &[&Path]) -> Vec<State> {
@@ -134,6 +140,8 @@ fn states(directories: &[&Path]) -> Vec<State> {
 /// A process that has opened the FUSE device.
 struct Process {
     pid: u32,
+    /// In ticks since the machine was started.
+    started: u64,
     /// The connections that it serves, which are the minor numbers of their mounts; only recent
     /// kernels tell.
     connections: Vec<String>,
@@ -169,8 +177,13 @@ impl Process {
             Some(value.trim().to_owned())
         };
         let arguments = std::fs::read(folder.join("cmdline")).unwrap_or_default();
+        // PID (NAME) STATE ..., see proc_pid_stat(5); the start is field 22.
+        let stat = std::fs::read_to_string(folder.join("stat")).unwrap_or_default();
+        let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields);
+        let started = fields.split_whitespace().nth(19);
         Some(Self {
             pid,
+            started: started.and_then(|ticks| ticks.parse().ok()).unwrap_or(0),
             connections: devices.iter().filter_map(connection).collect(),
             arguments: arguments.split(|b| *b == 0).map(<[u8]>::to_vec).collect(),
         })
