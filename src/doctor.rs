@@ -338,51 +338,45 @@ fn limits() -> Vec<Check> {
     let mut checks = Vec::new();
     // Ours was raised to the hard limit already; what loaders may raise theirs to.
     let descriptors = descriptor_limit().unwrap_or(u64::MAX);
-    checks.push(if descriptors < DESCRIPTORS_WANTED {
-        Check::note(
-            "ulimit -n",
-            format!("{descriptors} files may be open; a model in many parts, or a loader of many experts, wants more"),
-            format!("ulimit -n {DESCRIPTORS_WANTED} # for good: LimitNOFILE= or /etc/security/limits.conf"),
-        )
-    } else {
-        Check::good("ulimit -n", format!("{descriptors} files may be open"))
-    });
+    checks.push(limit(
+        "ulimit -n",
+        descriptors >= DESCRIPTORS_WANTED,
+        format!("{descriptors} files may be open"),
+        format!("{descriptors} files may be open; a model in many parts, or a loader of many experts, wants more"),
+        "ulimit -n 4096 # for good: LimitNOFILE= or /etc/security/limits.conf",
+    ));
     if let Some(maps) = number("/proc/sys/vm/max_map_count") {
-        checks.push(if maps < MAPS_WANTED {
-            let found = format!("{maps} maps; a loader that maps all experts at once wants more");
-            Check::note(
-                "vm.max_map_count",
-                found,
-                "sudo sysctl vm.max_map_count=262144",
-            )
-        } else {
-            Check::good(
-                "vm.max_map_count",
-                format!("{maps} maps: one for each of so many experts"),
-            )
-        });
+        checks.push(limit(
+            "vm.max_map_count",
+            maps >= MAPS_WANTED,
+            format!("{maps} maps: one for each of so many experts"),
+            format!("{maps} maps; a loader that maps all experts at once wants more"),
+            "sudo sysctl vm.max_map_count=262144",
+        ));
     }
     if let Some(pages) = number("/proc/sys/fs/fuse/max_pages_limit") {
-        checks.push(if pages < PAGES_WANTED {
-            let found = format!("{pages} pages: requests are smaller than they could be");
-            Check::note(
-                "fs.fuse.max_pages_limit",
-                found,
-                "sudo sysctl fs.fuse.max_pages_limit=256",
-            )
-        } else {
-            let kib = pages * 4;
-            Check::good(
-                "fs.fuse.max_pages_limit",
-                format!("requests of up to {kib} KiB"),
-            )
-        });
+        checks.push(limit(
+            "fs.fuse.max_pages_limit",
+            pages >= PAGES_WANTED,
+            format!("requests of up to {} KiB", pages * 4),
+            format!("{pages} pages: requests are smaller than they could be"),
+            "sudo sysctl fs.fuse.max_pages_limit=256",
+        ));
     }
     checks.push(Check::good(
         "read-ahead",
         "128 KiB by the kernel, and whole experts by odmoe-fs; more by --readahead is seldom faster",
     ));
     checks
+}
+
+/// A limit that is high enough, or could be higher.
+fn limit(name: &'static str, is_enough: bool, good: String, low: String, cure: &str) -> Check {
+    if is_enough {
+        Check::good(name, good)
+    } else {
+        Check::note(name, low, cure)
+    }
 }
 
 #[cfg(test)]

@@ -48,11 +48,7 @@ fn demo(stop: &AtomicBool) -> anyhow::Result<()> {
         ggml_type: GgmlType::from_name("Q4_K").context("Q4_K is a type")?,
         ..ToyArgs::new(&folder.path().join("toy.gguf"))
     };
-    let watch = Watch {
-        stop,
-        progress: &|_| {},
-    };
-    write_toy(&toy, watch)?;
+    write_toy(&toy, Watch::silent(stop))?;
     let bytes = toy.out.metadata()?.len();
     print(&format!(
         "A toy model of 2 layers with 4 experts each, in Q4_K: toy.gguf, {}\n\n",

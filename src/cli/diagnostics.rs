@@ -13,6 +13,8 @@ use tracing_subscriber::fmt;
 use tracing_subscriber::prelude::*;
 use tracing_subscriber::{Layer, Registry};
 
+use super::text;
+
 /// How much is said.
 #[derive(Clone, Copy)]
 pub struct Volume {
@@ -69,25 +71,9 @@ pub fn start(volume: Volume, format: LogFormat, to_journal: bool, is_mount: bool
         })
         .with_max_level_hint(LevelFilter::from_level(logged))
     };
-    let colours =
-        io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty());
-    let terminal = match format {
-        LogFormat::Text => fmt::layer()
-            .with_target(false)
-            .with_ansi(colours)
-            .without_time()
-            .with_writer(|| Diagnostics)
-            .boxed(),
-        LogFormat::Json => json_lines(|| Diagnostics),
-    };
-    let file = match format {
-        LogFormat::Text => fmt::layer()
-            .with_target(false)
-            .with_ansi(false)
-            .with_writer(|| Log)
-            .boxed(),
-        LogFormat::Json => json_lines(|| Log),
-    };
+    let colours = io::stderr().is_terminal() && text::may_be_coloured();
+    let terminal = lines(format, || Diagnostics, colours, false);
+    let file = lines(format, || Log, false, true);
     let here = here.with_max_level_hint(LevelFilter::from_level(said));
     let mut layers = vec![
         terminal.with_filter(here).boxed(),
@@ -99,13 +85,23 @@ pub fn start(volume: Volume, format: LogFormat, to_journal: bool, is_mount: bool
     tracing_subscriber::registry().with(layers).init();
 }
 
-fn json_lines<W, O>(writer: W) -> Box<dyn Layer<Registry> + Send + Sync>
+/// Messages as lines. Those of a log have their time; JSON has it always.
+fn lines<W, O>(
+    format: LogFormat,
+    writer: W,
+    colours: bool,
+    with_time: bool,
+) -> Box<dyn Layer<Registry> + Send + Sync>
 where
     W: Fn() -> O + Send + Sync + 'static,
     O: Write,
 {
-    let layer = fmt::layer().json().flatten_event(true);
-    layer.with_target(false).with_writer(writer).boxed()
+    let layer = fmt::layer().with_target(false).with_writer(writer);
+    match format {
+        LogFormat::Json => layer.json().flatten_event(true).boxed(),
+        LogFormat::Text if with_time => layer.with_ansi(colours).boxed(),
+        LogFormat::Text => layer.with_ansi(colours).without_time().boxed(),
+    }
 }
 
 /// The journal of systemd, where there is one.

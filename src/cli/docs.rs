@@ -1,7 +1,6 @@
 //! `man` and `completions`: made from the command line's own definition.
 
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
@@ -70,33 +69,35 @@ fn write_all(program: &Command, folder: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// `odmoe-fs` or `odmoe-fs-mount`.
-fn name(command: &Command) -> String {
-    let name = command.get_bin_name().unwrap_or(command.get_name());
-    name.replace(' ', "-")
+/// `odmoe-fs` or `odmoe-fs-mount`: what a built command is shown as.
+fn name(command: &Command) -> &str {
+    command.get_display_name().unwrap_or(command.get_name())
 }
 
 fn page(command: &Command) -> anyhow::Result<String> {
     let page = Man::new(command.clone()).source(concat!("odmoe-fs ", env!("CARGO_PKG_VERSION")));
     let mut out = Vec::new();
     page.render(&mut out)?;
-    exit_statuses(&mut out)?;
+    let mut roff = Roff::new();
+    section(&mut roff, "EXIT STATUS", &EXIT_STATUSES);
     if command.get_name() == "odmoe-fs" {
-        surroundings(&mut out)?;
+        section(&mut roff, "FILES", &FILES);
+        section(&mut roff, "ENVIRONMENT", &ENVIRONMENT);
+        section(&mut roff, "EXAMPLES", &EXAMPLES);
+        roff.control("SH", ["SEE ALSO"]);
+        roff.text([roman("mount(8), fstab(5), fuse(8), fusermount3(1)")]);
     }
+    roff.to_writer(&mut out)?;
     Ok(String::from_utf8(out)?)
 }
 
-fn exit_statuses(out: &mut Vec<u8>) -> anyhow::Result<()> {
-    let mut roff = Roff::new();
-    roff.control("SH", ["EXIT STATUS"]);
-    for (status, meaning) in EXIT_STATUSES {
+fn section(roff: &mut Roff, title: &str, entries: &[(&str, &str)]) {
+    roff.control("SH", [title]);
+    for (name, meaning) in entries {
         roff.control("TP", [])
-            .text([bold(status)])
-            .text([roman(meaning)]);
+            .text([bold(*name)])
+            .text([roman(*meaning)]);
     }
-    roff.to_writer(out)?;
-    Ok(())
 }
 
 /// What is around the program.
@@ -143,24 +144,3 @@ const EXAMPLES: [(&str, &str); 4] = [
         "Compare a tree with its model, byte for byte.",
     ),
 ];
-
-fn surroundings(out: &mut Vec<u8>) -> anyhow::Result<()> {
-    let mut roff = Roff::new();
-    for (title, entries) in [
-        ("FILES", &FILES[..]),
-        ("ENVIRONMENT", &ENVIRONMENT),
-        ("EXAMPLES", &EXAMPLES),
-    ] {
-        roff.control("SH", [title]);
-        for (name, meaning) in entries {
-            roff.control("TP", [])
-                .text([bold(*name)])
-                .text([roman(*meaning)]);
-        }
-    }
-    roff.control("SH", ["SEE ALSO"]);
-    roff.text([roman("mount(8), fstab(5), fuse(8), fusermount3(1)")]);
-    out.flush()?;
-    roff.to_writer(out)?;
-    Ok(())
-}

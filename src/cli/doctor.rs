@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::demo::Mounted;
 use super::toy::{ToyArgs, Watch, write_toy};
-use super::{print, text};
+use super::{print, print_json, text};
 
 /// Check whether this machine can mount, and name the cure of what is missing
 ///
@@ -36,7 +36,7 @@ pub fn run(args: &DoctorArgs) -> anyhow::Result<bool> {
     let works = checks.iter().all(|check| check.verdict != Verdict::Failure);
     let report = Report { works, checks };
     if args.json {
-        print(&(serde_json::to_string_pretty(&report)? + "\n"))?;
+        print_json(&report)?;
     } else {
         print(&report.text())?;
     }
@@ -87,11 +87,7 @@ fn mount_and_read() -> anyhow::Result<()> {
         vocab: 64,
         ..ToyArgs::new(&folder.path().join("toy.gguf"))
     };
-    let watch = Watch {
-        stop: &AtomicBool::new(false),
-        progress: &|_| {},
-    };
-    write_toy(&toy, watch)?;
+    write_toy(&toy, Watch::silent(&AtomicBool::new(false)))?;
     let directory = folder.path().join("mnt");
     fs::create_dir(&directory)?;
     let mounted = Mounted::new(&toy.out, &directory)?;

@@ -7,8 +7,6 @@ use std::error::Error;
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use odmoe_fs::gguf::{HeaderError, SplitError};
-use odmoe_fs::layout::LayoutError;
 use odmoe_fs::materialize::MaterializeError;
 use odmoe_fs::model::ModelError;
 use odmoe_fs::mounts::{MountError, UnmountError};
@@ -17,7 +15,7 @@ use odmoe_fs::verify::VerifyError;
 use serde::Serialize;
 
 use super::stop::Interrupted;
-use super::{Diagnostics, print};
+use super::{Diagnostics, print_json};
 
 /// The exit status of `verify` when a tree is not that of the model, and of `doctor` when a mount will
 /// not work.
@@ -71,9 +69,13 @@ impl Failure {
         let text = format!("error: {}\nhint: {}\n", self.message, self.hint);
         let _ = Diagnostics.write_all(text.as_bytes());
         if json {
-            let object = serde_json::json!({ "error": self });
-            let _ = print(&format!("{object:#}\n"));
+            self.print_json();
         }
+    }
+
+    /// Nobody can be told if that fails, too.
+    pub fn print_json(&self) {
+        let _ = print_json(&serde_json::json!({ "error": self }));
     }
 }
 
@@ -128,17 +130,19 @@ fn code(error: &anyhow::Error) -> &'static str {
 }
 
 fn known_code(error: &(dyn Error + 'static)) -> Option<&'static str> {
-    let is = error;
-    None.or_else(|| is.downcast_ref().map(model_code))
-        .or_else(|| is.downcast_ref().map(open_code))
-        .or_else(|| is.downcast_ref::<MountError>().map(mount_code))
-        .or_else(|| is.downcast_ref::<UnmountError>().map(Into::into))
-        .or_else(|| is.downcast_ref::<ReadError>().map(Into::into))
-        .or_else(|| match is.downcast_ref::<MaterializeError>()? {
+    None.or_else(|| error.downcast_ref().map(model_code))
+        .or_else(|| error.downcast_ref().map(open_code))
+        .or_else(|| error.downcast_ref::<UnmountError>().map(Into::into))
+        .or_else(|| error.downcast_ref::<ReadError>().map(Into::into))
+        .or_else(|| match error.downcast_ref::<MountError>()? {
+            MountError::Repair { cause, .. } => Some(cause.into()),
+            e => Some(e.into()),
+        })
+        .or_else(|| match error.downcast_ref::<MaterializeError>()? {
             MaterializeError::Source(e) => Some(e.into()),
             e => Some(e.into()),
         })
-        .or_else(|| match is.downcast_ref::<VerifyError>()? {
+        .or_else(|| match error.downcast_ref::<VerifyError>()? {
             VerifyError::Model(e) => Some(e.into()),
             e => Some(e.into()),
         })
@@ -147,33 +151,14 @@ fn known_code(error: &(dyn Error + 'static)) -> Option<&'static str> {
 fn model_code(error: &ModelError) -> &'static str {
     match error {
         ModelError::Open(e) => open_code(e),
-        ModelError::Layout { cause, .. } => layout_code(cause),
+        ModelError::Layout { cause, .. } => cause.into(),
     }
 }
 
 fn open_code(error: &OpenError) -> &'static str {
     match error {
-        OpenError::Header { cause, .. } => header_code(cause),
-        OpenError::Split { cause, .. } => split_code(cause),
-        e => e.into(),
-    }
-}
-
-fn header_code(error: &HeaderError) -> &'static str {
-    (&error.problem).into()
-}
-
-fn split_code(error: &SplitError) -> &'static str {
-    error.into()
-}
-
-fn layout_code(error: &LayoutError) -> &'static str {
-    error.into()
-}
-
-fn mount_code(error: &MountError) -> &'static str {
-    match error {
-        MountError::Repair { cause, .. } => cause.into(),
+        OpenError::Header { cause, .. } => (&cause.problem).into(),
+        OpenError::Split { cause, .. } => cause.into(),
         e => e.into(),
     }
 }

@@ -80,11 +80,15 @@ fn flag(option: &str) -> Result<Option<OsString>, String> {
     }))
 }
 
-/// All options of some lists.
-pub fn flags<'a>(lists: impl IntoIterator<Item = &'a str>) -> Result<Vec<OsString>, String> {
+/// All options of some lists; with `is_sloppy` those that do not exist are left out.
+pub fn flags<'a>(
+    lists: impl IntoIterator<Item = &'a str>,
+    is_sloppy: bool,
+) -> Result<Vec<OsString>, String> {
     let options = lists.into_iter().flat_map(|list| list.split(','));
     options
         .filter_map(|option| flag(option).transpose())
+        .filter(|flag| !(is_sloppy && flag.is_err()))
         .collect()
 }
 
@@ -135,13 +139,9 @@ impl HelperCall {
                 "usage: {HELPER} MODEL.gguf DIR [-sfnv] [-o OPTIONS]"
             ));
         }
-        let options = lists.iter().flat_map(|list| list.split(','));
-        let flags = options
-            .filter_map(|option| flag(option).transpose())
-            .filter(|flag| !(is_sloppy && flag.is_err()));
         let mut arguments = vec![OsString::from("odmoe-fs"), "mount".into()];
         arguments.extend(verbose.then(|| OsString::from("-v")));
-        arguments.extend(flags.collect::<Result<Vec<_>, _>>()?);
+        arguments.extend(flags(lists, is_sloppy)?);
         arguments.push("--".into());
         arguments.extend(places);
         Ok(Self { arguments, is_fake })
@@ -160,7 +160,7 @@ mod tests {
     use super::*;
 
     fn words(list: &str) -> Result<String, String> {
-        let flags = flags([list])?;
+        let flags = flags([list], false)?;
         Ok(flags.join(OsStr::new(" ")).into_string().unwrap())
     }
 

@@ -8,7 +8,7 @@ use anyhow::{bail, ensure};
 use odmoe_fs::materialize::ignore_file_size_signal;
 use odmoe_fs::materialize::{Numbers, Options, Plan, Reflink, Selection};
 use odmoe_fs::model::Model;
-use odmoe_fs::mounts::{MountEntry, mount_of};
+use odmoe_fs::mounts::odmoe_mount_of;
 use odmoe_fs::source::PageCache;
 use odmoe_fs::verify::{Comparison, Depth, What};
 use odmoe_fs::work::default_jobs;
@@ -107,10 +107,11 @@ pub fn run(args: &MaterializeArgs, quiet: bool) -> anyhow::Result<()> {
         return Ok(plan.check_room()?);
     }
     plan.check_room()?;
-    if let [first, ..] = plan.lost() {
+    let lost = plan.lost()?;
+    if let [first, ..] = &lost[..] {
         tracing::warn!(
             "the registry lists {} that this run does not write and that cannot be found, such as {first}: it will list no such any more",
-            text::counted(plan.lost().len(), "expert")
+            text::counted(lost.len(), "expert")
         );
     }
     if !quiet && plan.files() > 0 {
@@ -198,12 +199,7 @@ fn costs(plan: &Plan) -> String {
 
 /// A mounted tree is there already, and cannot be written to.
 fn refuse_mounts(directory: &Path) -> anyhow::Result<()> {
-    let absolute = std::path::absolute(directory)?;
-    let existing = absolute.ancestors().find_map(|a| a.canonicalize().ok());
-    if let Some(mount) = existing
-        .and_then(|path| mount_of(&path))
-        .filter(MountEntry::is_odmoe)
-    {
+    if let Some(mount) = odmoe_mount_of(directory) {
         bail!(
             "{directory:?} lies in the odmoe-fs mount on {:?}, which is read-only; choose another directory",
             mount.directory

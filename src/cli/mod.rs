@@ -29,7 +29,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 use odmoe_fs::mounts::no_new_privileges;
 
 use self::diagnostics::{Diagnostics, LogFormat, Volume};
-use self::failure::{FOUND_SOMETHING, WRONG_USAGE, exit_code, is_broken_pipe};
+use self::failure::{FOUND_SOMETHING, Failure, WRONG_USAGE, exit_code, is_broken_pipe};
 use self::fstab::HelperCall;
 use self::stop::Stop;
 
@@ -117,7 +117,7 @@ fn parse(arguments: &[OsString]) -> Result<Cli, clap::Error> {
     let Command::Mount(args) = &cli.command else {
         return Ok(cli);
     };
-    let flags = fstab::flags(args.options.iter().map(String::as_str))
+    let flags = fstab::flags(args.options.iter().map(String::as_str), false)
         .map_err(|e| Cli::command().error(ErrorKind::UnknownArgument, e))?;
     let command = arguments.iter().position(|argument| argument == "mount");
     let (before, after) = arguments.split_at(command.map_or(1, |at| at + 1));
@@ -216,12 +216,12 @@ fn usage(error: &clap::Error) -> ExitCode {
         let lines = text.lines().map(str::trim);
         let lines: Vec<_> = lines.take_while(|line| !line.is_empty()).collect();
         let message = lines.join(" ");
-        let error = serde_json::json!({"error": {
-            "code": "usage",
-            "message": message.trim_start_matches("error: "),
-            "hint": "see --help",
-        }});
-        let _ = print(&format!("{error:#}\n"));
+        let failure = Failure {
+            code: "usage",
+            message: message.trim_start_matches("error: ").to_owned(),
+            hint: "see --help".to_owned(),
+        };
+        failure.print_json();
     }
     ExitCode::from(WRONG_USAGE)
 }
@@ -233,6 +233,11 @@ fn print(text: &str) -> anyhow::Result<()> {
         .write_all(text.as_bytes())
         .and_then(|()| stdout.flush())
         .context("cannot write to the standard output")
+}
+
+/// Prints a result for programs.
+fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
+    print(&(serde_json::to_string_pretty(value)? + "\n"))
 }
 
 /// Says what was done. It is done even if nobody can be told.

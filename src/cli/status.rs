@@ -3,7 +3,7 @@
 use odmoe_fs::mounts::{MountStatus, status};
 use serde::Serialize;
 
-use super::{print, text};
+use super::{print, print_json, text};
 
 /// List the mounts of odmoe-fs on this machine, and whether each answers
 ///
@@ -41,7 +41,7 @@ impl Line {
 pub fn run(args: &StatusArgs) -> anyhow::Result<()> {
     let lines: Vec<Line> = status().into_iter().map(Line::of).collect();
     if args.json {
-        return print(&(serde_json::to_string_pretty(&lines)? + "\n"));
+        return print_json(&lines);
     }
     if lines.is_empty() {
         return print("no odmoe-fs mounts\n");

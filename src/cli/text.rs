@@ -49,6 +49,11 @@ pub fn path(path: &Path) -> String {
     name(&path.to_string_lossy())
 }
 
+/// Whether the user has nothing against colours (https://no-color.org).
+pub fn may_be_coloured() -> bool {
+    std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty())
+}
+
 /// Columns as wide as what is in them, the last one open.
 pub fn table<const N: usize>(rows: Vec<[String; N]>) -> String {
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max();

@@ -6,14 +6,14 @@ use std::path::{Path, PathBuf};
 use anyhow::ensure;
 use odmoe_fs::layout::Layout;
 use odmoe_fs::model::Model;
-use odmoe_fs::mounts::{MountEntry, State, mount_of, resolved, state_of};
+use odmoe_fs::mounts::{State, odmoe_mount_of, state_of};
 use odmoe_fs::source::PageCache;
 use odmoe_fs::verify::{Comparison, Depth, Difference, Report};
 use odmoe_fs::work::default_jobs;
 use serde::Serialize;
 
 use super::progress::Meter;
-use super::{ModelArg, Stop, print, text};
+use super::{ModelArg, Stop, print, print_json, text};
 
 /// Check a model, or compare a mounted or materialized tree with it, byte for byte
 ///
@@ -44,11 +44,11 @@ pub fn run(args: &VerifyArgs, quiet: bool) -> anyhow::Result<bool> {
     let mut model = Model::open(&args.model.model)?;
     let Some(directory) = &args.directory else {
         let sound = Sound::of(&model);
-        print(&if args.json {
-            json(&sound)?
+        if args.json {
+            print_json(&sound)?;
         } else {
-            sound.text(&args.model.model)
-        })?;
+            print(&sound.text(&args.model.model))?;
+        }
         return Ok(true);
     };
     // Each byte is read once, and shall not wash out what others have cached.
@@ -60,7 +60,7 @@ pub fn run(args: &VerifyArgs, quiet: bool) -> anyhow::Result<bool> {
     };
     let jobs = args.jobs.and_then(|n| NonZeroUsize::new(n.into()));
     let jobs = jobs.unwrap_or_else(default_jobs);
-    let mount = mount_below(directory);
+    let mount = odmoe_mount_of(directory);
     if let Some(mount) = &mount {
         ensure!(
             state_of(&mount.directory) != State::Stale,
@@ -76,28 +76,18 @@ pub fn run(args: &VerifyArgs, quiet: bool) -> anyhow::Result<bool> {
     let report = stop.explain(result)?;
     if let Some(mount) = mount.filter(|_| !report.differences.is_empty()) {
         ensure!(
-            mount_below(directory).as_ref() == Some(&mount)
+            odmoe_mount_of(directory).as_ref() == Some(&mount)
                 && state_of(&mount.directory) != State::Stale,
             "the mount on {:?} ended during the comparison; mount it, and compare again",
             mount.directory
         );
     }
-    print(&if args.json {
-        json(&TreeReport::of(&report, depth, model.layout()))?
+    if args.json {
+        print_json(&TreeReport::of(&report, depth, model.layout()))?;
     } else {
-        in_words(&report, depth, model.layout(), directory)
-    })?;
+        print(&in_words(&report, depth, model.layout(), directory))?;
+    }
     Ok(report.differences.is_empty())
-}
-
-/// The mount of ours that a directory lies in.
-fn mount_below(directory: &Path) -> Option<MountEntry> {
-    let directory = resolved(directory).ok()?;
-    mount_of(&directory).filter(MountEntry::is_odmoe)
-}
-
-fn json(value: &impl Serialize) -> anyhow::Result<String> {
-    Ok(serde_json::to_string_pretty(value)? + "\n")
 }
 
 /// A model that has no fault; one that has does not get so far.

@@ -141,8 +141,6 @@ pub struct Plan<'a> {
     done: Vec<Ino>,
     /// Complete files, chosen or not, that only need the tree's time.
     touch: Vec<Ino>,
-    /// Experts that the target's registry lists, but that are gone and were not chosen.
-    lost: Vec<String>,
     /// By index in [`Layout::files`](crate::layout::Layout::files): is chosen, so that it will be
     /// there when the plan has been run.
     chosen: Vec<bool>,
@@ -207,7 +205,6 @@ impl<'a> Plan<'a> {
             replaced: HashSet::new(),
             done: Vec::new(),
             touch: Vec::new(),
-            lost: Vec::new(),
             chosen: vec![false; layout.files().len()],
             options: options.clone(),
             ways: Ways::probe(model, existing_folder(target)?, options.reflink)?,
@@ -239,7 +236,6 @@ impl<'a> Plan<'a> {
             plan.cost.room += bytes.next_multiple_of(plan.ways.block);
         }
         plan.check_others()?;
-        plan.lost = plan.lost_experts()?;
         plan.check_sharing()?;
         Ok(plan)
     }
@@ -256,11 +252,7 @@ impl<'a> Plan<'a> {
 
     /// Experts that the target's registry lists, but that are gone and were not chosen: the registry will list
     /// them no more.
-    pub fn lost(&self) -> &[String] {
-        &self.lost
-    }
-
-    fn lost_experts(&self) -> Result<Vec<String>, MaterializeError> {
+    pub fn lost(&self) -> Result<Vec<String>, MaterializeError> {
         let registry = self.target.join(REGISTRY_PATH);
         // Another thing of that name is dealt with elsewhere; a pipe would be waited for.
         if !registry.symlink_metadata().is_ok_and(|m| m.is_file()) {

@@ -5,9 +5,10 @@
 
 use std::fmt;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::MountEntry;
+use super::processes::{descriptor_fields, process_folder, process_ids};
 
 /// A process that uses a mount.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,17 +27,15 @@ impl fmt::Display for Holder {
 
 /// Every process that uses a mount, as far as this user may look.
 pub(super) fn holders(mount: &MountEntry) -> Vec<Holder> {
-    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    let others = pids.filter(|&pid| pid != std::process::id());
+    let others = process_ids().filter(|&pid| pid != std::process::id());
     let mut holders: Vec<_> = others.filter_map(|pid| holder(pid, mount)).collect();
     holders.sort_by_key(|holder| holder.pid);
     holders
 }
 
 fn holder(pid: u32, mount: &MountEntry) -> Option<Holder> {
-    let process = PathBuf::from(format!("/proc/{pid}"));
-    if !(works_in(&process, mount) || has_open(&process, mount) || has_mapped(&process, mount)) {
+    let process = process_folder(pid);
+    if !(works_in(&process, mount) || has_open(pid, mount) || has_mapped(&process, mount)) {
         return None;
     }
     let name = fs::read(process.join("comm")).unwrap_or_default();
@@ -51,17 +50,9 @@ fn works_in(process: &Path, mount: &MountEntry) -> bool {
     })
 }
 
-fn has_open(process: &Path, mount: &MountEntry) -> bool {
-    let infos = fs::read_dir(process.join("fdinfo"))
-        .into_iter()
-        .flatten()
-        .flatten();
-    infos.into_iter().any(|info| {
-        let info = fs::read_to_string(info.path()).unwrap_or_default();
-        let mut lines = info.lines();
-        let id = lines.find_map(|line| line.strip_prefix("mnt_id:"));
-        id.is_some_and(|id| id.trim().parse() == Ok(mount.id))
-    })
+fn has_open(pid: u32, mount: &MountEntry) -> bool {
+    let ids = descriptor_fields(pid, "mnt_id:");
+    ids.iter().any(|id| id.parse() == Ok(mount.id))
 }
 
 fn has_mapped(process: &Path, mount: &MountEntry) -> bool {

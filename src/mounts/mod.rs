@@ -11,6 +11,7 @@
 mod background;
 mod holders;
 mod preflight;
+mod processes;
 mod read_ahead;
 mod status;
 mod table;
@@ -27,7 +28,7 @@ use fuser::{Config, MountOption, Session, SessionACL};
 pub use holders::Holder;
 pub use read_ahead::{ReadAheadError, set_read_ahead};
 pub use status::{MountStatus, State, state_of, status};
-pub use table::{MountEntry, mount_of, mount_table, resolved};
+pub use table::{MountEntry, mount_of, mount_table, odmoe_mount_of};
 pub(crate) use unmount::fusermount;
 pub use unmount::{UnmountError, unmount};
 

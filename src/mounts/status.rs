@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::SUBTYPE;
+use super::processes::{descriptor_fields, process_folder, process_ids};
 use super::table::{self, MountEntry};
 use crate::sys::mount::{Answer, Question};
 
@@ -150,32 +151,22 @@ struct Process {
 
 /// Every process that serves a FUSE file system, as far as this user may look.
 fn processes() -> Vec<Process> {
-    let numbers = std::fs::read_dir("/proc").into_iter().flatten();
-    let pids = numbers.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
-    pids.filter_map(Process::of).collect()
+    process_ids().filter_map(Process::of).collect()
+}
+
+/// What the descriptors of a process lead to.
+fn open_files(pid: u32) -> impl Iterator<Item = PathBuf> {
+    let descriptors = process_folder(pid).join("fd").read_dir();
+    let descriptors = descriptors.into_iter().flatten().flatten();
+    descriptors.filter_map(|descriptor| descriptor.path().read_link().ok())
 }
 
 impl Process {
     fn of(pid: u32) -> Option<Self> {
-        let folder = PathBuf::from(format!("/proc/{pid}"));
-        let descriptors = folder.join("fd").read_dir().ok()?.flatten();
-        let devices: Vec<_> = descriptors
-            .filter(|fd| {
-                fd.path()
-                    .read_link()
-                    .is_ok_and(|to| to == Path::new("/dev/fuse"))
-            })
-            .collect();
-        if devices.is_empty() {
+        if !open_files(pid).any(|file| file == Path::new("/dev/fuse")) {
             return None;
         }
-        let connection = |fd: &std::fs::DirEntry| {
-            let info = std::fs::read_to_string(folder.join("fdinfo").join(fd.file_name())).ok()?;
-            let value = info
-                .lines()
-                .find_map(|line| line.strip_prefix("fuse_connection:"))?;
-            Some(value.trim().to_owned())
-        };
+        let folder = process_folder(pid);
         let arguments = std::fs::read(folder.join("cmdline")).unwrap_or_default();
         // PID (NAME) STATE ..., see proc_pid_stat(5); the start is field 22.
         let stat = std::fs::read_to_string(folder.join("stat")).unwrap_or_default();
@@ -184,15 +175,14 @@ impl Process {
         Some(Self {
             pid,
             started: started.and_then(|ticks| ticks.parse().ok()).unwrap_or(0),
-            connections: devices.iter().filter_map(connection).collect(),
+            connections: descriptor_fields(pid, "fuse_connection:"),
             arguments: arguments.split(|b| *b == 0).map(<[u8]>::to_vec).collect(),
         })
     }
 
     /// The model, or a part of it: the file that a daemon of ours keeps open.
     fn model(&self) -> Option<OsString> {
-        let descriptors = std::fs::read_dir(format!("/proc/{}/fd", self.pid)).ok()?;
-        let mut files = descriptors.filter_map(|fd| fd.ok()?.path().read_link().ok());
+        let mut files = open_files(self.pid);
         let model = files.find(|file| file.extension().is_some_and(|e| e == "gguf"))?;
         Some(model.into_os_string())
     }

@@ -105,12 +105,19 @@ pub(super) fn visible<'a>(table: &'a [MountEntry], path: &Path) -> Option<&'a Mo
     current
 }
 
+/// The mount of ours that a path lies in, without asking it. Of a path that does not exist, where it would be made.
+pub fn odmoe_mount_of(path: &Path) -> Option<MountEntry> {
+    let path = std::path::absolute(path).ok()?;
+    let existing = path.ancestors().find_map(|path| resolved(path).ok())?;
+    mount_of(&existing).filter(MountEntry::is_odmoe)
+}
+
 /// As many links as the kernel follows.
 const MOST_LINKS: usize = 40;
 
 /// A directory's absolute path without links, found without asking a mount of ours on the way: it may
 /// be dead or stopped. What lies below one is taken as it is written.
-pub fn resolved(directory: &Path) -> io::Result<PathBuf> {
+pub(super) fn resolved(directory: &Path) -> io::Result<PathBuf> {
     let table = mount_table();
     let mut done = PathBuf::from("/");
     let mut rest: Vec<OsString> = reversed(&std::path::absolute(directory)?);

@@ -54,6 +54,12 @@ def public():
         yield Path(folder)
 
 
+@pytest.fixture
+def model(public):
+    """A small model of one file that every user may read, for a test that says nothing else of its model."""
+    return models.write_small(public)[0]
+
+
 @pytest.fixture(scope="session")
 def nobody():
     """A normal user, with the binary where that user can run it."""

@@ -340,6 +340,52 @@ def counters(pid):
     return collections.Counter({name: int(n) for name, n in (line.split(": ") for line in lines)})
 
 
+# How a process uses a file of a mount, or the mount; `read` reads it all and tells how much that was.
+USES = {
+    "open": "file = open(path, 'rb'); read = lambda: len(file.read())",
+    "mapped": """
+file = open(path, "rb")
+held = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+file.close()
+read = lambda: len(held[:])
+""",
+    "working directory": "os.chdir(os.path.dirname(path))",
+}
+
+
+class Holder:
+    """A process that keeps a mount busy."""
+
+    def __init__(self, process):
+        self.pid = process.pid
+        self._process = process
+
+    def read(self):
+        """Makes it read all that it holds; returns the size, or the negated errno."""
+        self._process.stdin.write("read\n")
+        return int(self._process.stdout.readline())
+
+
+@contextlib.contextmanager
+def holding(person, path, how="open"):
+    """A process of the user that uses a file until the end."""
+    code = f"""
+import mmap, os, sys
+path = {str(path)!r}
+{USES[how]}
+print("held", flush=True)
+for _ in sys.stdin:
+    try:
+        print(read(), flush=True)
+    except OSError as e:
+        print(-e.errno, flush=True)
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([PYTHON, "-c", code], text=True, bufsize=1, **pipes, **person.switch()) as process:
+        assert process.stdout.readline() == "held\n"
+        yield Holder(process)
+
+
 # --- trees ----------------------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-import models
 from odmoe import BINARY, ME, User, ask, daemon_of, mount_at, mounted, needs_root, promises, run
 
 pytestmark = needs_root
@@ -24,11 +23,6 @@ ATTEMPTS = {
     "statfs": "answer = os.statvfs(root).f_blocks",
     "missing": "answer = os.path.exists(root + '/nothing') or os.stat(root + '/nothing')",
 }
-
-
-@pytest.fixture
-def model(public):
-    return models.write_small(public)[0]
 
 
 def tried(user, root):

@@ -1,6 +1,5 @@
 """A mount's life as a person or a service meets it: options of fstab, `--replace`, who keeps it busy, logs, systemd."""
 
-import contextlib
 import json
 import os
 import resource
@@ -15,12 +14,13 @@ import models
 from odmoe import (
     LISTING,
     ME,
-    PYTHON,
+    USES,
     ask,
     daemon_of,
     detach,
     fail,
     foreground,
+    holding,
     in_private_mounts,
     is_running,
     mount_at,
@@ -41,35 +41,12 @@ REPLACED = (
 EXPERT = "experts/layer_00_expert_000.safetensors"
 
 
-@pytest.fixture
-def model(public):
-    return models.write_small(public)[0]
-
-
-@contextlib.contextmanager
-def holding(person, code):
-    """A process that does something and then waits."""
-    code += "\nprint(1, flush=True)\nsys.stdin.read()"
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([PYTHON, "-c", "import mmap, os, sys\n" + code], **pipes, **person.switch()) as holder:
-        assert holder.stdout.readline() == b"1\n"
-        yield holder
-        holder.stdin.close()
-
-
 # --- busy -----------------------------------------------------------------------------------------------------------
-
-USES = {
-    "open": "file = open({path!r}, 'rb')",
-    "mapped": "file = open({path!r}, 'rb'); map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ); file.close()",
-    "working directory": "os.chdir({root!r})",
-}
-
 
 @pytest.mark.parametrize("use", USES)
 def test_a_busy_unmount_names_who_is_in_the_way_and_offers_lazy(use, person, model, folder):
     with mounted(model, folder, user=person):
-        with holding(person, USES[use].format(path=str(folder / EXPERT), root=str(folder))) as holder:
+        with holding(person, folder / EXPERT, use) as holder:
             fail("umount", folder, user=person, naming=[f"python3 (process {holder.pid})", "--lazy"])
             assert mount_at(folder)
 
@@ -104,7 +81,7 @@ def test_replace_puts_another_model_in_the_place_of_one_that_is_used(person, mod
     dense = models.write_dense(other)[0]
     with mounted(model, folder, user=person):
         fail("mount", dense, folder, user=person, naming=["--replace"])
-        with holding(person, f"file = open({str(folder / EXPERT)!r}, 'rb')"):
+        with holding(person, folder / EXPERT):
             done = odmoe("mount", "--replace", dense, folder, user=person)
             assert done.returncode == 0 and "keep it" in done.stderr, done.stderr
             assert [m.source for m in mounts() if m.at == str(folder)] == [str(dense)]

@@ -30,11 +30,6 @@ from odmoe import (
 )
 
 
-@pytest.fixture
-def model(public):
-    return models.write_small(public)[0]
-
-
 # --- mounting -------------------------------------------------------------------------------------------------------
 
 

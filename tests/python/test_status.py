@@ -22,6 +22,7 @@ from odmoe import (
     daemon_of,
     detach,
     fail,
+    holding,
     mount_at,
     mounted,
     mounts,
@@ -40,11 +41,6 @@ STOPPED = (
     "A daemon that is stopped is said by `status` not to answer, within two seconds; `mount` and `umount` do not hang "
     "on it."
 )
-
-
-@pytest.fixture
-def model(public):
-    return models.write_small(public)[0]
 
 
 def status(where, user=ME):
@@ -163,10 +159,7 @@ def test_of_many_who_repair_a_stale_mount_at_once_one_wins(person, model, folder
 
 def test_a_stale_mount_that_is_busy_is_repaired_all_the_same(person, model, folder):
     succeed("mount", model, folder, user=person)
-    code = f"import sys; file = open({str(folder / EXPERT)!r}, 'rb'); print(1, flush=True); sys.stdin.read()"
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(["python3", "-c", code], **pipes, **person.switch()) as holder:
-        holder.stdout.readline()
+    with holding(person, folder / EXPERT):
         kill(folder, person)
         succeed("mount", model, folder, user=person)
         assert status(folder, person)["state"] == "alive"
@@ -324,10 +317,7 @@ def test_a_stopped_daemon_does_not_answer_and_nothing_hangs_on_it(person, model,
 @promises(STOPPED)
 def test_a_stopped_and_busy_daemon_is_unmounted_lazily(person, model, folder):
     succeed("mount", model, folder, user=person)
-    code = f"import sys; file = open({str(folder / EXPERT)!r}, 'rb'); print(1, flush=True); sys.stdin.read()"
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(["python3", "-c", code], **pipes, **person.switch()) as holder:
-        holder.stdout.readline()
+    with holding(person, folder / EXPERT):
         with stopped(daemon_of(folder)):
             fail("umount", folder, user=person, naming=["--lazy"])
             succeed("umount", "--lazy", folder, user=person)

@@ -1,6 +1,5 @@
 """How mounts end: by `umount`, by a signal, by force; and what they leave to others."""
 
-import contextlib
 import errno
 import os
 import signal
@@ -8,16 +7,15 @@ import subprocess
 
 import pytest
 
-import models
 from odmoe import (
     BINARY,
     LISTING,
-    PYTHON,
     ask,
     daemon_of,
     detach,
     fail,
     foreground,
+    holding,
     is_running,
     mount_at,
     needs_root,
@@ -27,44 +25,6 @@ from odmoe import (
 )
 
 EXPERT = "experts/layer_00_expert_000.safetensors"
-
-
-@pytest.fixture
-def model(public):
-    return models.write_small(public)[0]
-
-
-HOLDERS = {
-    "open": "read = lambda: len(file.read())",
-    "mapped": "held = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ); read = lambda: len(held[:])",
-}
-
-
-@contextlib.contextmanager
-def holding(person, path, how="open"):
-    """A process of the user that has a file open, or mapped; yields a function that makes it read it all and returns its size."""
-    code = f"""
-import mmap, os, sys
-file = open({str(path)!r}, "rb")
-{HOLDERS[how]}
-if {how!r} == "mapped":
-    file.close()
-print("held", flush=True)
-for _ in sys.stdin:
-    try:
-        print(read(), flush=True)
-    except OSError as e:
-        print(-e.errno, flush=True)
-"""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([PYTHON, "-c", code], text=True, bufsize=1, **pipes, **person.switch()) as process:
-
-        def read():
-            process.stdin.write("read\n")
-            return int(process.stdout.readline())
-
-        assert process.stdout.readline() == "held\n"
-        yield read
 
 
 # --- by `umount` ----------------------------------------------------------------------------------------------------
@@ -88,12 +48,12 @@ def test_a_busy_mount_stays_unless_lazily_unmounted_and_then_serves_to_the_end(p
     succeed("mount", model, folder, user=person)
     daemon = daemon_of(folder)
     size = ask(person, "answer = os.stat(path).st_size", path=folder / EXPERT)
-    with holding(person, folder / EXPERT) as read:
+    with holding(person, folder / EXPERT) as holder:
         fail("umount", folder, user=person, naming=[folder, "--lazy"])
         assert ask(person, LISTING, root=folder) == ["base_model", "experts"]
         succeed("umount", "--lazy", folder, user=person)
         assert mount_at(folder) is None
-        assert read() == size
+        assert holder.read() == size
         assert is_running(daemon)
     wait_for(lambda: not is_running(daemon))
 
@@ -141,28 +101,28 @@ def test_a_foreground_mount_stays_until_it_is_told_to_end(person, model, folder,
 
 @promises(DETACHED)
 @pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize("how", HOLDERS)
+@pytest.mark.parametrize("how", ["open", "mapped"])
 def test_a_busy_foreground_mount_that_is_told_to_end_serves_its_readers_first(person, model, folder, number, how):
     with foreground(model, folder, user=person) as process:
         size = ask(person, "answer = os.stat(path).st_size", path=folder / EXPERT)
-        with holding(person, folder / EXPERT, how) as read:
+        with holding(person, folder / EXPERT, how) as holder:
             process.send_signal(number)
             wait_for(lambda: mount_at(folder) is None)
-            assert read() == size
+            assert holder.read() == size
         assert process.wait(60) == 0
 
 
 @promises(DETACHED)
 @pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize("how", HOLDERS)
+@pytest.mark.parametrize("how", ["open", "mapped"])
 def test_a_busy_background_mount_that_is_told_to_end_serves_its_readers_first(person, model, folder, number, how):
     succeed("mount", model, folder, user=person)
     daemon = daemon_of(folder)
     size = ask(person, "answer = os.stat(path).st_size", path=folder / EXPERT)
-    with holding(person, folder / EXPERT, how) as read:
+    with holding(person, folder / EXPERT, how) as holder:
         os.kill(daemon, number)
         wait_for(lambda: mount_at(folder) is None)
-        assert read() == size
+        assert holder.read() == size
         assert is_running(daemon)
     wait_for(lambda: not is_running(daemon))
 
@@ -170,13 +130,13 @@ def test_a_busy_background_mount_that_is_told_to_end_serves_its_readers_first(pe
 @promises("A second signal ends the daemon at once.")
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_second_signal_ends_a_busy_mount_and_its_readers_get_an_error(person, model, folder, number):
-    with foreground(model, folder, user=person) as process, holding(person, folder / EXPERT) as read:
+    with foreground(model, folder, user=person) as process, holding(person, folder / EXPERT) as holder:
         process.send_signal(number)
         wait_for(lambda: mount_at(folder) is None)
         assert process.poll() is None
         process.send_signal(number)
         assert process.wait(60) == 128 + number
-        assert -read() in (errno.ENOTCONN, errno.ECONNABORTED, errno.EIO)
+        assert -holder.read() in (errno.ENOTCONN, errno.ECONNABORTED, errno.EIO)
 
 
 def test_a_foreground_mount_ends_when_it_is_unmounted(person, model, folder):

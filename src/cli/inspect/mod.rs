@@ -16,7 +16,7 @@ use odmoe_fs::model::Model;
 use self::picture::Screen;
 use self::report::Report;
 use self::tables::ExpertReport;
-use super::{ModelArg, print, text};
+use super::{ModelArg, print, print_json, text};
 
 /// Say what is in a model, and what mounting it would show
 ///
@@ -63,15 +63,15 @@ pub fn run(args: &InspectArgs) -> anyhow::Result<()> {
     let screen = Screen::of_stdout();
     if let Some(name) = args.expert {
         let report = expert(&model, name)?;
-        return print(&if args.json {
-            json(&report)?
+        return if args.json {
+            print_json(&report)
         } else {
-            report.text(&screen)
-        });
+            print(&report.text(&screen))
+        };
     }
     let report = Report::new(&model, args.tensors);
     if args.json {
-        return print(&json(&report)?);
+        return print_json(&report);
     }
     let mut text = picture::draw(&report, &screen);
     if let Some(tensors) = &report.tensors {
@@ -79,10 +79,6 @@ pub fn run(args: &InspectArgs) -> anyhow::Result<()> {
         text += &tables::tensors(tensors, &screen);
     }
     print(&text)
-}
-
-fn json(value: &impl serde::Serialize) -> anyhow::Result<String> {
-    Ok(serde_json::to_string_pretty(value)? + "\n")
 }
 
 fn expert(model: &Model, name: ExpertName) -> anyhow::Result<ExpertReport<'_>> {

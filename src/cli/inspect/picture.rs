@@ -38,8 +38,7 @@ impl Screen {
             .find(|value| !value.is_empty());
         let locale = locale.map(|locale| locale.to_string_lossy().to_uppercase());
         Self {
-            colours: columns.is_some()
-                && std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty()),
+            colours: columns.is_some() && text::may_be_coloured(),
             unicode: locale.is_some_and(|l| l.contains("UTF-8") || l.contains("UTF8")),
             columns,
         }

@@ -51,7 +51,7 @@ pub struct ExpertsReport {
     pub files: usize,
     /// Payload bytes of all experts.
     pub bytes: u64,
-    pub used_per_token: Option<serde_json::Value>,
+    pub used_per_token: Option<u64>,
     pub layers: Vec<ExpertLayerReport>,
     /// Those that lack one of the three matrices.
     pub incomplete: Vec<IncompleteReport>,
@@ -163,7 +163,7 @@ impl<'a> Report<'a> {
             experts: ExpertsReport {
                 files: layout.experts().len(),
                 bytes: layout.experts().iter().map(|f| f.payload_bytes).sum(),
-                used_per_token: used.map(Into::into),
+                used_per_token: used,
                 incomplete: incomplete(layout),
                 layers: expert_layers,
             },

@@ -12,12 +12,12 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
-use odmoe_fs::mounts::{FS_TYPE, State, mount_of, state_of};
+use odmoe_fs::mounts::{State, odmoe_mount_of, state_of};
 use odmoe_fs::stats::{self, HEAT_ATTRIBUTE, STATS_ATTRIBUTE, Snapshot};
 use serde::Serialize;
 
 use self::heat::{Grid, Heat, Measure};
-use super::{print, say, text};
+use super::{print, print_json, say, text};
 
 /// Show which experts of a mount are hot, and how fast it is read
 ///
@@ -60,31 +60,24 @@ struct LayerHeat {
 }
 
 pub fn run(args: &TopArgs) -> anyhow::Result<()> {
-    let root = mounted(&args.directory)?;
+    let directory = &args.directory;
+    let mount = odmoe_mount_of(directory).with_context(|| {
+        format!(
+            "{directory:?} is no odmoe-fs mount; name one of those that `odmoe-fs status` lists"
+        )
+    })?;
+    let root = mount.directory;
     let sample = Sample::of(&root)?;
     if let Some(path) = &args.export {
         return export(&sample, &root, args.heat, path);
     }
     if args.json {
-        return print(&(serde_json::to_string_pretty(&sample)? + "\n"));
+        return print_json(&sample);
     }
     if args.once {
         return print(&in_words(&sample, &root, args.heat));
     }
     view::run(&root, sample, args.heat, Duration::from_secs(args.interval))
-}
-
-/// The root of the mount that a directory lies in.
-fn mounted(directory: &Path) -> anyhow::Result<PathBuf> {
-    let mount = odmoe_fs::mounts::resolved(directory)
-        .ok()
-        .and_then(|path| mount_of(&path));
-    match mount.filter(|mount| mount.fs_type == FS_TYPE) {
-        Some(mount) => Ok(mount.directory),
-        None => bail!(
-            "{directory:?} is no odmoe-fs mount; name one of those that `odmoe-fs status` lists"
-        ),
-    }
 }
 
 impl Sample {

@@ -48,7 +48,7 @@ pub fn run(
         before: None,
         measure,
         recent: false,
-        colours: std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty()),
+        colours: text::may_be_coloured(),
     };
     // Also restores the terminal if there is a panic.
     let mut terminal = ratatui::try_init()?;

@@ -150,6 +150,16 @@ pub struct Watch<'a> {
     pub progress: &'a dyn Fn(Progress),
 }
 
+impl<'a> Watch<'a> {
+    /// Nobody wants to know how far it is.
+    pub fn silent(stop: &'a AtomicBool) -> Self {
+        Self {
+            stop,
+            progress: &|_| {},
+        }
+    }
+}
+
 /// Writes the model and returns its files, in the order of the parts.
 ///
 /// Either all of them appear, or none; no existing file is overwritten. Once it is told to stop, it ends

@@ -8,11 +8,7 @@ use super::weights::{SplitMix64, f16_bits};
 use super::*;
 
 fn write_toy(args: &ToyArgs) -> anyhow::Result<Vec<PathBuf>> {
-    let watch = super::Watch {
-        stop: &AtomicBool::new(false),
-        progress: &|_| {},
-    };
-    super::write_toy(args, watch)
+    super::write_toy(args, super::Watch::silent(&AtomicBool::new(false)))
 }
 
 /// A toy of a few hundred kilobytes at most.
