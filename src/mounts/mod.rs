@@ -24,6 +24,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use fuser::{Config, MountOption, Session, SessionACL};
+use memmap2::MmapMut;
 
 pub use holders::Holder;
 pub use read_ahead::{ReadAheadError, set_read_ahead};
@@ -336,18 +337,17 @@ const STACK_BYTES: usize = 2 << 20;
 
 /// Starts as many threads as there will be workers, with as much memory, and ends them again. fuser
 /// starts its own when the mount is made already, and would leave it without anybody to serve it.
+///
+/// The memory is not taken from the allocator, which would keep it, and take later buffers from what
+/// is not fresh: then zeroing them uses them.
 fn try_workers(threads: usize) -> io::Result<()> {
     // All at once first: what a thread lacks while it starts is no error but its end.
-    let mut all: Vec<u8> = Vec::new();
-    let bytes = threads * (WORKER_BYTES + STACK_BYTES);
-    all.try_reserve_exact(bytes).map_err(io::Error::other)?;
-    drop(all);
+    drop(MmapMut::map_anon(threads * (WORKER_BYTES + STACK_BYTES))?);
     let gate = parking_lot::Mutex::new(());
     let started = || {
-        let mut buffer: Vec<u8> = Vec::new();
-        let reserved = buffer.try_reserve_exact(WORKER_BYTES);
+        let reserved = MmapMut::map_anon(WORKER_BYTES);
         drop(gate.lock()); // until all of them are there
-        reserved.map_err(io::Error::other)
+        reserved.map(drop)
     };
     std::thread::scope(|scope| {
         let closed = gate.lock();

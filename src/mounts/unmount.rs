@@ -4,10 +4,12 @@ use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use super::holders::{Holder, holders};
 use super::{State, status, table};
 use crate::sys;
+use crate::sys::process::Watched;
 
 /// Why a directory was not unmounted.
 #[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
@@ -45,8 +47,14 @@ fn in_words(holders: &[Holder]) -> String {
     }
 }
 
+/// How long the daemon of what was unmounted may take to end.
+const ENDING: Duration = Duration::from_secs(1);
+
 /// Unmounts one of our mounts, a dead one too. A busy one is refused, or with `lazy` taken out of
 /// the tree now and ended when its last user leaves. Returns the directory without links.
+///
+/// Without `lazy` nobody holds the model any more when it returns, as far as this user can see the
+/// daemon: the disk that the model lies on can be unmounted, too.
 pub fn unmount(directory: &Path, lazy: bool) -> Result<PathBuf, UnmountError> {
     let directory = table::resolved(directory).map_err(|e| match e.kind() {
         io::ErrorKind::NotFound => UnmountError::Missing(directory.to_owned()),
@@ -57,6 +65,8 @@ pub fn unmount(directory: &Path, lazy: bool) -> Result<PathBuf, UnmountError> {
     })?;
     match table::mounted_on(&directory) {
         Some(entry) if entry.is_odmoe() => {
+            let daemon = status::pid_of(&entry).filter(|_| !lazy);
+            let daemon = daemon.and_then(Watched::process);
             run(&directory, lazy).or_else(|e| match e {
                 // Nobody can use a dead one, whoever has files of it open.
                 UnmountError::Busy { .. } if status::state_of(&directory) == State::Stale => {
@@ -68,6 +78,9 @@ pub fn unmount(directory: &Path, lazy: bool) -> Result<PathBuf, UnmountError> {
                 }),
                 e => Err(e),
             })?;
+            if let Some(daemon) = daemon {
+                daemon.wait_for_end(ENDING);
+            }
         }
         _ => return Err(UnmountError::NotOurs(directory)),
     }

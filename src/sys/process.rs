@@ -3,6 +3,14 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+#[cfg(target_os = "linux")]
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+#[cfg(target_os = "linux")]
+use rustix::event::{PollFd, PollFlags, poll};
+#[cfg(target_os = "linux")]
+use rustix::process::PidfdFlags;
 
 use super::check;
 
@@ -85,6 +93,37 @@ pub fn wait_for(child: i32) -> io::Result<i32> {
             Ok(_) if libc::WIFEXITED(status) => return Ok(libc::WEXITSTATUS(status)),
             Ok(_) => return Ok(-libc::WTERMSIG(status)),
         }
+    }
+}
+
+/// A process of anybody, whose end can be waited for.
+pub struct Watched(#[cfg(target_os = "linux")] OwnedFd);
+
+impl Watched {
+    /// `None` if there is no such process, or where they cannot be watched.
+    pub fn process(pid: u32) -> Option<Self> {
+        #[cfg(target_os = "linux")]
+        {
+            let pid = rustix::process::Pid::from_raw(pid.try_into().ok()?)?;
+            let watched = rustix::process::pidfd_open(pid, PidfdFlags::empty());
+            watched.ok().map(Self)
+        }
+        #[cfg(not(target_os = "linux"))]
+        {
+            let _ = pid;
+            None
+        }
+    }
+
+    /// Returns when it has ended and everything that it had open is closed, or after a while.
+    pub fn wait_for_end(&self, patience: Duration) {
+        #[cfg(target_os = "linux")]
+        {
+            let timeout = patience.try_into().ok();
+            let _ = poll(&mut [PollFd::new(&self.0, PollFlags::IN)], timeout.as_ref());
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = patience;
     }
 }
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import resource
 import signal
 from pathlib import Path
@@ -95,6 +96,15 @@ def test_a_reader_and_a_daemon_of_64_mib_each_read_a_model_of_many_times_that(tm
             found = digests(way, [root / name for name in experts], preexec_fn=join_reader)
             assert "Rss" in Path(f"/proc/{daemon_of(root)}/status").read_text()
     assert found == digests("read", [tmp_path / "out" / name for name in experts])
+
+
+def test_a_small_model_takes_little_memory(tmp_path):
+    (model,) = models.write_small(tmp_path)
+    for _ in range(20):
+        with mounted(model, tmp_path / "mnt", "--threads", 16) as root:
+            status = Path(f"/proc/{daemon_of(root)}/status").read_text()
+            peak = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
+            assert peak < 12 * 1024, f"the daemon's memory peaked at {peak} KiB"
 
 
 @promises("The memory of the daemon does not grow with what is read.")

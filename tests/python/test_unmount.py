@@ -25,17 +25,36 @@ from odmoe import (
 )
 
 EXPERT = "experts/layer_00_expert_000.safetensors"
+RELEASED = "When `umount` of a mount that answers is done, its daemon has ended, and the disk of the model can be unmounted."
 
 
 # --- by `umount` ----------------------------------------------------------------------------------------------------
 
 
+@promises(RELEASED)
 def test_nothing_runs_on_after_an_unmount(person, model, folder):
-    succeed("mount", model, folder, user=person)
-    daemon = daemon_of(folder)
-    succeed("umount", folder, user=person)
-    assert mount_at(folder) is None
-    wait_for(lambda: not is_running(daemon))
+    for _ in range(10):
+        succeed("mount", model, folder, user=person)
+        daemon = daemon_of(folder)
+        succeed("umount", folder, user=person)
+        assert mount_at(folder) is None
+        assert not is_running(daemon)
+
+
+@needs_root
+@promises(RELEASED)
+def test_the_disk_of_the_model_can_be_unmounted_after_it(model, folder, public):
+    disk = public / "disk"
+    disk.mkdir()
+    try:
+        for _ in range(10):
+            subprocess.run(["mount", "--bind", model.parent, disk], check=True)
+            succeed("mount", disk / model.name, folder)
+            succeed("umount", folder)
+            subprocess.run(["umount", disk], check=True)
+    finally:
+        detach(folder)
+        detach(disk)
 
 
 def test_unmount_is_another_name(person, model, folder):
