@@ -17,7 +17,7 @@ use crate::mounts::fusermount;
 use crate::sys::process::{descriptor_limit, effective_ids};
 
 /// The FUSE device, and its numbers on Linux.
-const DEVICE: &str = "/dev/fuse";
+pub(crate) const DEVICE: &str = "/dev/fuse";
 const DEVICE_NUMBERS: (u64, u64) = (10, 229);
 const FUSE_CONF: &str = "/etc/fuse.conf";
 /// `CAP_SYS_ADMIN` in the capability sets of `/proc/self/status`.
@@ -155,10 +155,9 @@ fn in_user_namespace(map: &str) -> bool {
 }
 
 fn device(who: &Who) -> Check {
-    let name = "/dev/fuse";
     let Ok(metadata) = fs::metadata(DEVICE) else {
         let cure = who.container_cure().unwrap_or("sudo modprobe fuse");
-        return Check::failure(name, "the device does not exist", cure);
+        return Check::failure(DEVICE, "the device does not exist", cure);
     };
     let number = metadata.rdev();
     #[cfg(target_os = "linux")]
@@ -170,24 +169,28 @@ fn device(who: &Who) -> Check {
     let numbers = (number, 0);
     if !metadata.file_type().is_char_device() || numbers != DEVICE_NUMBERS {
         let cure = "sudo rm /dev/fuse && sudo mknod -m 0666 /dev/fuse c 10 229";
-        return Check::failure(name, "it is not the FUSE device", cure);
+        return Check::failure(DEVICE, "it is not the FUSE device", cure);
     }
     let mode = metadata.permissions().mode() & 0o7777;
     match File::options().read(true).write(true).open(DEVICE) {
-        Ok(_) => Check::good(name, format!("can be opened (mode {mode:04o})")),
+        Ok(_) => Check::good(DEVICE, format!("can be opened (mode {mode:04o})")),
         Err(e) if matches!(e.raw_os_error(), Some(libc::ENODEV | libc::ENXIO)) => {
-            Check::failure(name, "the kernel has no FUSE", "sudo modprobe fuse")
+            Check::failure(DEVICE, "the kernel has no FUSE", "sudo modprobe fuse")
         }
         Err(e) if e.raw_os_error() == Some(libc::EPERM) => {
             let cure = who.container_cure().unwrap_or(DOCKER);
-            Check::failure(name, "a container keeps it closed", cure)
+            Check::failure(DEVICE, "a container keeps it closed", cure)
         }
         Err(e) if e.kind() == io::ErrorKind::PermissionDenied => Check::failure(
-            name,
+            DEVICE,
             format!("this user may not open it (mode {mode:04o})"),
             "sudo chmod 0666 /dev/fuse",
         ),
-        Err(e) => Check::failure(name, format!("cannot be opened: {e}"), "sudo modprobe fuse"),
+        Err(e) => Check::failure(
+            DEVICE,
+            format!("cannot be opened: {e}"),
+            "sudo modprobe fuse",
+        ),
     }
 }
 

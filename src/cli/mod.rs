@@ -142,7 +142,7 @@ fn help_mount(call: Result<HelperCall, String>) -> ExitCode {
         }
         Ok(mut cli) => {
             if let Command::Mount(args) = &mut cli.command {
-                args.only_check = call.is_fake;
+                args.is_fake = call.is_fake;
             }
             match execute(&cli) {
                 ExitCode::SUCCESS => ExitCode::SUCCESS,

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, anyhow, ensure};
 use odmoe_fs::model::Model;
 use odmoe_fs::mounts::{
     Cache, Mount, MountError, Options, close_inherited_descriptors, set_read_ahead,
@@ -87,9 +87,9 @@ pub struct MountArgs {
         help_heading = "Messages"
     )]
     pub log_file: Option<PathBuf>,
-    /// Find out everything that can be known before, and mount nothing.
+    /// Look at the model, and change nothing: mount(8) was told to fake.
     #[arg(skip)]
-    pub only_check: bool,
+    pub is_fake: bool,
     /// How messages are written, to stderr, a log file or the journal
     #[arg(
         long,
@@ -164,6 +164,9 @@ fn mount(args: &MountArgs) -> anyhow::Result<()> {
             args.model.model
         );
     }
+    if args.is_fake {
+        return Ok(());
+    }
     let options = Options {
         nonempty: args.nonempty,
         replace: args.replace,
@@ -185,9 +188,6 @@ fn mount(args: &MountArgs) -> anyhow::Result<()> {
     };
     if let Some(log) = &log {
         diagnostics::log_to(log)?;
-    }
-    if args.only_check {
-        return Ok(());
     }
     let summary = summary(&mount);
     let directory = mount.directory().to_owned();
@@ -235,16 +235,20 @@ fn open_log(path: &Path, mount: &Mount) -> anyhow::Result<File> {
         !folder.is_some_and(|folder| folder.starts_with(mount.directory())),
         "the log {path:?} would lie below the mount, where nobody could read it; choose another place"
     );
+    let irregular = || format!("the log {path:?} is no regular file; choose one that is");
     let log = File::options()
         .append(true)
         .create(true)
         .custom_flags(libc::O_NONBLOCK) // else a pipe that nobody reads would hold us up
         .open(path)
-        .with_context(|| format!("cannot open the log {path:?}"))?;
+        .map_err(|e| match e.raw_os_error() {
+            Some(libc::ENXIO | libc::EISDIR) => anyhow!(irregular()),
+            _ => anyhow!(e).context(format!("cannot open the log {path:?}")),
+        })?;
     let metadata = log.metadata()?;
     ensure!(
         metadata.is_file() || metadata.file_type().is_char_device(),
-        "the log {path:?} is no regular file; choose one that is"
+        irregular()
     );
     let is_part = |part: &Path| {
         part.metadata()

@@ -8,11 +8,11 @@
 //! the bytes went to the disk while they were written (`copy`).
 
 use std::collections::HashSet;
-use std::fs::{self, File, FileTimes, Permissions, TryLockError};
+use std::fs::{self, File, FileTimes, TryLockError};
 use std::io::{self, Write};
 use std::num::NonZeroUsize;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
@@ -204,12 +204,16 @@ impl Plan<'_> {
         let path = self.target.join(path);
         let folder = folders.of(&path);
         let place = folder.place(&path);
-        let is_file = place.symlink_metadata().is_ok_and(|m| m.is_file());
-        if is_file && fs::read(&place).is_ok_and(|found| found == bytes) {
+        let modified = self.model.source().modified();
+        let is_written = place
+            .symlink_metadata()
+            .is_ok_and(|m| m.is_file() && m.modified().is_ok_and(|time| time == modified));
+        if is_written && fs::read(&place).is_ok_and(|found| found == bytes) {
             return Ok(false);
         }
-        let mut file = temporary_in(folder).map_err(io_error("make files in", &folder.path))?;
-        file.write_all(bytes)
+        let file = temporary_in(folder).map_err(io_error("make files in", &folder.path))?;
+        let mut to = file.as_file();
+        to.write_all(bytes)
             .and_then(|()| self.complete(file.as_file()))
             .and_then(|()| file.as_file().sync_all())
             .map_err(io_error("write", &path))?;
@@ -393,23 +397,12 @@ impl Publisher<'_> {
     }
 }
 
+/// With the rights that any new file gets, and errors that do not tell its name.
 fn temporary_in(folder: &Folder) -> io::Result<NamedTempFile> {
     tempfile::Builder::new()
         .prefix(TEMPORARY_PREFIX)
         .suffix(TEMPORARY_SUFFIX)
-        .permissions(Permissions::from_mode(0o666)) // the umask takes its part
-        .tempfile_in(&folder.held)
-        .map_err(without_path)
-}
-
-/// The error of the system, without the path by which we reached the folder.
-fn without_path(error: io::Error) -> io::Error {
-    let inner = error.get_ref().and_then(|inner| inner.source());
-    let cause = inner.and_then(|inner| inner.downcast_ref::<io::Error>());
-    match cause.and_then(io::Error::raw_os_error) {
-        Some(errno) => io::Error::from_raw_os_error(errno),
-        None => error,
-    }
+        .make_in(&folder.held, |path| File::create_new(path))
 }
 
 /// Removes the temporary files of runs that were killed. Only with the lock: a run that lives has such

@@ -6,11 +6,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::{MountEntry, MountError, Options, State, status, table, unmount};
-use crate::doctor::user_allow_other;
+use crate::doctor::{DEVICE, user_allow_other};
 use crate::model::Model;
 use crate::sys::process::effective_ids;
 
-const DEVICE: &str = "/dev/fuse";
 /// How long to wait for another mount on the same directory to be made, or refused.
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use super::SUBTYPE;
 use super::processes::{descriptor_fields, process_folder, process_ids};
 use super::table::{self, MountEntry};
+use crate::doctor::DEVICE;
 use crate::sys::mount::{Answer, Question};
 
 /// How long a mount may take to answer.
@@ -163,7 +164,7 @@ fn open_files(pid: u32) -> impl Iterator<Item = PathBuf> {
 
 impl Process {
     fn of(pid: u32) -> Option<Self> {
-        if !open_files(pid).any(|file| file == Path::new("/dev/fuse")) {
+        if !open_files(pid).any(|file| file == Path::new(DEVICE)) {
             return None;
         }
         let folder = process_folder(pid);

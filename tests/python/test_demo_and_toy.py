@@ -23,6 +23,7 @@ from odmoe import (
     mounts,
     needs_root,
     odmoe,
+    run,
     succeed,
     wait_for,
 )
@@ -117,6 +118,16 @@ def test_a_toy_does_not_overwrite_a_file(tmp_path):
     (tmp_path / "toy.gguf").write_text("mine")
     fail("toy", tmp_path / "toy.gguf", *TINY, naming=["toy.gguf"])
     assert (tmp_path / "toy.gguf").read_text() == "mine"
+
+
+def test_an_error_does_not_name_a_file_that_the_user_has_not_named(tmp_path):
+    missing = tmp_path / "no folder" / "toy.gguf"
+    assert ".toy-" not in fail("toy", missing, naming=[missing.name, "No such file"])
+    script = 'ulimit -f 8 && exec "$@"'  # units of 1 KiB
+    done = run("bash", "-c", script, "bash", BINARY, "toy", tmp_path / "toy.gguf")
+    assert done.returncode == 1 and "File too large" in done.stderr
+    assert ".toy-" not in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_toy_that_no_block_fits_is_refused(tmp_path):

@@ -162,10 +162,25 @@ def test_the_helper_of_mount_mounts_checks_and_refuses(helper, person, model, fo
     assert run(helper, model, user=person).returncode == 1
 
 
+def test_a_faked_mount_changes_nothing(helper, person, model, folder, public):
+    fake = [helper, model, folder, "-f", "-o", f"replace,log_file={public / 'log'}"]
+    with mounted(model, folder, user=person):
+        serving = daemon_of(folder)
+        assert run(*fake, user=person).returncode == 0
+        assert daemon_of(folder) == serving
+        os.kill(serving, signal.SIGKILL)
+        wait_for(lambda: not is_running(serving))
+        assert run(*fake, user=person).returncode == 0
+        assert mount_at(folder) is not None
+    assert not (public / "log").exists()
+    done = run(helper, public / "nothing.gguf", folder, "-f", user=person)
+    assert done.returncode == 32 and "nothing.gguf" in done.stderr
+
+
 # --- logs -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_log_is_never_the_model_nor_a_pipe(person, model, folder, public):
+def test_the_log_is_never_the_model_a_pipe_or_a_folder(person, model, folder, public):
     before = model.read_bytes()
     pipe = public / "pipe"
     os.mkfifo(pipe, 0o666)
@@ -175,7 +190,8 @@ def test_the_log_is_never_the_model_nor_a_pipe(person, model, folder, public):
         link = public / "link.gguf"
         os.link(model, link)
         fail("mount", model, folder, "--log-file", link, user=person, naming=["is the model itself"])
-    fail("mount", model, folder, "--log-file", pipe, user=person, naming=["pipe"])
+    fail("mount", model, folder, "--log-file", pipe, user=person, naming=["pipe", "is no regular file"])
+    fail("mount", model, folder, "--log-file", public, user=person, naming=["is no regular file"])
     assert mount_at(folder) is None
     assert model.read_bytes() == before
 

@@ -146,6 +146,17 @@ def test_a_file_that_only_has_another_time_is_compared_and_taken(model, whole, t
     fail("materialize", model, out, naming=[touched.name])
 
 
+@pytest.mark.parametrize("document", ["base_model/metadata.json", "experts/registry.json"])
+def test_a_document_that_only_has_another_time_gets_the_tree_s(model, whole, tmp_path, document):
+    out = tmp_path / "out"
+    succeed("materialize", model, out)
+    expected = (out / document).stat().st_mtime_ns
+    os.utime(out / document, (1, 1))
+    succeed("materialize", model, out)
+    assert (out / document).stat().st_mtime_ns == expected
+    assert contents(out) == whole
+
+
 def test_experts_that_do_not_exist_are_an_error(model, tmp_path):
     for flags, existing in {("--layers", "99"): "0-3", ("--layers", "2-4"): "0-3", ("--experts", "1,9"): "0-2"}.items():
         fail("materialize", model, tmp_path / "out", *flags, naming=[" ".join(flags), existing])

@@ -7,6 +7,7 @@ mod heat;
 mod svg;
 mod view;
 
+use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -204,11 +205,8 @@ fn export(sample: &Sample, root: &Path, measure: Measure, path: &Path) -> anyhow
     };
     // Another picture of that name is replaced when this one is whole.
     let write = || {
-        use std::os::unix::fs::PermissionsExt;
-        let mut file = tempfile::Builder::new()
-            .permissions(std::fs::Permissions::from_mode(0o666)) // less the umask
-            .tempfile_in(folder)?;
-        file.write_all(drawing.as_bytes())?;
+        let file = tempfile::Builder::new().make_in(folder, |path| File::create_new(path))?;
+        file.as_file().write_all(drawing.as_bytes())?;
         file.persist(path).map_err(|e| e.error)
     };
     write().with_context(|| format!("cannot write {path:?}"))?;

@@ -1,9 +1,8 @@
 //! What a toy holds: keys and tensors as a converter would write them, and the parts they go to.
 
-use std::fs::Permissions;
+use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::ops::Range;
-use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::atomic::Ordering;
 
@@ -99,10 +98,11 @@ impl Plan {
             Some(folder) if !folder.as_os_str().is_empty() => folder,
             _ => Path::new("."),
         };
-        let file = tempfile::Builder::new()
+        // With the rights of any new file, and errors that do not tell its name.
+        let (file, unnamed) = tempfile::Builder::new()
             .prefix(".toy-")
-            .permissions(Permissions::from_mode(0o666)) // less the umask, as for any new file
-            .tempfile_in(folder)?;
+            .make_in(folder, |path| File::create_new(path))?
+            .into_parts();
         let mut out = BufWriter::with_capacity(1 << 20, file);
         out.write_all(&header.bytes)?;
         let mut at = header.bytes.len() as u64;
@@ -112,8 +112,8 @@ impl Plan {
             at = offset + bytes;
         }
         pad(&mut out, header.file_bytes - at)?;
-        let file = out.into_inner().map_err(io::IntoInnerError::into_error)?;
-        Ok(file.into_temp_path()) // closed: there may be more parts than descriptors
+        out.flush()?;
+        Ok(unnamed) // and closed: there may be more parts than descriptors
     }
 
     fn header(&self, no: u16, count: u16, tensors: &[Tensor]) -> Written {
