@@ -190,7 +190,7 @@ def test_the_exported_map_is_xml_with_a_cell_for_each_expert(model, public):
     cells = [e for e in ET.parse(drawing).iter() if e.get("class") == "cell"]
     assert len(cells) == 8
     titles = [cell[0].text for cell in cells]
-    assert titles[1] == "layer 0, expert 1: 30 opens" and titles[5] == "layer 0, expert 5: 1 opens"
+    assert titles[1] == "layer 0, expert 1: 30 opens" and titles[5] == "layer 0, expert 5: 1 open"
     assert cells[0].get("fill") == cells[2].get("fill") != cells[1].get("fill")
 
 

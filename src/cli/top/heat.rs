@@ -36,8 +36,9 @@ impl Measure {
 
     pub fn text(self, value: u64) -> String {
         match self {
+            Self::Opens => text::counted(value as usize, "open"),
+            Self::Reads => text::counted(value as usize, "read"),
             Self::Bytes => text::size(value),
-            _ => format!("{} {}", text::count(value), self.name()),
         }
     }
 }

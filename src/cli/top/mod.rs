@@ -145,10 +145,10 @@ fn in_words(sample: &Sample, root: &Path, measure: Measure) -> String {
     );
     for (name, used) in [("experts", stats.experts), ("base", stats.base)] {
         out += &format!(
-            "{name:<8} {:>10} opens {:>12} reads {:>12}\n",
-            text::count(used.opens),
-            text::count(used.reads),
-            text::size(used.bytes)
+            "{name:<8} {:>16} {:>18} {:>12}\n",
+            Measure::Opens.text(used.opens),
+            Measure::Reads.text(used.reads),
+            Measure::Bytes.text(used.bytes)
         );
     }
     out += &format!("latency  {}\n", latencies(&stats.latency));
