@@ -109,6 +109,14 @@ impl OdmoeFs {
         self.stats = Some(Stats::new(&self.model));
     }
 
+    /// What messages call a node: its path below the root of the mount, which is `.`.
+    fn path(&self, ino: INodeNo) -> String {
+        match self.model.tree().path(ino.0) {
+            Some(path) if !path.is_empty() => path,
+            _ => ".".to_owned(),
+        }
+    }
+
     fn counted(&self, operation: Operation) {
         if let Some(stats) = &self.stats {
             stats.count(operation);
@@ -265,6 +273,7 @@ impl Filesystem for OdmoeFs {
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         guarded("lookup", parent, || {
             self.counted(Operation::Lookup);
+            tracing::debug!("lookup {name:?} in {:?}", self.path(parent));
             let child = self.model.tree().lookup(parent.0, name.as_bytes());
             match child.and_then(|ino| self.attributes(ino)) {
                 Some(attributes) => reply.entry(&FOR_EVER, &attributes, GENERATION),
@@ -277,6 +286,7 @@ impl Filesystem for OdmoeFs {
     fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
         guarded("getattr", ino, || {
             self.counted(Operation::Getattr);
+            tracing::debug!("getattr {:?}", self.path(ino));
             match self.attributes(ino.0) {
                 Some(attributes) => reply.attr(&FOR_EVER, &attributes),
                 None => reply.error(Errno::ENOENT),
@@ -285,6 +295,7 @@ impl Filesystem for OdmoeFs {
     }
 
     fn open(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        tracing::debug!("open {:?}", self.path(ino));
         if let Some(stats) = &self.stats {
             stats.opened(ino.0);
         }
@@ -315,6 +326,7 @@ impl Filesystem for OdmoeFs {
         reply: ReplyData,
     ) {
         guarded("read", ino, || {
+            tracing::debug!("read {:?}: {size} bytes at {offset}", self.path(ino));
             let counted = self.stats.as_ref().map(|stats| (stats, Instant::now()));
             REPLY.with_borrow_mut(|buffer| {
                 let reply = |read: Result<&[u8], ReadError>| {
@@ -342,6 +354,7 @@ impl Filesystem for OdmoeFs {
     ) {
         guarded("readdir", ino, || {
             self.counted(Operation::Readdir);
+            tracing::debug!("readdir {:?} from entry {offset}", self.path(ino));
             let tree = self.model.tree();
             let listed = self.list(ino.0, offset, |ino, next, name| {
                 let kind = match tree.kind(ino) {
@@ -367,6 +380,7 @@ impl Filesystem for OdmoeFs {
     ) {
         guarded("readdirplus", ino, || {
             self.counted(Operation::Readdir);
+            tracing::debug!("readdir {:?} from entry {offset}", self.path(ino));
             let listed = self.list(ino.0, offset, |ino, next, name| {
                 let Some(attributes) = self.attributes(ino) else {
                     return ControlFlow::Break(());

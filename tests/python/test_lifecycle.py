@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -208,6 +209,23 @@ def test_a_log_can_be_read_by_programs(person, model, folder, public):
     assert {line["level"] for line in lines} >= {"INFO", "ERROR"}
     assert any("has changed" in line["message"] for line in lines)
     assert all(line["timestamp"] for line in lines)
+
+
+def test_each_request_is_logged_if_that_is_asked_for(model, folder, public):
+    for flags, is_logged in {("-v",): False, ("-vv",): True, ("-v", "-v"): True}.items():
+        log = public / f"log{len(flags)}{flags[0]}"
+        with mounted(model, folder, *flags, "--log-file", log) as root:
+            size = len((root / EXPERT).read_bytes())
+            assert not (root / "experts" / "no\nthing").exists()
+        said = log.read_text()
+        read = re.findall(rf'read "{EXPERT}": (\d+) bytes at (\d+)\n', said)
+        requests = [r'lookup "no\nthing" in "experts"', 'lookup "experts" in "."', f'open "{EXPERT}"']
+        assert [request in said for request in requests] == [is_logged] * 3
+        if is_logged:
+            assert min(int(start) for _, start in read) == 0
+            assert max(int(start) + int(length) for length, start in read) >= size
+        else:
+            assert not read
 
 
 def test_what_is_logged_does_not_reach_the_terminal(model, folder, public):
