@@ -15,6 +15,7 @@ use odmoe_fs::verify::VerifyError;
 use serde::Serialize;
 
 use super::stop::Interrupted;
+use super::top::TopError;
 use super::{Diagnostics, print_json};
 
 /// The exit status of `verify` when a tree is not that of the model, and of `doctor` when a mount will
@@ -133,6 +134,7 @@ fn known_code(error: &(dyn Error + 'static)) -> Option<&'static str> {
     None.or_else(|| error.downcast_ref().map(model_code))
         .or_else(|| error.downcast_ref().map(open_code))
         .or_else(|| error.downcast_ref::<UnmountError>().map(Into::into))
+        .or_else(|| error.downcast_ref::<TopError>().map(Into::into))
         .or_else(|| error.downcast_ref::<ReadError>().map(Into::into))
         .or_else(|| match error.downcast_ref::<MountError>()? {
             MountError::Repair { cause, .. } => Some(cause.into()),

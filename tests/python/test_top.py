@@ -10,7 +10,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from odmoe import ME, ask, daemon_of, detach, expert_gguf, fail, mounted, needs_root, sparse_gguf, succeed
+from odmoe import ME, ask, daemon_of, detach, expert_gguf, fail, mounted, needs_root, odmoe, sparse_gguf, succeed
 from screens import compare, terminal
 
 
@@ -202,6 +202,8 @@ def test_what_top_cannot_show_it_says(model, public):
     fail("top", public / "nothing", naming=["no odmoe-fs mount"])
     with mounted(model, public / "mnt") as root:
         fail("top", root, "--once", naming=["--stats"])
+        done = odmoe("top", root, "--once", "--json")
+        assert (done.returncode, json.loads(done.stdout)["error"]["code"]) == (1, "top.not_counted")
     with mounted(model, public / "mnt", "--stats") as root:
         fail("top", root, naming=["no terminal", "--once"])
         fail("top", root, "--export", model, naming=[".svg"])

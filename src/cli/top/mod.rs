@@ -12,7 +12,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 use odmoe_fs::mounts::{State, odmoe_mount_of, state_of};
 use odmoe_fs::stats::{self, HEAT_ATTRIBUTE, STATS_ATTRIBUTE, Snapshot};
 use serde::Serialize;
@@ -60,13 +60,31 @@ struct LayerHeat {
     experts: Vec<stats::Heat>,
 }
 
+/// Why there is nothing to show.
+#[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case", prefix = "top.")]
+pub enum TopError {
+    #[error("{0:?} is no odmoe-fs mount; name one of those that `odmoe-fs status` lists")]
+    NotOurs(PathBuf),
+    #[error(
+        "the mount on {0:?} counts nothing; mount it with --stats, such as: odmoe-fs mount --replace --stats MODEL.gguf DIR"
+    )]
+    NotCounted(PathBuf),
+    #[error(
+        "the mount on {0:?} does not answer; see with `odmoe-fs status` which process serves it"
+    )]
+    NotAnswering(PathBuf),
+    #[error(
+        "the process of the mount on {0:?} is dead, or it was unmounted; mount it again with --stats"
+    )]
+    Stale(PathBuf),
+    #[error("the mount on {0:?} is another user's; ask as that user")]
+    NotReadable(PathBuf),
+}
+
 pub fn run(args: &TopArgs) -> anyhow::Result<()> {
-    let directory = &args.directory;
-    let mount = odmoe_mount_of(directory).with_context(|| {
-        format!(
-            "{directory:?} is no odmoe-fs mount; name one of those that `odmoe-fs status` lists"
-        )
-    })?;
+    let mount =
+        odmoe_mount_of(&args.directory).ok_or_else(|| TopError::NotOurs(args.directory.clone()))?;
     let root = mount.directory;
     let sample = Sample::of(&root)?;
     if let Some(path) = &args.export {
@@ -84,24 +102,15 @@ pub fn run(args: &TopArgs) -> anyhow::Result<()> {
 impl Sample {
     /// Asks a mount, unless it does not answer.
     fn of(root: &Path) -> anyhow::Result<Self> {
+        let fail = |error: fn(PathBuf) -> TopError| Err(error(root.to_owned()));
         match state_of(root) {
             State::Alive => {}
-            State::NotAnswering => bail!(
-                "the mount on {root:?} does not answer; see with `odmoe-fs status` which process serves it"
-            ),
-            State::Stale => bail!(
-                "the process of the mount on {root:?} is dead, or it was unmounted; mount it again with --stats"
-            ),
-            State::NotReadable => {
-                bail!("the mount on {root:?} is another user's; ask as that user")
-            }
+            State::NotAnswering => fail(TopError::NotAnswering)?,
+            State::Stale => fail(TopError::Stale)?,
+            State::NotReadable => fail(TopError::NotReadable)?,
         }
         let stats = attribute(root, STATS_ATTRIBUTE)?;
-        let stats = stats.with_context(|| {
-            format!(
-                "the mount on {root:?} counts nothing; mount it with --stats, such as: odmoe-fs mount --replace --stats MODEL.gguf DIR"
-            )
-        })?;
+        let stats = stats.ok_or_else(|| TopError::NotCounted(root.to_owned()))?;
         let stats: Snapshot = serde_json::from_slice(&stats)?;
         let heat = stats.layers.iter().map(|&(layer, _)| {
             let value = attribute(root, &format!("{HEAT_ATTRIBUTE}{layer}"))?;
