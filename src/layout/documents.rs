@@ -10,7 +10,8 @@ use serde::Serialize;
 use serde::ser::{SerializeMap, Serializer};
 use serde_json::value::RawValue;
 
-use super::{BASE_DIRECTORY, Component, Counter, EXPERTS_DIRECTORY, File, FileKind, Layout};
+use super::counting::CountingWriter;
+use super::{BASE_DIRECTORY, Component, EXPERTS_DIRECTORY, File, FileKind, Layout};
 use crate::gguf::{FIXED_HEADER_BYTES, KeyValue, MAGIC, Value};
 use crate::tree::{Content, DocId, NewFile};
 
@@ -150,10 +151,10 @@ impl Layout {
     }
 
     fn length(&self, doc: Doc) -> u64 {
-        let mut counter = Counter(0);
-        self.render(doc, &mut counter)
+        let mut counted = CountingWriter::new(io::sink());
+        self.render(doc, &mut counted)
             .expect("counting bytes cannot fail");
-        counter.0
+        counted.bytes
     }
 }
 

@@ -8,6 +8,7 @@
 //! [`Layout::new`] sorts tensors into files (`names`, `experts`), chooses each header's
 //! padding, and proves on the finished [`Tree`] that every tensor byte is in one file, once.
 
+mod counting;
 mod documents;
 mod experts;
 mod names;
@@ -20,6 +21,7 @@ pub use documents::{Doc, METADATA_GGUF_PATH, METADATA_PATH, Present, REGISTRY_PA
 pub use names::{Component, ExpertName, Holds, Matrix};
 pub use partition::PartitionError;
 
+use self::counting::CountingWriter;
 use crate::gguf::{ModelHeader, Tensor};
 use crate::safetensors::{
     self, Dtype, LENGTH_WORD_BYTES, METADATA_KEY, Shape, TensorView, write_header_json,
@@ -365,11 +367,11 @@ impl Layout {
                 .sum(),
             incongruent_bytes: 0,
         };
-        let mut json = Counter(0);
+        let mut json = CountingWriter::new(io::sink());
         self.write_json(&file, &mut json)
             .expect("counting bytes cannot fail");
         let (header_bytes, congruent_bytes) =
-            self.choose_padding(&file, LENGTH_WORD_BYTES + json.0);
+            self.choose_padding(&file, LENGTH_WORD_BYTES + json.bytes);
         if header_bytes - LENGTH_WORD_BYTES > safetensors::MAX_HEADER_BYTES {
             return Err(LayoutError::HeaderTooLarge {
                 path: kind.path(),
@@ -448,11 +450,11 @@ impl Layout {
     fn write_header(&self, file: &File, out: &mut impl Write) -> io::Result<()> {
         let length = file.header_bytes - LENGTH_WORD_BYTES;
         out.write_all(&length.to_le_bytes())?;
-        let mut json = CountingWriter { out, bytes: 0 };
+        let mut json = CountingWriter::new(&mut *out);
         self.write_json(file, &mut json)?;
-        let (out, written) = (json.out, json.bytes);
         let padding = [b' '; PAGE_BYTES as usize];
-        out.write_all(&padding[..(length - written) as usize])
+        let padding = &padding[..(length - json.bytes) as usize];
+        out.write_all(padding)
     }
 
     fn tree(&self) -> Tree {
@@ -479,37 +481,5 @@ impl Layout {
             }
         }
         Tree::new(vec![(BASE_DIRECTORY, base), (EXPERTS_DIRECTORY, experts)])
-    }
-}
-
-/// Counts what is written into it.
-struct Counter(u64);
-
-impl Write for Counter {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0 += bytes.len() as u64;
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-/// Passes on and counts what is written into it.
-struct CountingWriter<'a, W> {
-    out: &'a mut W,
-    bytes: u64,
-}
-
-impl<W: Write> Write for CountingWriter<'_, W> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let written = self.out.write(bytes)?;
-        self.bytes += written as u64;
-        Ok(written)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.out.flush()
     }
 }
