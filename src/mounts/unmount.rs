@@ -65,8 +65,10 @@ pub fn unmount(directory: &Path, lazy: bool) -> Result<PathBuf, UnmountError> {
     })?;
     match table::mounted_on(&directory) {
         Some(entry) if entry.is_odmoe() => {
-            let daemon = status::pid_of(&entry).filter(|_| !lazy);
-            let daemon = daemon.and_then(Watched::process);
+            let daemon = match lazy {
+                true => None, // it goes on as long as it is used
+                false => status::pid_of(&entry).and_then(Watched::process),
+            };
             run(&directory, lazy).or_else(|e| match e {
                 // Nobody can use a dead one, whoever has files of it open.
                 UnmountError::Busy { .. } if status::state_of(&directory) == State::Stale => {
