@@ -7,6 +7,7 @@
 
 use std::cell::RefCell;
 use std::ffi::OsStr;
+use std::fmt;
 use std::io;
 use std::ops::ControlFlow;
 use std::os::unix::ffi::OsStrExt;
@@ -26,7 +27,7 @@ use crate::ahead::ReadAhead;
 use crate::model::Model;
 use crate::source::ReadError;
 use crate::stats::{Operation, Stats};
-use crate::tree::{Ino, Kind, ROOT};
+use crate::tree::{Ino, Kind, ROOT, Tree};
 
 #[cfg(test)]
 mod tests;
@@ -109,12 +110,8 @@ impl OdmoeFs {
         self.stats = Some(Stats::new(&self.model));
     }
 
-    /// What messages call a node: its path below the root of the mount, which is `.`.
-    fn path(&self, ino: INodeNo) -> String {
-        match self.model.tree().path(ino.0) {
-            Some(path) if !path.is_empty() => path,
-            _ => ".".to_owned(),
-        }
+    fn named(&self, ino: INodeNo) -> Named<'_> {
+        Named(self.model.tree(), ino)
     }
 
     fn counted(&self, operation: Operation) {
@@ -204,9 +201,23 @@ impl OdmoeFs {
     }
 }
 
-/// Runs a callback. A panic must not cost the user the mount: the reply, dropped on the way out,
-/// tells the caller EIO.
-fn guarded(operation: &str, ino: INodeNo, callback: impl FnOnce()) {
+/// A node as messages name it: its path below the root of the mount, which is `.`. It costs nothing
+/// unless the message is written.
+struct Named<'a>(&'a Tree, INodeNo);
+
+impl fmt::Display for Named<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.path(self.1.0) {
+            Some(path) if !path.is_empty() => write!(f, "{path:?}"),
+            _ => write!(f, "\".\""),
+        }
+    }
+}
+
+/// Runs a callback, and tells with `-vv` `what` it is asked for. A panic must not cost the user the
+/// mount: the reply, dropped on the way out, tells the caller EIO.
+fn guarded(operation: &str, ino: INodeNo, what: impl fmt::Display, callback: impl FnOnce()) {
+    tracing::debug!("{operation} {what}");
     let callback = || {
         #[cfg(test)]
         tests::panic_if_told(operation);
@@ -271,9 +282,9 @@ impl Filesystem for OdmoeFs {
     }
 
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        guarded("lookup", parent, || {
+        let what = format_args!("{name:?} in {}", self.named(parent));
+        guarded("lookup", parent, what, || {
             self.counted(Operation::Lookup);
-            tracing::debug!("lookup {name:?} in {:?}", self.path(parent));
             let child = self.model.tree().lookup(parent.0, name.as_bytes());
             match child.and_then(|ino| self.attributes(ino)) {
                 Some(attributes) => reply.entry(&FOR_EVER, &attributes, GENERATION),
@@ -284,9 +295,8 @@ impl Filesystem for OdmoeFs {
     }
 
     fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        guarded("getattr", ino, || {
+        guarded("getattr", ino, self.named(ino), || {
             self.counted(Operation::Getattr);
-            tracing::debug!("getattr {:?}", self.path(ino));
             match self.attributes(ino.0) {
                 Some(attributes) => reply.attr(&FOR_EVER, &attributes),
                 None => reply.error(Errno::ENOENT),
@@ -295,23 +305,26 @@ impl Filesystem for OdmoeFs {
     }
 
     fn open(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        tracing::debug!("open {:?}", self.path(ino));
-        if let Some(stats) = &self.stats {
-            stats.opened(ino.0);
-        }
-        match self.cache {
-            // Who is told of every open cannot leave opening to the kernel.
-            Cache::Page if self.stats.is_some() => {
-                reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE);
+        guarded("open", ino, self.named(ino), || {
+            if let Some(stats) = &self.stats {
+                stats.opened(ino.0);
             }
-            Cache::Page => self.open_nothing(reply, FopenFlags::FOPEN_KEEP_CACHE),
-            Cache::Direct => reply.opened(FileHandle(0), FopenFlags::FOPEN_DIRECT_IO),
-        }
+            match self.cache {
+                // Who is told of every open cannot leave opening to the kernel.
+                Cache::Page if self.stats.is_some() => {
+                    reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE);
+                }
+                Cache::Page => self.open_nothing(reply, FopenFlags::FOPEN_KEEP_CACHE),
+                Cache::Direct => reply.opened(FileHandle(0), FopenFlags::FOPEN_DIRECT_IO),
+            }
+        });
     }
 
-    fn opendir(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        let flags = FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_CACHE_DIR;
-        self.open_nothing(reply, flags);
+    fn opendir(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        guarded("opendir", ino, self.named(ino), || {
+            let flags = FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_CACHE_DIR;
+            self.open_nothing(reply, flags);
+        });
     }
 
     fn read(
@@ -325,8 +338,8 @@ impl Filesystem for OdmoeFs {
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        guarded("read", ino, || {
-            tracing::debug!("read {:?}: {size} bytes at {offset}", self.path(ino));
+        let what = format_args!("{}: {size} bytes at {offset}", self.named(ino));
+        guarded("read", ino, what, || {
             let counted = self.stats.as_ref().map(|stats| (stats, Instant::now()));
             REPLY.with_borrow_mut(|buffer| {
                 let reply = |read: Result<&[u8], ReadError>| {
@@ -352,9 +365,9 @@ impl Filesystem for OdmoeFs {
         offset: u64,
         mut reply: ReplyDirectory,
     ) {
-        guarded("readdir", ino, || {
+        let what = format_args!("{} from entry {offset}", self.named(ino));
+        guarded("readdir", ino, what, || {
             self.counted(Operation::Readdir);
-            tracing::debug!("readdir {:?} from entry {offset}", self.path(ino));
             let tree = self.model.tree();
             let listed = self.list(ino.0, offset, |ino, next, name| {
                 let kind = match tree.kind(ino) {
@@ -378,9 +391,9 @@ impl Filesystem for OdmoeFs {
         offset: u64,
         mut reply: ReplyDirectoryPlus,
     ) {
-        guarded("readdirplus", ino, || {
+        let what = format_args!("{} from entry {offset}", self.named(ino));
+        guarded("readdirplus", ino, what, || {
             self.counted(Operation::Readdir);
-            tracing::debug!("readdir {:?} from entry {offset}", self.path(ino));
             let listed = self.list(ino.0, offset, |ino, next, name| {
                 let Some(attributes) = self.attributes(ino) else {
                     return ControlFlow::Break(());
@@ -396,7 +409,7 @@ impl Filesystem for OdmoeFs {
     }
 
     fn statfs(&self, _: &Request, ino: INodeNo, reply: ReplyStatfs) {
-        guarded("statfs", ino, || {
+        guarded("statfs", ino, self.named(ino), || {
             self.counted(Operation::Statfs);
             let tree = self.model.tree();
             let blocks = tree.total_size().div_ceil(STATFS_BLOCK_BYTES.into());
@@ -416,7 +429,8 @@ impl Filesystem for OdmoeFs {
     // ENOSYS holds for the whole connection: without it every `ls -l` asks twice per file.
 
     fn getxattr(&self, _: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        guarded("getxattr", ino, || match &self.stats {
+        let what = format_args!("{name:?} of {}", self.named(ino));
+        guarded("getxattr", ino, what, || match &self.stats {
             None => reply.error(Errno::ENOSYS),
             Some(stats) => {
                 let is_root = ino.0 == ROOT;
@@ -431,7 +445,7 @@ impl Filesystem for OdmoeFs {
     }
 
     fn listxattr(&self, _: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
-        guarded("listxattr", ino, || match &self.stats {
+        guarded("listxattr", ino, self.named(ino), || match &self.stats {
             None => reply.error(Errno::ENOSYS),
             Some(stats) if ino.0 == ROOT => reply_xattr(reply, &stats.attribute_names(), size),
             Some(_) => reply_xattr(reply, &[], size),

@@ -38,7 +38,7 @@ use self::stop::Stop;
 #[derive(Parser)]
 #[command(name = "odmoe-fs", version, max_term_width = 100)]
 struct Cli {
-    /// Say more on stderr; twice, of a mount, each request of the kernel
+    /// Say more on stderr; said twice, a mount tells of each request of the kernel
     #[arg(short, long, global = true, action = clap::ArgAction::Count, help_heading = "Messages")]
     verbose: u8,
     /// Say only errors on stderr

@@ -217,10 +217,11 @@ def test_each_request_is_logged_if_that_is_asked_for(model, folder, public):
         with mounted(model, folder, *flags, "--log-file", log) as root:
             size = len((root / EXPERT).read_bytes())
             assert not (root / "experts" / "no\nthing").exists()
+            assert os.statvfs(root).f_bavail == 0
         said = log.read_text()
         read = re.findall(rf'read "{EXPERT}": (\d+) bytes at (\d+)\n', said)
-        requests = [r'lookup "no\nthing" in "experts"', 'lookup "experts" in "."', f'open "{EXPERT}"']
-        assert [request in said for request in requests] == [is_logged] * 3
+        requests = [r'lookup "no\nthing" in "experts"', 'lookup "experts" in "."', f'open "{EXPERT}"', 'statfs "."']
+        assert [request in said for request in requests] == [is_logged] * 4
         if is_logged:
             assert min(int(start) for _, start in read) == 0
             assert max(int(start) + int(length) for length, start in read) >= size
