@@ -8,27 +8,28 @@
 //! model, several at a time: size, header, and every tensor, each of which is named once, at the
 //! first of its bytes that differs.
 
-use std::collections::HashSet;
-use std::fmt;
+mod claims;
+mod difference;
+mod listing;
+
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::num::NonZeroUsize;
 use std::ops::Range;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
-use serde_json::Value;
 
-use crate::layout::{
-    File as LayoutFile, FileKind, METADATA_GGUF_PATH, METADATA_PATH, REGISTRY_PATH,
-};
+use self::claims::Expected;
+pub use self::difference::{Difference, TensorNames, What};
+use self::listing::Listing;
+use crate::layout::{METADATA_PATH, REGISTRY_PATH};
 use crate::model::Model;
 use crate::source::ReadError;
 use crate::sys::read;
-use crate::tree::{Ino, ROOT};
+use crate::tree::Ino;
 use crate::work::{Progress, in_parallel};
 
 /// Bytes that are read at a time, of either side.
@@ -70,92 +71,6 @@ pub enum Depth {
     Quick,
     /// Every byte.
     Whole,
-}
-
-/// One thing that is not as the model has it.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Difference {
-    /// Below the root of the tree.
-    pub path: PathBuf,
-    /// The byte of the file that it starts at.
-    pub offset: Option<u64>,
-    /// The tensor it lies in.
-    pub tensor: Option<TensorNames>,
-    pub what: What,
-}
-
-/// A tensor by both of its names.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct TensorNames {
-    /// In the safetensors file.
-    pub name: String,
-    /// In the model.
-    pub gguf_name: String,
-}
-
-/// What is different.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub enum What {
-    /// The tree claims to hold the file, or must, and does not.
-    Missing,
-    /// The model has no such file, or the tree does not claim to hold it.
-    Extra,
-    /// A link, device or folder where a file should be, or no folder where one should be.
-    Kind {
-        expected: &'static str,
-    },
-    Size {
-        expected: u64,
-        found: u64,
-    },
-    Header,
-    Payload,
-    Document,
-    /// The tree cannot be read there; the reason.
-    Unreadable(String),
-}
-
-impl What {
-    /// One stable word for programs.
-    pub fn code(&self) -> &'static str {
-        match self {
-            Self::Missing => "missing",
-            Self::Extra => "extra",
-            Self::Kind { .. } => "kind",
-            Self::Size { .. } => "size",
-            Self::Header => "header",
-            Self::Payload => "payload",
-            Self::Document => "document",
-            Self::Unreadable(_) => "unreadable",
-        }
-    }
-}
-
-impl fmt::Display for Difference {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.what {
-            What::Missing => write!(f, "is missing")?,
-            What::Extra => write!(f, "does not belong there")?,
-            What::Kind { expected } => write!(f, "is not a {expected}")?,
-            What::Size { expected, found } => {
-                write!(f, "has {found} bytes instead of {expected}")?;
-            }
-            What::Header => write!(f, "has another header")?,
-            What::Payload => write!(f, "holds other bytes")?,
-            What::Document => write!(f, "says something else")?,
-            What::Unreadable(reason) => write!(f, "cannot be read ({reason})")?,
-        }
-        if let Some(offset) = self.offset {
-            write!(f, ", from byte {offset}")?;
-        }
-        if let Some(TensorNames { name, gguf_name }) = &self.tensor {
-            write!(f, ", in tensor {name:?}")?;
-            if name != gguf_name {
-                write!(f, " ({gguf_name:?} of the model)")?;
-            }
-        }
-        Ok(())
-    }
 }
 
 /// What a comparison found.
@@ -277,86 +192,11 @@ impl<'a> Comparison<'a> {
         });
     }
 
-    /// Reads what the documents claim, and compares them with what they would have to say. Where one
-    /// cannot be understood, what is there counts as claimed.
-    fn claims(&mut self, found: &HashSet<Ino>) -> Result<Claims, VerifyError> {
-        let registry = self.document(self.ino(REGISTRY_PATH), found)?;
-        let metadata = self.document(self.ino(METADATA_PATH), found)?;
-        let listed = Listed::of(registry.as_deref(), metadata.as_deref());
-        let (layout, tree) = (self.model.layout(), self.model.tree());
-        let is_there = |path: &str| tree.find(path).is_some_and(|ino| found.contains(&ino));
-        let is_claimed = |file: &LayoutFile| {
-            let names = match file.kind {
-                FileKind::Expert { .. } => &listed.experts,
-                FileKind::Base(_) => &listed.base,
-            };
-            match names {
-                Some(names) => names.contains(&file.kind.stem()),
-                None => is_there(&file.kind.path()),
-            }
-        };
-        let mut rendered = [Vec::new(), Vec::new()];
-        layout
-            .render_registry(&is_claimed, &mut rendered[0])
-            .and_then(|()| layout.render_metadata(&is_claimed, &mut rendered[1]))
-            .expect("writing to memory cannot fail");
-        for ((path, found), expected) in DOCUMENTS
-            .into_iter()
-            .zip([registry, metadata])
-            .zip(rendered)
-        {
-            let Some(found) = found else {
-                continue; // said already
-            };
-            self.documents += 1;
-            self.bytes.fetch_add(found.len() as u64, Ordering::Relaxed);
-            if found != expected {
-                let same = found.iter().zip(&expected).take_while(|(a, b)| a == b);
-                self.add(
-                    self.ino(path),
-                    Some(same.count() as u64),
-                    None,
-                    What::Document,
-                );
-            }
-        }
-        Ok(Claims(layout.files().iter().map(is_claimed).collect()))
-    }
-
     fn ino(&self, path: &str) -> Ino {
         self.model
             .tree()
             .find(path)
             .expect("every tree has its documents")
-    }
-
-    /// The bytes of a document of the tree, if it can be one of this model.
-    fn document(&self, ino: Ino, found: &HashSet<Ino>) -> Result<Option<Vec<u8>>, VerifyError> {
-        if !found.contains(&ino) {
-            self.add(ino, None, None, What::Missing);
-            return Ok(None);
-        }
-        let Some((file, size)) = self.open(ino)? else {
-            return Ok(None);
-        };
-        // A part of the model has shorter lists, never longer ones.
-        let longest = self.model.tree().size(ino).unwrap_or(0);
-        if size > longest {
-            let what = What::Size {
-                expected: longest,
-                found: size,
-            };
-            self.add(ino, None, None, what);
-            return Ok(None);
-        }
-        let mut bytes = vec![0; size as usize];
-        match file.read_exact_at(&mut bytes, 0) {
-            Ok(()) => Ok(Some(bytes)),
-            Err(e) => {
-                self.add(ino, None, None, What::Unreadable(e.to_string()));
-                Ok(None)
-            }
-        }
     }
 
     /// Opens a file of the tree, and tells its size. What is no regular file is never followed and
@@ -508,139 +348,6 @@ impl<'a> Comparison<'a> {
 /// The documents that say what a tree holds.
 const DOCUMENTS: [&str; 2] = [REGISTRY_PATH, METADATA_PATH];
 
-/// What a tree's folders hold.
-struct Listing {
-    /// Files whose names are known, by inode number in the model's tree.
-    known: HashSet<Ino>,
-    /// Everything else.
-    strangers: Vec<Difference>,
-}
-
-impl Listing {
-    fn of(model: &Model, root: &Path) -> Result<Self, VerifyError> {
-        let tree = model.tree();
-        let mut listing = Self {
-            known: HashSet::new(),
-            strangers: Vec::new(),
-        };
-        match fs::metadata(root) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                return Err(VerifyError::Missing(root.to_owned()));
-            }
-            Ok(metadata) if !metadata.is_dir() => {
-                return Err(VerifyError::NotADirectory(root.to_owned()));
-            }
-            _ => {} // listing it says what is wrong
-        }
-        for entry in entries(root)? {
-            let path = entry.path();
-            let name = entry.file_name();
-            let Some(directory) = tree.lookup(ROOT, name.as_bytes()) else {
-                if !is_part(model, &path) {
-                    listing.stranger(name.into(), What::Extra);
-                }
-                continue;
-            };
-            if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-                listing.stranger(
-                    name.into(),
-                    What::Kind {
-                        expected: "directory",
-                    },
-                );
-                continue;
-            }
-            for entry in entries(&path)? {
-                let file = entry.file_name();
-                match tree.lookup(directory, file.as_bytes()) {
-                    Some(ino) => {
-                        listing.known.insert(ino);
-                    }
-                    None => listing.stranger(Path::new(&name).join(file), What::Extra),
-                }
-            }
-        }
-        Ok(listing)
-    }
-
-    fn stranger(&mut self, path: PathBuf, what: What) {
-        self.strangers.push(Difference {
-            path,
-            offset: None,
-            tensor: None,
-            what,
-        });
-    }
-}
-
-fn entries(folder: &Path) -> Result<Vec<fs::DirEntry>, VerifyError> {
-    fs::read_dir(folder)
-        .and_then(|entries| entries.collect())
-        .map_err(|cause| VerifyError::List {
-            path: folder.to_owned(),
-            cause,
-        })
-}
-
-/// Whether a path is that of a part of the model, which may lie beside the tree.
-fn is_part(model: &Model, path: &Path) -> bool {
-    let identity = |path: &Path| {
-        let metadata = fs::metadata(path).ok()?;
-        Some((metadata.dev(), metadata.ino()))
-    };
-    identity(path).is_some_and(|found| {
-        model
-            .source()
-            .paths()
-            .any(|part| identity(part) == Some(found))
-    })
-}
-
-/// Which safetensors files a tree claims to hold, by index in `Layout::files`.
-struct Claims(Vec<bool>);
-
-impl Claims {
-    fn counts(&self, model: &Model) -> (usize, usize) {
-        let base = model.layout().files().len() - model.layout().experts().len();
-        let count = |claimed: &[bool]| claimed.iter().filter(|claimed| **claimed).count();
-        (count(&self.0[base..]), count(&self.0[..base]))
-    }
-
-    /// The files to be compared, but for the two documents, sorted by inode number.
-    fn files<'a>(&self, model: &'a Model) -> Vec<Expected<'a>> {
-        let tree = model.tree();
-        let find = |path: &str| tree.find(path).expect("the layout's files are in the tree");
-        let files = model.layout().files();
-        let claimed = files.iter().zip(&self.0).filter(|(_, claimed)| **claimed);
-        let mut expected: Vec<_> = claimed
-            .map(|(file, _)| Expected {
-                ino: find(&file.kind.path()),
-                file: Some(file),
-                is_required: true,
-            })
-            .collect();
-        let has_base = files
-            .first()
-            .is_some_and(|f| matches!(f.kind, FileKind::Base(_)));
-        expected.push(Expected {
-            ino: find(METADATA_GGUF_PATH),
-            file: None,
-            // It goes with the base files.
-            is_required: !has_base || self.counts(model).1 > 0,
-        });
-        expected.sort_by_key(|file| file.ino);
-        expected
-    }
-}
-
-/// A file of the tree that is to be compared.
-struct Expected<'a> {
-    ino: Ino,
-    /// `None` for `metadata.gguf`.
-    file: Option<&'a LayoutFile>,
-    is_required: bool,
-}
-
 /// A run of bytes of a file that is compared, and named, as one.
 struct Region {
     range: Range<u64>,
@@ -682,27 +389,4 @@ pub(crate) fn first_difference(
         offset += len as u64;
     }
     Ok(None)
-}
-
-/// The names, without `.safetensors`, that documents list; `None` where one cannot be understood.
-struct Listed {
-    experts: Option<HashSet<String>>,
-    base: Option<HashSet<String>>,
-}
-
-impl Listed {
-    fn of(registry: Option<&[u8]>, metadata: Option<&[u8]>) -> Self {
-        let parse = |bytes: Option<&[u8]>| serde_json::from_slice::<Value>(bytes?).ok();
-        let experts = match parse(registry) {
-            Some(Value::Object(map)) => Some(map.into_iter().map(|(name, _)| name).collect()),
-            _ => None,
-        };
-        let base = parse(metadata).and_then(|metadata| {
-            let files = metadata.get("weight_map")?.as_object()?.values();
-            let stem =
-                |file: &Value| Some(Path::new(file.as_str()?).file_stem()?.to_str()?.to_owned());
-            files.map(stem).collect()
-        });
-        Self { experts, base }
-    }
 }

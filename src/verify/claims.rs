@@ -1,0 +1,160 @@
+//! What a tree's documents say that it holds.
+
+use std::collections::HashSet;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::atomic::Ordering;
+
+use serde_json::Value;
+
+use super::{Comparison, DOCUMENTS, VerifyError, What};
+use crate::layout::{
+    File as LayoutFile, FileKind, METADATA_GGUF_PATH, METADATA_PATH, REGISTRY_PATH,
+};
+use crate::model::Model;
+use crate::tree::Ino;
+
+/// Which safetensors files a tree claims to hold, by index in `Layout::files`.
+pub(super) struct Claims(Vec<bool>);
+
+impl Claims {
+    pub(super) fn counts(&self, model: &Model) -> (usize, usize) {
+        let base = model.layout().files().len() - model.layout().experts().len();
+        let count = |claimed: &[bool]| claimed.iter().filter(|claimed| **claimed).count();
+        (count(&self.0[base..]), count(&self.0[..base]))
+    }
+
+    /// The files to be compared, but for the two documents, sorted by inode number.
+    pub(super) fn files<'a>(&self, model: &'a Model) -> Vec<Expected<'a>> {
+        let tree = model.tree();
+        let find = |path: &str| tree.find(path).expect("the layout's files are in the tree");
+        let files = model.layout().files();
+        let claimed = files.iter().zip(&self.0).filter(|(_, claimed)| **claimed);
+        let mut expected: Vec<_> = claimed
+            .map(|(file, _)| Expected {
+                ino: find(&file.kind.path()),
+                file: Some(file),
+                is_required: true,
+            })
+            .collect();
+        let has_base = files
+            .first()
+            .is_some_and(|f| matches!(f.kind, FileKind::Base(_)));
+        expected.push(Expected {
+            ino: find(METADATA_GGUF_PATH),
+            file: None,
+            // It goes with the base files.
+            is_required: !has_base || self.counts(model).1 > 0,
+        });
+        expected.sort_by_key(|file| file.ino);
+        expected
+    }
+}
+
+/// A file of the tree that is to be compared.
+pub(super) struct Expected<'a> {
+    pub(super) ino: Ino,
+    /// `None` for `metadata.gguf`.
+    pub(super) file: Option<&'a LayoutFile>,
+    pub(super) is_required: bool,
+}
+
+impl Comparison<'_> {
+    /// Reads what the documents claim, and compares them with what they would have to say. Where one
+    /// cannot be understood, what is there counts as claimed.
+    pub(super) fn claims(&mut self, found: &HashSet<Ino>) -> Result<Claims, VerifyError> {
+        let registry = self.document(self.ino(REGISTRY_PATH), found)?;
+        let metadata = self.document(self.ino(METADATA_PATH), found)?;
+        let listed = Listed::of(registry.as_deref(), metadata.as_deref());
+        let (layout, tree) = (self.model.layout(), self.model.tree());
+        let is_there = |path: &str| tree.find(path).is_some_and(|ino| found.contains(&ino));
+        let is_claimed = |file: &LayoutFile| {
+            let names = match file.kind {
+                FileKind::Expert { .. } => &listed.experts,
+                FileKind::Base(_) => &listed.base,
+            };
+            match names {
+                Some(names) => names.contains(&file.kind.stem()),
+                None => is_there(&file.kind.path()),
+            }
+        };
+        let mut rendered = [Vec::new(), Vec::new()];
+        layout
+            .render_registry(&is_claimed, &mut rendered[0])
+            .and_then(|()| layout.render_metadata(&is_claimed, &mut rendered[1]))
+            .expect("writing to memory cannot fail");
+        for ((path, found), expected) in DOCUMENTS
+            .into_iter()
+            .zip([registry, metadata])
+            .zip(rendered)
+        {
+            let Some(found) = found else {
+                continue; // said already
+            };
+            self.documents += 1;
+            self.bytes.fetch_add(found.len() as u64, Ordering::Relaxed);
+            if found != expected {
+                let same = found.iter().zip(&expected).take_while(|(a, b)| a == b);
+                self.add(
+                    self.ino(path),
+                    Some(same.count() as u64),
+                    None,
+                    What::Document,
+                );
+            }
+        }
+        Ok(Claims(layout.files().iter().map(is_claimed).collect()))
+    }
+
+    /// The bytes of a document of the tree, if it can be one of this model.
+    fn document(&self, ino: Ino, found: &HashSet<Ino>) -> Result<Option<Vec<u8>>, VerifyError> {
+        if !found.contains(&ino) {
+            self.add(ino, None, None, What::Missing);
+            return Ok(None);
+        }
+        let Some((file, size)) = self.open(ino)? else {
+            return Ok(None);
+        };
+        // A part of the model has shorter lists, never longer ones.
+        let longest = self.model.tree().size(ino).unwrap_or(0);
+        if size > longest {
+            let what = What::Size {
+                expected: longest,
+                found: size,
+            };
+            self.add(ino, None, None, what);
+            return Ok(None);
+        }
+        let mut bytes = vec![0; size as usize];
+        match file.read_exact_at(&mut bytes, 0) {
+            Ok(()) => Ok(Some(bytes)),
+            Err(e) => {
+                self.add(ino, None, None, What::Unreadable(e.to_string()));
+                Ok(None)
+            }
+        }
+    }
+}
+
+/// The names, without `.safetensors`, that documents list; `None` where one cannot be understood.
+struct Listed {
+    experts: Option<HashSet<String>>,
+    base: Option<HashSet<String>>,
+}
+
+impl Listed {
+    fn of(registry: Option<&[u8]>, metadata: Option<&[u8]>) -> Self {
+        let parse = |bytes: Option<&[u8]>| serde_json::from_slice::<Value>(bytes?).ok();
+        let experts = match parse(registry) {
+            Some(Value::Object(map)) => Some(map.into_iter().map(|(name, _)| name).collect()),
+            _ => None,
+        };
+        let base = parse(metadata).and_then(|metadata| {
+            let files = metadata.get("weight_map")?.as_object()?.values();
+            let stem =
+                |file: &Value| Some(Path::new(file.as_str()?).file_stem()?.to_str()?.to_owned());
+            files.map(stem).collect()
+        });
+        Self { experts, base }
+    }
+}
