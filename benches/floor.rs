@@ -38,7 +38,7 @@ struct Floor(OdmoeFs);
 fn main() -> anyhow::Result<()> {
     let cli = Cli::parse();
     let owner = Owner { uid: 0, gid: 0 };
-    let floor = Floor(OdmoeFs::new(Model::open(&cli.model)?, owner, Cache::Page));
+    let floor = Floor(OdmoeFs::new(Model::open(&cli.model)?, owner, Cache::Mount));
     let mut config = Config::default();
     config.mount_options = vec![
         MountOption::RO,

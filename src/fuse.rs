@@ -3,7 +3,7 @@
 //!
 //! Since the tree never changes, names and attributes are good for ever, pages stay cached, and
 //! files need no opening: `open` and `opendir` answer ENOSYS, which the kernel remembers. (Not with
-//! [`Cache::Direct`]: that reads go past the page cache, is said when a file is opened.)
+//! [`Cache::Model`]: that reads go past the page cache, is said when a file is opened.)
 
 use std::cell::RefCell;
 use std::ffi::OsStr;
@@ -64,10 +64,12 @@ pub struct Owner {
 pub enum Cache {
     /// That of the mounted files: every way of reading works, and repeated reads are fast.
     #[default]
-    Page,
+    Mount,
     /// That of the model: every read of a mounted file comes to us, and is answered from there. Good
     /// for loaders that read each byte once with `pread`, and for bytes that llama.cpp shares.
-    Direct,
+    Model,
+    /// Both, so that other programs find in memory what was read through the mount.
+    Both,
 }
 
 /// A model as a file system.
@@ -267,7 +269,7 @@ impl Filesystem for OdmoeFs {
                 tracing::info!("the kernel does not offer {wish:?}");
             }
         }
-        if self.cache == Cache::Direct
+        if self.cache == Cache::Model
             && config
                 .add_capabilities(InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP)
                 .is_err()
@@ -311,11 +313,13 @@ impl Filesystem for OdmoeFs {
             }
             match self.cache {
                 // Who is told of every open cannot leave opening to the kernel.
-                Cache::Page if self.stats.is_some() => {
+                Cache::Mount | Cache::Both if self.stats.is_some() => {
                     reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE);
                 }
-                Cache::Page => self.open_nothing(reply, FopenFlags::FOPEN_KEEP_CACHE),
-                Cache::Direct => reply.opened(FileHandle(0), FopenFlags::FOPEN_DIRECT_IO),
+                Cache::Mount | Cache::Both => {
+                    self.open_nothing(reply, FopenFlags::FOPEN_KEEP_CACHE);
+                }
+                Cache::Model => reply.opened(FileHandle(0), FopenFlags::FOPEN_DIRECT_IO),
             }
         });
     }

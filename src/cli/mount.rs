@@ -175,11 +175,11 @@ fn mount(args: &MountArgs) -> anyhow::Result<()> {
         gid: args.gid,
         threads: args.threads.map(usize::from),
         cache: match args.cache {
-            CacheArg::Page => Cache::Page,
-            CacheArg::Direct => Cache::Direct,
+            CacheArg::Page if args.keep_source_cache => Cache::Both,
+            CacheArg::Page => Cache::Mount,
+            CacheArg::Direct => Cache::Model,
         },
         stats: args.stats,
-        keep_source_cache: args.keep_source_cache,
     };
     let mount = Mount::prepare(model, &args.directory, &options)?;
     let log = match &args.log_file {

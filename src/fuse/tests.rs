@@ -40,7 +40,7 @@ fn a_panic_in_a_callback_is_eio_for_its_caller_and_the_mount_goes_on() {
     let root = folder.path().join("mnt");
     fs::create_dir(&root).unwrap();
     let (uid, gid) = crate::sys::process::effective_ids();
-    let file_system = OdmoeFs::new(model(&folder), Owner { uid, gid }, Cache::Direct);
+    let file_system = OdmoeFs::new(model(&folder), Owner { uid, gid }, Cache::Model);
     let mut config = Config::default();
     config.mount_options = vec![MountOption::RO];
     config.n_threads = Some(2);

@@ -65,8 +65,6 @@ pub struct Options {
     pub cache: Cache,
     /// Count what is asked for, and show it as extended attributes of the root ([`crate::stats`]).
     pub stats: bool,
-    /// Let the model's pages stay in the page cache, too, though the mounted files' pages do.
-    pub keep_source_cache: bool,
 }
 
 /// Why a mount cannot be made, or ended badly. Each says what to do.
@@ -181,7 +179,7 @@ impl Mount {
         options: &Options,
     ) -> Result<Self, MountError> {
         let (directory, lock) = preflight::check(&model, directory, options)?;
-        if options.cache == Cache::Page && !options.keep_source_cache {
+        if options.cache == Cache::Mount {
             // The mounted files keep the bytes; a second copy would cost twice the memory.
             model.set_page_cache(PageCache::Unchanged);
             if !model.source().can_leave_page_cache() {
