@@ -10,7 +10,7 @@ use std::io::{self, BufRead, Cursor, Read, Seek, SeekFrom};
 
 use odmoe_fs::gguf::{Header, ModelHeader};
 use odmoe_fs::layout::{Doc, Layout};
-use odmoe_fs::tree::{Content, DocId, From, Kind, NewFile, ROOT, Tree};
+use odmoe_fs::tree::{Content, DocId, Kind, NewFile, Origin, ROOT, Tree};
 
 /// Heap that a byte of a header may cost, at most: a key/value of 14 bytes becomes a record, an
 /// entry in a set of names, and what both leave unused as they grow.
@@ -326,12 +326,12 @@ pub fn slices(data: &[u8]) {
         runs.push((u64::from(len % 50), content));
     }
     // Every byte by itself: where it comes from.
-    let naive: Vec<(From, u64)> = runs
+    let naive: Vec<(Origin, u64)> = runs
         .iter()
         .flat_map(|&(len, content)| {
             (0..len).map(move |at| match content {
-                Content::Made(doc) => (From::Made(doc), at),
-                Content::Model { part, offset } => (From::Part(part), offset + at),
+                Content::Made(doc) => (Origin::Made(doc), at),
+                Content::Model { part, offset } => (Origin::Part(part), offset + at),
             })
         })
         .collect();
@@ -353,7 +353,7 @@ pub fn slices(data: &[u8]) {
         let answer: Vec<_> = tree
             .slices(ino, offset, len)
             .inspect(|slice| assert!(slice.len > 0))
-            .flat_map(|slice| (0..slice.len).map(move |at| (slice.from, slice.offset + at)))
+            .flat_map(|slice| (0..slice.len).map(move |at| (slice.origin, slice.offset + at)))
             .collect();
         let from = usize::try_from(offset)
             .unwrap_or(usize::MAX)

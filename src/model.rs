@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 
 use crate::layout::{Doc, Layout, LayoutError};
 use crate::source::{self, OpenError, PageCache, ReadError, Source};
-use crate::tree::{Content, DocId, From, Ino, Tree};
+use crate::tree::{Content, DocId, Ino, Origin, Tree};
 
 /// Documents above this are kept after their first read; smaller ones cost less to render again
 /// than 23,040 of them cost to keep.
@@ -89,9 +89,9 @@ impl Model {
         for slice in self.tree.slices(file, offset, buffer.len() as u64) {
             let end = filled + slice.len as usize;
             let piece = &mut buffer[filled..end];
-            match slice.from {
-                From::Part(part) => self.source.read_at(part, slice.offset, piece)?,
-                From::Made(doc) => self.read_document(doc, slice.offset, piece),
+            match slice.origin {
+                Origin::Part(part) => self.source.read_at(part, slice.offset, piece)?,
+                Origin::Made(doc) => self.read_document(doc, slice.offset, piece),
             }
             filled = end;
         }

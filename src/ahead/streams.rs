@@ -11,7 +11,7 @@ use super::Chunk;
 use super::buffers::{BUFFER_BYTES, BUFFERS, Buffer};
 use crate::model::Model;
 use crate::source::DIRECT_ALIGNMENT;
-use crate::tree::{From, Ino, Slice};
+use crate::tree::{Ino, Origin, Slice};
 
 /// How far to read in front of a reader.
 pub const DEPTH_BYTES: u64 = 4 << 20;
@@ -209,9 +209,9 @@ impl Streams {
             let Some(slice) = model.tree().slices(file, start, longest).next() else {
                 return wanted;
             };
-            let (end, chunk) = match slice.from {
-                From::Made(_) => (start + slice.len, None),
-                From::Part(part) => {
+            let (end, chunk) = match slice.origin {
+                Origin::Made(_) => (start + slice.len, None),
+                Origin::Part(part) => {
                     if Buffer::are_all_taken() {
                         self.make_room(file, held);
                     }

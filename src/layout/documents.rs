@@ -11,7 +11,7 @@ use serde::ser::{SerializeMap, Serializer};
 use serde_json::value::RawValue;
 
 use super::counting::CountingWriter;
-use super::{BASE_DIRECTORY, Component, EXPERTS_DIRECTORY, File, FileKind, Layout};
+use super::{BASE_DIRECTORY, Component, EXPERTS_DIRECTORY, FileKind, Layout, TensorFile};
 use crate::gguf::{FIXED_HEADER_BYTES, KeyValue, MAGIC, Value};
 use crate::tree::{Content, DocId, NewFile};
 
@@ -64,7 +64,7 @@ impl Doc {
 }
 
 /// Says of a file whether the documents shall list it.
-pub type Present<'a> = &'a dyn Fn(&File) -> bool;
+pub type Present<'a> = &'a dyn Fn(&TensorFile) -> bool;
 
 impl Layout {
     /// Renders a document of the whole tree.

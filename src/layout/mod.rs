@@ -111,7 +111,7 @@ impl FileKind {
 
 /// One safetensors file of the tree.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct File {
+pub struct TensorFile {
     pub kind: FileKind,
     pieces: Range<u32>,
     /// Bytes in front of the payload: length word, JSON and padding.
@@ -122,7 +122,7 @@ pub struct File {
     pub incongruent_bytes: u64,
 }
 
-impl File {
+impl TensorFile {
     /// Bytes of the whole file.
     pub fn bytes(&self) -> u64 {
         self.header_bytes + self.payload_bytes
@@ -193,7 +193,7 @@ pub struct Layout {
     views: Vec<View>,
     pieces: Vec<Piece>,
     /// Base files in the order of [`Component::ALL`], then experts by layer and number.
-    files: Vec<File>,
+    files: Vec<TensorFile>,
 }
 
 impl Layout {
@@ -225,12 +225,12 @@ impl Layout {
     }
 
     /// The safetensors files: base files first, then experts by layer and number.
-    pub fn files(&self) -> &[File] {
+    pub fn files(&self) -> &[TensorFile] {
         &self.files
     }
 
     /// The files of routed experts.
-    pub fn experts(&self) -> &[File] {
+    pub fn experts(&self) -> &[TensorFile] {
         let first = self
             .files
             .partition_point(|file| matches!(file.kind, FileKind::Base(_)));
@@ -238,7 +238,7 @@ impl Layout {
     }
 
     /// The file of an expert; `None` if the model has no such.
-    pub fn expert(&self, layer: u32, expert: u32) -> Option<&File> {
+    pub fn expert(&self, layer: u32, expert: u32) -> Option<&TensorFile> {
         let wanted = FileKind::Expert { layer, expert };
         let at = self
             .files
@@ -274,7 +274,7 @@ impl Layout {
     /// The tensors of a file, in payload order.
     pub fn tensors<'a>(
         &'a self,
-        file: &File,
+        file: &TensorFile,
     ) -> impl ExactSizeIterator<Item = TensorView<'a>> + Clone {
         self.pieces[file.pieces.start as usize..file.pieces.end as usize]
             .iter()
@@ -357,7 +357,7 @@ impl Layout {
         self.order(&mut pieces);
         self.pieces.append(&mut pieces);
 
-        let mut file = File {
+        let mut file = TensorFile {
             kind,
             pieces: first..self.pieces.len() as u32,
             header_bytes: 0,
@@ -408,7 +408,7 @@ impl Layout {
     /// payload bytes congruent with their place in the model, so that whole pages of the file are
     /// whole pages of the model; the smallest of equals. Returns the payload's start and the
     /// congruent bytes.
-    fn choose_padding(&self, file: &File, unpadded: u64) -> (u64, u64) {
+    fn choose_padding(&self, file: &TensorFile, unpadded: u64) -> (u64, u64) {
         // The payload start modulo a page at which each tensor becomes congruent, and its bytes.
         let mut wishes: Vec<(u64, u64)> = Vec::with_capacity(file.pieces.len());
         let mut payload_offset = 0u64;
@@ -432,7 +432,7 @@ impl Layout {
         best
     }
 
-    fn write_json(&self, file: &File, out: &mut impl Write) -> io::Result<()> {
+    fn write_json(&self, file: &TensorFile, out: &mut impl Write) -> io::Result<()> {
         let mut metadata = vec![("format", "pt"), ("odmoe.layout", LAYOUT_VERSION)];
         if let Some(architecture) = self.model.architecture() {
             metadata.push(("general.architecture", architecture));
@@ -447,7 +447,7 @@ impl Layout {
     }
 
     /// Writes everything in front of a file's payload.
-    fn write_header(&self, file: &File, out: &mut impl Write) -> io::Result<()> {
+    fn write_header(&self, file: &TensorFile, out: &mut impl Write) -> io::Result<()> {
         let length = file.header_bytes - LENGTH_WORD_BYTES;
         out.write_all(&length.to_le_bytes())?;
         let mut json = CountingWriter::new(&mut *out);

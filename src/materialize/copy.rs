@@ -15,7 +15,7 @@ use super::ways::{Reflink, Segment, Way, Ways, refusal};
 use super::{MaterializeError, Progress, io_error};
 use crate::model::Model;
 use crate::sys::copy;
-use crate::tree::{From, Ino, Slice};
+use crate::tree::{Ino, Origin, Slice};
 
 /// Bytes of all buffers together, at most.
 const BUFFERS_BYTES: usize = 64 << 20;
@@ -155,7 +155,7 @@ impl Copier<'_> {
         }
         let slice = self.model.tree().slices(target.ino, place, len).next();
         let Some(Slice {
-            from: From::Part(part),
+            origin: Origin::Part(part),
             offset,
             len,
         }) = slice

@@ -22,7 +22,7 @@ use tempfile::{NamedTempFile, TempPath};
 use super::compare::State;
 use super::copy::{self, Copier, Target};
 use super::{DIRECTORIES, DOCUMENTS, MaterializeError, Outcome, Plan, io_error};
-use crate::layout::{Doc, File as LayoutFile, METADATA_GGUF_PATH, METADATA_PATH, REGISTRY_PATH};
+use crate::layout::{Doc, METADATA_GGUF_PATH, METADATA_PATH, REGISTRY_PATH, TensorFile};
 use crate::sys;
 use crate::tree::Ino;
 use crate::work::{Progress, in_parallel};
@@ -178,7 +178,7 @@ impl Plan<'_> {
     /// The documents that describe what is there, and their paths in the tree.
     fn documents(&self, listed: &[bool]) -> [(&'static str, Vec<u8>); 2] {
         let layout = self.model.layout();
-        let present = |file: &LayoutFile| {
+        let present = |file: &TensorFile| {
             let found = layout.files().binary_search_by_key(&file.kind, |f| f.kind);
             found.is_ok_and(|index| listed[index])
         };

@@ -49,12 +49,12 @@ pub struct Slice {
     pub len: u64,
     /// First byte within the document, or in the part's file.
     pub offset: u64,
-    pub from: From,
+    pub origin: Origin,
 }
 
 /// Where a [`Slice`] comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum From {
+pub enum Origin {
     Made(DocId),
     /// The 0-based part of the model.
     Part(u32),
@@ -271,14 +271,14 @@ impl Tree {
             .map(move |extent| {
                 let skip = offset.saturating_sub(extent.start);
                 let stop = extent.len.min(end - extent.start);
-                let (from, base) = match extent.content {
-                    Content::Made(doc) => (From::Made(doc), 0),
-                    Content::Model { part, offset } => (From::Part(part), offset),
+                let (origin, base) = match extent.content {
+                    Content::Made(doc) => (Origin::Made(doc), 0),
+                    Content::Model { part, offset } => (Origin::Part(part), offset),
                 };
                 Slice {
                     len: stop - skip,
                     offset: base + skip,
-                    from,
+                    origin,
                 }
             })
     }
@@ -329,16 +329,20 @@ mod tests {
     fn slices_walk_the_extents_and_stop_at_the_end_of_the_file() {
         let tree = sample();
         let slices = |offset, len| tree.slices(4, offset, len).collect::<Vec<_>>();
-        let slice = |len, offset, from| Slice { len, offset, from };
+        let slice = |len, offset, origin| Slice {
+            len,
+            offset,
+            origin,
+        };
         assert_eq!(
             slices(8, 25),
             [
-                slice(2, 8, From::Made(DocId(7))),
-                slice(20, 100, From::Part(1)),
-                slice(3, 50, From::Part(1)),
+                slice(2, 8, Origin::Made(DocId(7))),
+                slice(20, 100, Origin::Part(1)),
+                slice(3, 50, Origin::Part(1)),
             ]
         );
-        assert_eq!(slices(34, 100), [slice(1, 54, From::Part(1))]);
+        assert_eq!(slices(34, 100), [slice(1, 54, Origin::Part(1))]);
         for (offset, len) in [
             (35, 1),
             (u64::MAX, 1),

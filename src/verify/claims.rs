@@ -8,9 +8,7 @@ use std::sync::atomic::Ordering;
 use serde_json::Value;
 
 use super::{Comparison, DOCUMENTS, VerifyError, What};
-use crate::layout::{
-    File as LayoutFile, FileKind, METADATA_GGUF_PATH, METADATA_PATH, REGISTRY_PATH,
-};
+use crate::layout::{FileKind, METADATA_GGUF_PATH, METADATA_PATH, REGISTRY_PATH, TensorFile};
 use crate::model::Model;
 use crate::tree::Ino;
 
@@ -55,7 +53,7 @@ impl Claims {
 pub(super) struct Expected<'a> {
     pub(super) ino: Ino,
     /// `None` for `metadata.gguf`.
-    pub(super) file: Option<&'a LayoutFile>,
+    pub(super) file: Option<&'a TensorFile>,
     pub(super) is_required: bool,
 }
 
@@ -68,7 +66,7 @@ impl Comparison<'_> {
         let listed = Listed::of(registry.as_deref(), metadata.as_deref());
         let (layout, tree) = (self.model.layout(), self.model.tree());
         let is_there = |path: &str| tree.find(path).is_some_and(|ino| found.contains(&ino));
-        let is_claimed = |file: &LayoutFile| {
+        let is_claimed = |file: &TensorFile| {
             let names = match file.kind {
                 FileKind::Expert { .. } => &listed.experts,
                 FileKind::Base(_) => &listed.base,

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use odmoe_fs::layout::{File, FileKind, Layout};
+use odmoe_fs::layout::{FileKind, Layout, TensorFile};
 use odmoe_fs::model::Model;
 use odmoe_fs::safetensors::{Dtype, Shape};
 use serde::Serialize;
@@ -144,7 +144,7 @@ impl<'a> Report<'a> {
             data_start: part.data_start,
             tensors,
         });
-        let incongruent = |files: &[File]| files.iter().map(|f| f.incongruent_bytes).sum();
+        let incongruent = |files: &[TensorFile]| files.iter().map(|f| f.incongruent_bytes).sum();
         let used = layout.expert_used_count().and_then(|value| value.as_u64());
         let expert_layers = expert_layers(layout);
         let payload: u64 = layout.files().iter().map(|file| file.payload_bytes).sum();

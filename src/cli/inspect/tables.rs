@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use odmoe_fs::layout::File;
+use odmoe_fs::layout::TensorFile;
 use odmoe_fs::model::Model;
 use odmoe_fs::safetensors::Dtype;
 use serde::Serialize;
@@ -59,7 +59,7 @@ struct ExpertTensor<'a> {
 }
 
 impl<'a> ExpertReport<'a> {
-    pub fn new(model: &'a Model, file: &File) -> Self {
+    pub fn new(model: &'a Model, file: &TensorFile) -> Self {
         let paths: Vec<&Path> = model.source().paths().collect();
         let tensors = model.layout().tensors(file).map(|tensor| ExpertTensor {
             name: tensor.name,
