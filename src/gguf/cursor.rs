@@ -9,8 +9,8 @@ use std::io::{BufRead, Seek, SeekFrom};
 
 use super::MAGIC;
 use super::error::{HeaderError, Problem};
-use super::header::TensorInfo;
 use super::limits::*;
+use super::tensor::TensorInfo;
 use super::types::{self, GgmlType};
 use super::value::{KeyValue, Value, ValueType};
 

@@ -6,7 +6,7 @@ use std::ops::Range;
 use super::cursor::{Cursor, Keep};
 use super::error::{HeaderError, Problem};
 use super::limits::*;
-use super::types::GgmlType;
+use super::tensor::TensorInfo;
 use super::value::{KeyValue, Value};
 use super::{DEFAULT_ALIGNMENT, FIXED_HEADER_BYTES};
 
@@ -24,29 +24,6 @@ pub struct Header {
     pub alignment: u32,
     /// Where tensor data starts in the file; the end of the header if there are no tensors.
     pub data_start: u64,
-}
-
-/// One tensor of one GGUF file.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TensorInfo {
-    /// 1 to 63 bytes of UTF-8 without NUL; otherwise any text, never to be used as a path.
-    pub name: String,
-    /// Dimensions in GGUF order (contiguous first); those not stored are 1.
-    pub ne: [u64; 4],
-    /// How many dimensions were stored, 0 (a scalar) to 4.
-    pub n_dims: usize,
-    pub ggml_type: &'static GgmlType,
-    /// First byte of the data, counted from the start of the file.
-    pub offset: u64,
-    /// Bytes of data, without padding.
-    pub bytes: u64,
-}
-
-impl TensorInfo {
-    /// The stored dimensions, in GGUF order (contiguous first).
-    pub fn dims(&self) -> &[u64] {
-        &self.ne[..self.n_dims]
-    }
 }
 
 impl Header {
@@ -173,6 +150,7 @@ fn place(
 
 #[cfg(test)]
 mod tests {
+    use super::super::types::GgmlType;
     use super::super::value::ValueType;
     use super::super::write::Writer;
     use super::*;

@@ -15,14 +15,16 @@ mod error;
 mod header;
 mod limits;
 mod split;
+mod tensor;
 mod types;
 mod value;
 pub mod write;
 
 pub use error::{HeaderError, Problem};
-pub use header::{Header, TensorInfo};
+pub use header::Header;
 pub use limits::MAX_TENSORS;
 pub use split::{ModelHeader, Part, PartName, SplitError, SplitKeys, Tensor, looks_like_raw_cut};
+pub use tensor::TensorInfo;
 pub use types::{GGML_TYPES, GgmlType};
 pub use value::{KeyValue, Value, ValueType};
 

@@ -7,8 +7,9 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use super::header::{Header, TensorInfo};
+use super::header::Header;
 use super::limits::{MAX_MODEL_BYTES, MAX_PARTS, MAX_TENSORS};
+use super::tensor::TensorInfo;
 use super::value::KeyValue;
 
 /// What a part says of the set it belongs to.
