@@ -24,7 +24,7 @@ use crate::tree::Ino;
 
 /// The extended attribute of a mount's root that holds a [`Snapshot`].
 pub const STATS_ATTRIBUTE: &str = "user.odmoe.stats";
-/// What the names of the others start with; a layer's number follows. Each holds [`Heat`]s.
+/// What the names of the others start with; a layer's number follows. Each holds [`ExpertUse`]s.
 pub const HEAT_ATTRIBUTE: &str = "user.odmoe.heat.";
 /// The longest value, and the longest list of names, that Linux takes.
 const MAX_ATTRIBUTE_BYTES: usize = 64 << 10;
@@ -93,7 +93,10 @@ impl std::ops::AddAssign for Use {
 }
 
 /// The use of one expert: its number, opens, reads, bytes.
-pub type Heat = (u32, u64, u64, u64);
+pub type ExpertUse = (u32, u64, u64, u64);
+
+/// Consecutive numbers: the first and the last.
+pub type Run = (u32, u32);
 
 /// All counters but those of the single experts.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -110,10 +113,14 @@ pub struct Snapshot {
     pub base: Use,
     /// Of all experts together.
     pub experts: Use,
-    /// The number of experts of each layer that has some: `[layer, experts]`.
+    /// How many experts each layer has, if any: `[layer, experts]`.
     pub layers: Vec<(u32, u32)>,
     /// Whether there are more layers than are listed.
     pub layers_cut: bool,
+    /// Which experts the layers have whose experts are not numbered from 0 without a gap:
+    /// `[layer, [[first, last], ...]]`. What would be too long for an attribute is left out.
+    #[serde(default)]
+    pub numbers: Vec<(u32, Vec<Run>)>,
 }
 
 /// How long reads took, from the request to the reply, in microseconds. The percentiles are rounded up to the end of a
@@ -186,10 +193,14 @@ impl Stats {
         let errors = self.errors.load(Acquire);
         let count = |operation: Operation| self.operations[operation as usize].load(Relaxed);
         let layers: Vec<_> = self
-            .experts
-            .chunk_by(|a, b| a.0 == b.0)
+            .layers()
             .map(|layer| (layer[0].0, layer.len() as u32))
             .collect();
+        let listed = self.layers().take(MAX_LISTED_LAYERS);
+        let numbers = listed.filter_map(|layer| {
+            let numbers = runs(layer);
+            (numbers != [(0, layer.len() as u32 - 1)]).then_some((layer[0].0, numbers))
+        });
         Snapshot {
             architecture: layout.model().architecture().unwrap_or_default().to_owned(),
             seconds: self.started.elapsed().as_secs_f64(),
@@ -203,7 +214,13 @@ impl Stats {
             experts,
             layers_cut: layers.len() > MAX_LISTED_LAYERS,
             layers: layers.into_iter().take(MAX_LISTED_LAYERS).collect(),
+            numbers: numbers.collect(),
         }
+    }
+
+    /// The experts of each layer that has some.
+    fn layers(&self) -> impl Iterator<Item = &[(u32, u32, Ino)]> {
+        self.experts.chunk_by(|a, b| a.0 == b.0)
     }
 
     /// The use of some files together.
@@ -214,20 +231,20 @@ impl Stats {
     }
 
     /// The experts of a layer that were used, the hottest first: by opens, then by bytes.
-    pub fn heat(&self, layer: u32) -> Vec<Heat> {
+    pub fn heat(&self, layer: u32) -> Vec<ExpertUse> {
         let start = self.experts.partition_point(|expert| expert.0 < layer);
         let experts = self.experts[start..]
             .iter()
             .take_while(|expert| expert.0 == layer);
-        let mut heat: Vec<Heat> = experts
+        let mut used: Vec<ExpertUse> = experts
             .map(|(_, expert, ino)| {
                 let used = self.files[*ino as usize].get();
                 (*expert, used.opens, used.reads, used.bytes)
             })
-            .filter(|heat| heat.1 + heat.2 > 0)
+            .filter(|(_, opens, reads, _)| *opens > 0 || *reads > 0)
             .collect();
-        heat.sort_by_key(|&(expert, opens, _, bytes)| (std::cmp::Reverse((opens, bytes)), expert));
-        heat
+        used.sort_by_key(|&(expert, opens, _, bytes)| (std::cmp::Reverse((opens, bytes)), expert));
+        used
     }
 
     /// The value of an extended attribute of the root; `None` if there is no such. What is too long for the kernel is cut
@@ -235,7 +252,15 @@ impl Stats {
     pub fn attribute(&self, name: &[u8], layout: &Layout) -> Option<Vec<u8>> {
         let name = std::str::from_utf8(name).ok()?;
         if name == STATS_ATTRIBUTE {
-            return serde_json::to_vec(&self.snapshot(layout)).ok();
+            let mut snapshot = self.snapshot(layout);
+            loop {
+                let value = serde_json::to_vec(&snapshot).ok()?;
+                let kept = snapshot.numbers.len() / 2;
+                if value.len() <= MAX_ATTRIBUTE_BYTES || snapshot.numbers.is_empty() {
+                    return Some(value);
+                }
+                snapshot.numbers.truncate(kept);
+            }
         }
         let layer: u32 = name.strip_prefix(HEAT_ATTRIBUTE)?.parse().ok()?;
         self.experts
@@ -254,7 +279,7 @@ impl Stats {
     /// The names of all extended attributes of the root, each ended by NUL.
     pub fn attribute_names(&self) -> Vec<u8> {
         let mut names = format!("{STATS_ATTRIBUTE}\0").into_bytes();
-        for layer in self.experts.chunk_by(|a, b| a.0 == b.0) {
+        for layer in self.layers() {
             let name = format!("{HEAT_ATTRIBUTE}{}\0", layer[0].0);
             if names.len() + name.len() > MAX_ATTRIBUTE_BYTES {
                 break;
@@ -263,6 +288,14 @@ impl Stats {
         }
         names
     }
+}
+
+/// The numbers of a layer's experts.
+fn runs(layer: &[(u32, u32, Ino)]) -> Vec<Run> {
+    layer
+        .chunk_by(|a, b| a.1 + 1 == b.1)
+        .map(|run| (run[0].1, run[run.len() - 1].1))
+        .collect()
 }
 
 impl Counter {
@@ -436,6 +469,46 @@ mod tests {
         let reads = last.base.reads + last.experts.reads;
         assert_eq!(last.requests["read"], reads + last.errors);
         assert_eq!(last.base.bytes + last.experts.bytes, 10 * reads);
+    }
+
+    #[test]
+    fn numbers_are_given_of_layers_whose_experts_are_not_counted_from_0_without_a_gap() {
+        let cases: [(&[u32], &[Run]); 6] = [
+            (&[0], &[]),
+            (&[0, 1, 2], &[]),
+            (&[0, 2, 4], &[(0, 0), (2, 2), (4, 4)]),
+            (&[1, 2], &[(1, 2)]),
+            (&[5], &[(5, 5)]),
+            (
+                &[0, 1, 7, 8, 100_000],
+                &[(0, 1), (7, 8), (100_000, 100_000)],
+            ),
+        ];
+        for (experts, runs) in cases {
+            let folder = tempfile::tempdir().unwrap();
+            let model = model(folder.path(), experts);
+            let said = Stats::new(&model).snapshot(model.layout());
+            assert_eq!(said.layers, [(0, experts.len() as u32)]);
+            let said = said.numbers.into_iter().flat_map(|(_, runs)| runs);
+            assert_eq!(said.collect::<Vec<_>>(), runs, "{experts:?}");
+        }
+    }
+
+    #[test]
+    fn numbers_that_are_too_long_for_an_attribute_are_left_out() {
+        let folder = tempfile::tempdir().unwrap();
+        let even: Vec<u32> = (0..10_000).map(|n| 2 * n).collect();
+        let model = model(folder.path(), &even);
+        let stats = Stats::new(&model);
+        let attribute = |name: &str| stats.attribute(name.as_bytes(), model.layout()).unwrap();
+        let value = attribute(STATS_ATTRIBUTE);
+        assert!(value.len() <= MAX_ATTRIBUTE_BYTES);
+        let said: Snapshot = serde_json::from_slice(&value).unwrap();
+        assert_eq!((said.layers, said.numbers), (vec![(0, 10_000)], vec![]));
+        // Which experts were used is said all the same.
+        stats.opened(stats.experts[9_999].2);
+        let used: Vec<ExpertUse> = serde_json::from_slice(&attribute("user.odmoe.heat.0")).unwrap();
+        assert_eq!(used, [(19_998, 1, 0, 0)]);
     }
 
     #[test]
