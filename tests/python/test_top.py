@@ -67,6 +67,61 @@ def test_many_readers_lose_no_count(model, public):
         assert sorted(heat) == [[n, 200, 200, 200_000] for n in range(4)]
 
 
+def test_counters_that_are_read_while_readers_count_are_never_more_than_they_counted(model, public, times):
+    """Base files are not touched here, so that every count of them would be made up."""
+    is_over = threading.Event()
+
+    def read(number):
+        while not is_over.is_set():
+            with expert(root, number).open("rb", buffering=0) as file:
+                file.read(1000)
+
+    with mounted(model, public / "mnt", "--stats", "--cache", "direct") as root:
+        readers = [threading.Thread(target=read, args=(n,)) for n in range(8)]
+        [reader.start() for reader in readers]
+        try:
+            for _ in range(times(2000, long=20_000)):
+                stats = json.loads(os.getxattr(root, "user.odmoe.stats"))
+                assert stats["base"] == {"opens": 0, "reads": 0, "bytes": 0}
+                used, requests = stats["experts"], stats["requests"]
+                assert used["opens"] <= requests["open"] and used["reads"] <= requests["read"]
+        finally:
+            is_over.set()
+            [reader.join() for reader in readers]
+        said = sample(root)
+        assert said["stats"]["experts"]["opens"] == said["stats"]["requests"]["open"]
+        assert sum(opens for _, opens, _, _ in said["heat"][0]["experts"]) == said["stats"]["experts"]["opens"]
+
+
+def numbered(folder, numbers):
+    """A model whose experts, of one layer, have these numbers."""
+    kv = {"general.architecture": "moe", "moe.block_count": 1, "moe.expert_count": len(numbers)}
+    names = [f"blk.0.ffn_{matrix}.{number}.weight" for number in numbers for matrix in ("gate", "down", "up")]
+    table = folder / "numbered.json"
+    table.write_text(json.dumps({"kv": kv, "tensors": [[name, [32, 32], "F32"] for name in names]}))
+    return sparse_gguf(table, folder / "numbered.gguf")[0]
+
+
+@pytest.mark.parametrize("numbers", [[0, 2, 4], [3], [1, 2, 9], [0, 1, 2, 40], [0, 100_000]])
+def test_experts_are_shown_whatever_their_numbers(public, numbers):
+    last = numbers[-1]
+    with mounted(numbered(public, numbers), public / "mnt", "--stats") as root:
+        use(root, {last: 3})
+        said = sample(root)
+        assert said["stats"]["layers"] == [[0, len(numbers)]]
+        runs = said["stats"]["numbers"][0][1]
+        assert [number for first, end in runs for number in range(first, end + 1)] == numbers
+        printed = succeed("top", root, "--once")
+        row = next(line for line in printed.splitlines() if line.startswith("        0 "))[10:]
+        cells = {number * len(row) // (last + 1) for number in numbers}
+        assert row == "".join("█" if n == len(row) - 1 else "·" if n in cells else " " for n in range(len(row)))
+        assert f"experts 0 to {last}" in printed and f"expert {last}" in printed
+        drawing = public / "heat.svg"
+        succeed("top", root, "--export", drawing)
+        titles = [e[0].text for e in ET.parse(drawing).iter() if e.get("class") == "cell"]
+        assert len(titles) == len(numbers) and titles[-1].endswith(f"{last}: 3 opens")
+
+
 def test_reads_that_fail_are_counted_as_errors(model, public):
     with mounted(model, public / "mnt", "--stats", "--cache", "direct") as root:
         os.truncate(model, 10_000)
@@ -192,6 +247,18 @@ def test_the_exported_map_is_xml_with_a_cell_for_each_expert(model, public):
     titles = [cell[0].text for cell in cells]
     assert titles[1] == "layer 0, expert 1: 30 opens" and titles[5] == "layer 0, expert 5: 1 open"
     assert cells[0].get("fill") == cells[2].get("fill") != cells[1].get("fill")
+
+
+def test_experts_that_share_a_cell_of_the_exported_map_are_named_together(public):
+    drawing = public / "heat.svg"
+    model = expert_gguf(public, "--alignment", 32, experts=601, rows=256)
+    with mounted(model, public / "mnt", "--stats") as root:
+        use(root, {0: 2, 1: 3, 600: 1})
+        succeed("top", root, "--export", drawing)
+    titles = [e[0].text for e in ET.parse(drawing).iter() if e.get("class") == "cell"]
+    assert len(titles) == 301
+    assert (titles[0], titles[300]) == ("layer 0, experts 0-1: 5 opens", "layer 0, expert 600: 1 open")
+    assert "the darkest cell (2 experts) is 5 opens" in drawing.read_text()
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------

@@ -131,9 +131,11 @@ fn numbers(sample: &Sample) -> Vec<(u32, Vec<Run>)> {
 /// A map that fits.
 pub struct Grid {
     pub rows: Vec<Row>,
-    /// The experts that share a column.
+    /// The numbers of experts that share a column.
     pub experts_per_cell: usize,
-    /// The hottest cell.
+    /// The layers that share a row.
+    pub layers_per_row: usize,
+    /// The sum of the hottest cell.
     pub hottest: u64,
     /// One more than the highest number of an expert.
     pub experts: usize,
@@ -147,13 +149,18 @@ pub struct Row {
     pub cells: Vec<Option<u64>>,
 }
 
+/// `3`, or `3-7`
+fn numbers_in_words(first: usize, last: usize) -> String {
+    if first == last {
+        first.to_string()
+    } else {
+        format!("{first}-{last}")
+    }
+}
+
 impl Row {
     pub fn label(&self) -> String {
-        if self.first == self.last {
-            self.first.to_string()
-        } else {
-            format!("{}-{}", self.first, self.last)
-        }
+        numbers_in_words(self.first as usize, self.last as usize)
     }
 }
 
@@ -181,6 +188,7 @@ impl Grid {
         Self {
             rows,
             experts_per_cell,
+            layers_per_row,
             hottest: hottest.unwrap_or(0),
             experts,
         }
@@ -211,6 +219,40 @@ impl Grid {
             1 => format!("experts 0 to {last}"),
             n => format!("experts 0 to {last}, {n} in each column"),
         }
+    }
+
+    /// What the columns are, and how hot the hottest cell is, in one line of a terminal.
+    pub fn caption(&self, measure: Measure) -> String {
+        let last = self.experts.saturating_sub(1);
+        let hottest = measure.text(self.hottest);
+        match self.shared() {
+            None => format!("experts 0 to {last}; the hottest has {hottest}"),
+            Some(shared) => format!("experts 0 to {last}; hottest cell ({shared}): {hottest}"),
+        }
+    }
+
+    /// What a cell holds unless that is one expert: `6 experts of 4 layers`.
+    pub fn shared(&self) -> Option<String> {
+        match (self.experts_per_cell, self.layers_per_row) {
+            (1, 1) => None,
+            (1, layers) => Some(format!("{layers} layers")),
+            (experts, 1) => Some(format!("{experts} experts")),
+            (experts, layers) => Some(format!("{experts} experts of {layers} layers")),
+        }
+    }
+
+    /// Which layers and experts a cell holds: `layer 3, expert 17`.
+    pub fn cell_in_words(&self, row: &Row, column: usize) -> String {
+        let noun = |noun: &str, is_one| format!("{noun}{}", if is_one { "" } else { "s" });
+        let first = column * self.experts_per_cell;
+        let last = (first + self.experts_per_cell).min(self.experts) - 1;
+        format!(
+            "{} {}, {} {}",
+            noun("layer", row.first == row.last),
+            row.label(),
+            noun("expert", first == last),
+            numbers_in_words(first, last)
+        )
     }
 }
 
@@ -257,6 +299,34 @@ mod tests {
         let grid = Grid::of(&heat(), 2, 4);
         assert_eq!(grid.rows[0].label(), "1-2");
         assert_eq!(grid.rows[1].cells, [Some(0), Some(25), None, None]);
+    }
+
+    #[test]
+    fn a_cell_that_is_shared_is_not_called_an_expert() {
+        let caption = |rows, columns| Grid::of(&heat(), rows, columns).caption(Measure::Opens);
+        let own = "experts 0 to 7; the hottest has 100 opens";
+        assert_eq!(caption(3, 8), own);
+        assert_eq!(caption(30, 80), own);
+        for (rows, columns, cell) in [
+            (3, 3, "3 experts"),
+            (2, 8, "2 layers"),
+            (2, 4, "2 experts of 2 layers"),
+            (1, 1, "8 experts of 3 layers"),
+        ] {
+            let hottest = if columns == 1 { 126 } else { 100 };
+            let shared = format!("experts 0 to 7; hottest cell ({cell}): {hottest} opens");
+            assert_eq!(caption(rows, columns), shared);
+        }
+        let grid = Grid::of(&heat(), 2, 3);
+        assert_eq!(
+            grid.cell_in_words(&grid.rows[0], 1),
+            "layers 1-2, experts 3-5"
+        );
+        assert_eq!(grid.cell_in_words(&grid.rows[1], 2), "layer 3, experts 6-7");
+        let grid = Grid::of(&heat(), 3, 7);
+        assert_eq!(grid.cell_in_words(&grid.rows[0], 3), "layer 1, experts 6-7");
+        let grid = Grid::of(&heat(), 3, 8);
+        assert_eq!(grid.cell_in_words(&grid.rows[1], 7), "layer 2, expert 7");
     }
 
     /// What a mount with one layer says.

@@ -178,9 +178,8 @@ impl View<'_> {
             frame.render_widget(Line::from(spans), place);
         }
         if let Some(place) = rows.next() {
-            let hottest = self.measure.text(grid.hottest);
-            let scale = format!("{:>9} {}; the hottest has {hottest}", "", grid.scale());
-            frame.render_widget(Line::from(scale), place);
+            let caption = format!("{:>9} {}", "", grid.caption(self.measure));
+            frame.render_widget(Line::from(caption), place);
         }
     }
 
