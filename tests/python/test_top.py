@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import pytest
 
@@ -230,6 +231,100 @@ def test_the_live_view_ends_with_a_reason_when_the_mount_does(end, model, public
                 if end == "stopped":
                     os.kill(daemon, signal.SIGCONT)
             assert "error: " in shown.text() and "hint: " in shown.text()
+
+
+def state(process):
+    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+ENDING = ["SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGPROF", "SIGXCPU", "SIGPWR"]
+
+
+@pytest.mark.parametrize("name", ENDING)
+def test_a_signal_that_ends_the_live_view_leaves_the_terminal_as_it_was(name, model, public):
+    number = getattr(signal, name)
+    with mounted(model, public / "mnt", "--stats") as root:
+        # The one who runs the tests may have it ignored.
+        with terminal("env", f"--default-signal={name.removeprefix('SIG')}", ME.binary, "top", root) as shown:
+            before = shown.modes()
+            shown.wait_for(lambda: "q ends" in shown.text())
+            assert shown.modes() != before and not shown.is_given_back()
+            shown.process.send_signal(number)
+            assert shown.wait() == 128 + number
+            assert shown.modes() == before and shown.is_given_back()
+
+
+def test_a_live_view_that_waits_for_its_mount_obeys_a_signal(model, public):
+    with mounted(model, public / "mnt", "--stats") as root, terminal(ME.binary, "top", root) as shown:
+        before = shown.modes()
+        shown.wait_for(lambda: "q ends" in shown.text())
+        os.kill(daemon_of(root), signal.SIGSTOP)
+        try:
+            shown.process.send_signal(signal.SIGTERM)
+            assert shown.wait() in (1, 128 + signal.SIGTERM)
+        finally:
+            os.kill(daemon_of(root), signal.SIGCONT)
+        assert shown.modes() == before and shown.is_given_back()
+
+
+def test_a_time_limit_ends_the_live_view_and_leaves_the_terminal_as_it_was(model, public):
+    with mounted(model, public / "mnt", "--stats") as root:
+        with terminal("timeout", "3", ME.binary, "top", root) as shown:
+            before = shown.modes()
+            assert shown.wait() == 124
+            assert shown.modes() == before and shown.is_given_back()
+
+
+def test_a_live_view_that_is_stopped_gives_the_terminal_back_and_goes_on_later(model, public):
+    with mounted(model, public / "mnt", "--stats") as root, terminal(ME.binary, "top", root) as shown:
+        before = shown.modes()
+        for last in (False, False, True):
+            shown.wait_for(lambda: "q ends" in shown.text())
+            shown.process.send_signal(signal.SIGTSTP)
+            shown.wait_for(lambda: state(shown.process) == "T")
+            shown.wait_for(shown.is_given_back)
+            assert shown.modes() == before
+            shown.screen.reset()
+            if last:
+                shown.process.terminate()
+            shown.process.send_signal(signal.SIGCONT)
+        assert shown.wait() == 128 + signal.SIGTERM
+        assert shown.modes() == before and shown.is_given_back()
+
+
+def test_ctrl_z_gives_the_terminal_back_to_the_shell_and_fg_goes_on(model, public):
+    with mounted(model, public / "mnt", "--stats") as root:
+        with terminal("bash", "--norc", "-i", columns=120, controls=True, PS1="ready$ ", HISTFILE="") as shown:
+            shown.wait_for(lambda: "ready$" in shown.text())
+            shown.press(f"{ME.binary} top {root}\n")
+            for _ in range(2):
+                shown.wait_for(lambda: "q ends" in shown.text())
+                shown.press("\x1a")
+                shown.wait_for(lambda: "Stopped" in shown.text())
+                shown.wait_for(shown.is_given_back)
+                shown.press("clear; echo still $((6 * 7))\n")
+                shown.wait_for(lambda: "still 42" in shown.text())
+                shown.press("fg\n")
+                shown.wait_for(lambda: "still 42" not in shown.text())
+            shown.press("q")
+            shown.wait_for(shown.is_given_back)
+            shown.press("exit $?\n")
+            assert shown.wait() == 0
+
+
+def test_a_live_view_in_the_background_leaves_the_terminal_alone(model, public):
+    with mounted(model, public / "mnt", "--stats") as root:
+        with terminal("bash", "--norc", "-i", columns=120, controls=True, PS1="ready$ ", HISTFILE="") as shown:
+            shown.wait_for(lambda: "ready$" in shown.text())
+            shown.press(f"{ME.binary} top {root} &\n")
+            shown.wait_for(lambda: "[1]+  Stopped" in shown.text() or shown.press("\n"))
+            assert b"\x1b[?1049h" not in shown.raw
+            shown.press("fg\n")
+            shown.wait_for(lambda: "q ends" in shown.text())
+            shown.press("q")
+            shown.wait_for(shown.is_given_back)
+            shown.press("exit $?\n")
+            assert shown.wait() == 0
 
 
 # --- pictures -------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
 
 mod heat;
 mod svg;
+mod terminal;
 mod view;
 
 use std::fs::File;
