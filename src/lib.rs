@@ -68,6 +68,7 @@ pub mod materialize;
 pub mod model;
 pub mod mounts;
 pub mod safetensors;
+pub mod served;
 pub mod source;
 pub mod stats;
 mod sys;

@@ -33,9 +33,10 @@ pub use table::{MountEntry, mount_of, mount_table, odmoe_mount_of};
 pub(crate) use unmount::fusermount;
 pub use unmount::{UnmountError, unmount};
 
-pub use crate::fuse::Cache;
-use crate::fuse::{OdmoeFs, Owner};
+use crate::fuse::OdmoeFs;
 use crate::model::Model;
+pub use crate::served::Cache;
+use crate::served::{Owner, Served};
 use crate::source::PageCache;
 use crate::sys::privileges;
 pub use crate::sys::privileges::no_new_privileges;
@@ -200,12 +201,12 @@ impl Mount {
             );
         }
         let config = config(&model, options);
-        let mut file_system = OdmoeFs::new(model, owner, options.cache);
+        let mut served = Served::new(model, owner, options.cache);
         if options.stats {
-            file_system.count();
+            served.count();
         }
         Ok(Self {
-            file_system,
+            file_system: OdmoeFs::new(served),
             directory,
             lock,
             config,
@@ -219,7 +220,7 @@ impl Mount {
 
     /// The model to be shown.
     pub fn model(&self) -> &Model {
-        self.file_system.model()
+        self.file_system.served().model()
     }
 
     /// Mounts, calls `ready`, and serves until somebody unmounts, or until SIGINT, SIGTERM or
