@@ -1,5 +1,5 @@
 //! The FUSE adapter: a request of the kernel in, a call of [`Served`], a reply out. Nothing is
-//! decided here but how to say it to the kernel.
+//! decided here but how to say it to the kernel, and what of it to log.
 //!
 //! Since the tree never changes, names and attributes are good for ever, pages stay cached, and
 //! files need no opening: `open` and `opendir` answer ENOSYS, which the kernel remembers.
@@ -20,10 +20,11 @@ use fuser::{
     ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
+use self::errors::ErrorLog;
 use crate::served::{Attributes, Cache, Opening, Refusal, Served};
-use crate::source::ReadError;
 use crate::tree::{Kind, Tree};
 
+mod errors;
 #[cfg(test)]
 mod tests;
 
@@ -36,6 +37,7 @@ const GENERATION: Generation = Generation(0);
 #[derive(Debug)]
 pub struct OdmoeFs {
     served: Served,
+    errors: ErrorLog,
     /// Whether the kernel takes ENOSYS for "needs no opening".
     opens_nothing: bool,
 }
@@ -45,6 +47,7 @@ impl OdmoeFs {
     pub fn new(served: Served) -> Self {
         Self {
             served,
+            errors: ErrorLog::default(),
             opens_nothing: false,
         }
     }
@@ -58,12 +61,66 @@ impl OdmoeFs {
         Named(self.served.model().tree(), ino)
     }
 
-    fn open_nothing(&self, reply: ReplyOpen, flags: FopenFlags) {
+    /// Answers a request: an `operation`, and `what` it is about as messages tell it. A panic must not
+    /// cost the user the mount: the reply, dropped on the way out, tells the caller EIO.
+    fn answer(&self, operation: &str, what: fmt::Arguments, callback: impl FnOnce(&Asked)) {
+        tracing::debug!("{operation} {what}");
+        let asked = Asked {
+            errors: &self.errors,
+            operation,
+            what,
+        };
+        let callback = || {
+            #[cfg(test)]
+            tests::panic_if_told(operation);
+            callback(&asked);
+        };
+        if catch_unwind(AssertUnwindSafe(callback)).is_err() {
+            tracing::error!("{asked} panicked; this is a bug in odmoe-fs");
+        }
+    }
+
+    fn open_nothing(&self, asked: &Asked, reply: ReplyOpen, flags: FopenFlags) {
         if self.opens_nothing {
-            reply.error(errno(&Refusal::Unsupported));
+            reply.error(asked.refused(&Refusal::Unsupported));
         } else {
             reply.opened(FileHandle(0), flags);
         }
+    }
+}
+
+/// A request as messages tell it, such as `read "experts/registry.json": 4096 bytes at 0`.
+struct Asked<'a> {
+    errors: &'a ErrorLog,
+    operation: &'a str,
+    what: fmt::Arguments<'a>,
+}
+
+impl fmt::Display for Asked<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.operation, self.what)
+    }
+}
+
+impl Asked<'_> {
+    /// What the kernel is told of a refusal. The only place that logs one.
+    fn refused(&self, refusal: &Refusal) -> Errno {
+        let errno = match refusal {
+            Refusal::NotFound => Errno::ENOENT,
+            Refusal::NotADirectory => Errno::ENOTDIR,
+            Refusal::NameTooLong => Errno::ENAMETOOLONG,
+            Refusal::NoAttribute => Errno::NO_XATTR,
+            Refusal::AttributeTooLong => Errno::ERANGE,
+            Refusal::ReadOnly => Errno::EROFS,
+            Refusal::Unsupported => Errno::ENOSYS,
+            Refusal::Io(_) => Errno::EIO,
+        };
+        match refusal {
+            Refusal::Io(error) => self.errors.tell(self, error),
+            // Nothing is wrong: programs ask for what is not there all the time.
+            _ => tracing::debug!("{self}: {refusal}"),
+        }
+        errno
     }
 }
 
@@ -76,41 +133,6 @@ impl fmt::Display for Named<'_> {
         match self.0.path(self.1.0) {
             Some(path) if !path.is_empty() => write!(f, "{path:?}"),
             _ => write!(f, "\".\""),
-        }
-    }
-}
-
-/// Runs a callback, and tells with `-vv` `what` it is asked for. A panic must not cost the user the
-/// mount: the reply, dropped on the way out, tells the caller EIO.
-fn guarded(operation: &str, ino: INodeNo, what: impl fmt::Display, callback: impl FnOnce()) {
-    tracing::debug!("{operation} {what}");
-    let callback = || {
-        #[cfg(test)]
-        tests::panic_if_told(operation);
-        callback();
-    };
-    if catch_unwind(AssertUnwindSafe(callback)).is_err() {
-        tracing::error!("{operation} of inode {ino} panicked; this is a bug in odmoe-fs");
-    }
-}
-
-/// What the kernel is told of a refusal.
-fn errno(refusal: &Refusal) -> Errno {
-    match refusal {
-        Refusal::NotFound => Errno::ENOENT,
-        Refusal::NotADirectory => Errno::ENOTDIR,
-        Refusal::NameTooLong => Errno::ENAMETOOLONG,
-        Refusal::NoAttribute => Errno::NO_XATTR,
-        Refusal::AttributeTooLong => Errno::ERANGE,
-        Refusal::ReadOnly => Errno::EROFS,
-        Refusal::Unsupported => Errno::ENOSYS,
-        Refusal::Io(error) => {
-            match error {
-                // Said once, by the source.
-                ReadError::Changed { .. } | ReadError::Reopen { .. } => {}
-                ReadError::Read { .. } => tracing::error!("{error}"),
-            }
-            Errno::EIO
         }
     }
 }
@@ -144,12 +166,12 @@ fn file_attr(attributes: &Attributes) -> FileAttr {
 }
 
 /// Size 0 asks for the length.
-fn reply_xattr(reply: ReplyXattr, value: Result<Vec<u8>, Refusal>, size: u32) {
+fn reply_xattr(asked: &Asked, reply: ReplyXattr, value: Result<Vec<u8>, Refusal>, size: u32) {
     match value {
         Ok(value) if size == 0 => reply.size(value.len() as u32),
         Ok(value) if value.len() <= size as usize => reply.data(&value),
-        Ok(_) => reply.error(errno(&Refusal::AttributeTooLong)),
-        Err(refusal) => reply.error(errno(&refusal)),
+        Ok(_) => reply.error(asked.refused(&Refusal::AttributeTooLong)),
+        Err(refusal) => reply.error(asked.refused(&refusal)),
     }
 }
 
@@ -167,7 +189,9 @@ fn until_full(full: bool) -> ControlFlow<()> {
 macro_rules! refused {
     ($($callback:ident($($argument:ty),*) -> $reply:ty;)*) => {
         $(fn $callback(&self, _: &Request, $(_: $argument,)* reply: $reply) {
-            reply.error(errno(&Refusal::ReadOnly));
+            let what = format_args!("that would change the tree");
+            let refused = |asked: &Asked| reply.error(asked.refused(&Refusal::ReadOnly));
+            self.answer(stringify!($callback), what, refused);
         })*
     };
 }
@@ -197,39 +221,47 @@ impl Filesystem for OdmoeFs {
         Ok(())
     }
 
+    fn destroy(&mut self) {
+        self.errors.tell_rest();
+    }
+
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let what = format_args!("{name:?} in {}", self.named(parent));
-        guarded("lookup", parent, what, || {
+        self.answer("lookup", what, |asked| {
             match self.served.lookup(parent.0, name.as_bytes()) {
                 Ok(attributes) => reply.entry(&FOR_EVER, &file_attr(&attributes), GENERATION),
-                Err(refusal) => reply.error(errno(&refusal)),
+                Err(refusal) => reply.error(asked.refused(&refusal)),
             }
         });
     }
 
     fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        guarded("getattr", ino, self.named(ino), || {
-            match self.served.attributes(ino.0) {
+        self.answer(
+            "getattr",
+            format_args!("{}", self.named(ino)),
+            |asked| match self.served.attributes(ino.0) {
                 Ok(attributes) => reply.attr(&FOR_EVER, &file_attr(&attributes)),
-                Err(refusal) => reply.error(errno(&refusal)),
-            }
-        });
+                Err(refusal) => reply.error(asked.refused(&refusal)),
+            },
+        );
     }
 
     fn open(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        guarded("open", ino, self.named(ino), || {
-            match self.served.open(ino.0) {
-                Opening::NotNeeded => self.open_nothing(reply, FopenFlags::FOPEN_KEEP_CACHE),
+        self.answer(
+            "open",
+            format_args!("{}", self.named(ino)),
+            |asked| match self.served.open(ino.0) {
+                Opening::NotNeeded => self.open_nothing(asked, reply, FopenFlags::FOPEN_KEEP_CACHE),
                 Opening::KeepsPages => reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE),
                 Opening::KeepsNothing => reply.opened(FileHandle(0), FopenFlags::FOPEN_DIRECT_IO),
-            }
-        });
+            },
+        );
     }
 
     fn opendir(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        guarded("opendir", ino, self.named(ino), || {
+        self.answer("opendir", format_args!("{}", self.named(ino)), |asked| {
             let flags = FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_CACHE_DIR;
-            self.open_nothing(reply, flags);
+            self.open_nothing(asked, reply, flags);
         });
     }
 
@@ -245,11 +277,14 @@ impl Filesystem for OdmoeFs {
         reply: ReplyData,
     ) {
         let what = format_args!("{}: {size} bytes at {offset}", self.named(ino));
-        guarded("read", ino, what, || {
+        self.answer("read", what, |asked| {
             self.served
                 .read(ino.0, offset, size.into(), |answer| match answer {
-                    Ok(bytes) => reply.data(bytes),
-                    Err(refusal) => reply.error(errno(&refusal)),
+                    Ok(bytes) => {
+                        reply.data(bytes);
+                        self.errors.tell_overdue();
+                    }
+                    Err(refusal) => reply.error(asked.refused(&refusal)),
                 });
         });
     }
@@ -263,13 +298,13 @@ impl Filesystem for OdmoeFs {
         mut reply: ReplyDirectory,
     ) {
         let what = format_args!("{} from entry {offset}", self.named(ino));
-        guarded("readdir", ino, what, || {
+        self.answer("readdir", what, |asked| {
             let listed = self.served.list(ino.0, offset, |entry, next, name| {
                 until_full(reply.add(INodeNo(entry.ino), next, file_type(entry.kind), name))
             });
             match listed {
                 Ok(()) => reply.ok(),
-                Err(refusal) => reply.error(errno(&refusal)),
+                Err(refusal) => reply.error(asked.refused(&refusal)),
             }
         });
     }
@@ -283,20 +318,20 @@ impl Filesystem for OdmoeFs {
         mut reply: ReplyDirectoryPlus,
     ) {
         let what = format_args!("{} from entry {offset}", self.named(ino));
-        guarded("readdirplus", ino, what, || {
+        self.answer("readdirplus", what, |asked| {
             let listed = self.served.list(ino.0, offset, |entry, next, name| {
                 let (ino, attr) = (INodeNo(entry.ino), file_attr(&entry));
                 until_full(reply.add(ino, next, name, &FOR_EVER, &attr, GENERATION))
             });
             match listed {
                 Ok(()) => reply.ok(),
-                Err(refusal) => reply.error(errno(&refusal)),
+                Err(refusal) => reply.error(asked.refused(&refusal)),
             }
         });
     }
 
     fn statfs(&self, _: &Request, ino: INodeNo, reply: ReplyStatfs) {
-        guarded("statfs", ino, self.named(ino), || {
+        self.answer("statfs", format_args!("{}", self.named(ino)), |_| {
             let room = self.served.room();
             let block = room.block_bytes;
             reply.statfs(
@@ -314,15 +349,15 @@ impl Filesystem for OdmoeFs {
 
     fn getxattr(&self, _: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
         let what = format_args!("{name:?} of {}", self.named(ino));
-        guarded("getxattr", ino, what, || {
+        self.answer("getxattr", what, |asked| {
             let value = self.served.extended_attribute(ino.0, name.as_bytes());
-            reply_xattr(reply, value, size);
+            reply_xattr(asked, reply, value, size);
         });
     }
 
     fn listxattr(&self, _: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
-        guarded("listxattr", ino, self.named(ino), || {
-            reply_xattr(reply, self.served.extended_attributes(ino.0), size);
+        self.answer("listxattr", format_args!("{}", self.named(ino)), |asked| {
+            reply_xattr(asked, reply, self.served.extended_attributes(ino.0), size);
         });
     }
 

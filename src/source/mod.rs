@@ -66,8 +66,6 @@ struct PartFile {
     direct: Option<File>,
     /// Set for good when the part was seen to have changed.
     changed: AtomicBool,
-    /// Whether it was said that the part cannot be opened again.
-    missed: AtomicBool,
 }
 
 /// What tells one state of one file from every other.
@@ -119,6 +117,15 @@ pub enum ReadError {
         offset: u64,
         cause: io::Error,
     },
+}
+
+impl ReadError {
+    /// The path of the part.
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Changed { path } | Self::Reopen { path, .. } | Self::Read { path, .. } => path,
+        }
+    }
 }
 
 fn reopen_hint(cause: &io::Error) -> &'static str {
@@ -272,27 +279,20 @@ impl PartFile {
         read.map_err(|cause| self.read_error(offset, cause))
     }
 
-    /// Checks that the part is as it was; if not, says so once and remembers.
+    /// Checks that the part is as it was, and remembers if it is not.
     fn check(&self, file: &File) -> Result<(), ReadError> {
         let metadata = file.metadata().map_err(|cause| self.read_error(0, cause))?;
         if Identity::of(&metadata) == self.identity {
             return Ok(());
         }
-        let error = self.changed_error();
-        if !self.changed.swap(true, Ordering::Relaxed) {
-            tracing::error!("{error}; reads of it fail from now on");
-        }
-        Err(error)
+        self.changed.store(true, Ordering::Relaxed);
+        Err(self.changed_error())
     }
 
     fn reopen(&self) -> Result<File, ReadError> {
-        let fail = |cause| {
-            let path = self.path.clone();
-            let error = ReadError::Reopen { path, cause };
-            if !self.missed.swap(true, Ordering::Relaxed) {
-                tracing::error!("{error}");
-            }
-            error
+        let fail = |cause| ReadError::Reopen {
+            path: self.path.clone(),
+            cause,
         };
         let (file, metadata) = open_regular(&self.path).map_err(fail)?;
         let found = Identity::of(&metadata);

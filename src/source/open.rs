@@ -185,7 +185,6 @@ fn join(parts: Vec<Opened>, given: usize) -> Result<(ModelHeader, Source), OpenE
             file: part.file,
             direct: None,
             changed: AtomicBool::new(false),
-            missed: AtomicBool::new(false),
         });
     }
     let header = ModelHeader::join(headers).map_err(|(part, cause)| OpenError::Split {
