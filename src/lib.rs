@@ -59,7 +59,6 @@
 #[cfg(not(target_pointer_width = "64"))]
 compile_error!("odmoe-fs is for 64-bit machines");
 
-mod ahead;
 pub mod doctor;
 pub mod fuse;
 pub mod gguf;
@@ -67,6 +66,7 @@ pub mod layout;
 pub mod materialize;
 pub mod model;
 pub mod mounts;
+mod predictor;
 pub mod safetensors;
 pub mod served;
 pub mod source;

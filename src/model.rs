@@ -3,11 +3,12 @@
 //! What is served, written, compared or described starts here.
 
 use std::io::{self, Write};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use crate::layout::{Doc, Layout, LayoutError};
-use crate::source::{self, OpenError, PageCache, ReadError, Source};
+use crate::source::{self, Held, OpenError, PageCache, ReadError, Run, Source};
 use crate::tree::{Content, DocId, Ino, Origin, Tree};
 
 /// Documents above this are kept after their first read; smaller ones cost less to render again
@@ -98,6 +99,37 @@ impl Model {
         Ok(filled)
     }
 
+    /// The bytes of a range of a file of the tree, which must not end beyond it: where they lie, if they
+    /// were fetched in one piece, else read into `space`.
+    pub(crate) fn bytes<'a>(
+        &self,
+        file: Ino,
+        range: Range<u64>,
+        space: &'a mut Vec<u8>,
+    ) -> Result<Bytes<'a>, ReadError> {
+        let len = range.end - range.start;
+        let run = runs(&self.tree, file, range.clone()).next();
+        if let Some(run) = run.filter(|run| run.len == len)
+            && let Some(held) = self.source.held(run)
+        {
+            return Ok(Bytes::Held(held));
+        }
+        let len = len as usize;
+        if space.len() < len {
+            space.resize(len, 0);
+        }
+        let read = self.read_at(file, range.start, &mut space[..len])?;
+        Ok(Bytes::Read(&space[..read]))
+    }
+
+    /// Fetches what a reader will ask for, a range of a file of the tree: now the first `near` bytes of
+    /// it, and a little more. That is instead of all that it was said to want before; nothing more if
+    /// the range is empty.
+    pub(crate) fn fetch_ahead(&self, reader: u64, file: Ino, range: Range<u64>, near: u64) {
+        let runs: Vec<Run> = runs(&self.tree, file, range).collect();
+        self.source.fetch_ahead(reader, &runs, near);
+    }
+
     /// Reads a whole file of the tree into memory.
     pub fn read(&self, file: Ino) -> Result<Vec<u8>, ReadError> {
         let mut bytes = vec![0; self.tree.size(file).unwrap_or(0) as usize];
@@ -133,6 +165,47 @@ impl Model {
             }
         }
     }
+}
+
+/// Bytes of a file.
+pub(crate) enum Bytes<'a> {
+    /// In the memory that they were fetched into.
+    Held(Held),
+    /// In the reader's own.
+    Read(&'a [u8]),
+}
+
+impl std::ops::Deref for Bytes<'_> {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Held(held) => held,
+            Self::Read(bytes) => bytes,
+        }
+    }
+}
+
+/// The runs of the parts that make up a range of a file, in order, without what is made by us. Those
+/// that follow each other in a part are one.
+fn runs(tree: &Tree, file: Ino, range: Range<u64>) -> impl Iterator<Item = Run> + '_ {
+    let slices = tree.slices(file, range.start, range.end - range.start);
+    let runs = slices.filter_map(|slice| match slice.origin {
+        Origin::Part(part) => Some(Run {
+            part,
+            offset: slice.offset,
+            len: slice.len,
+        }),
+        Origin::Made(_) => None,
+    });
+    let mut runs = runs.peekable();
+    std::iter::from_fn(move || {
+        let mut run = runs.next()?;
+        while let Some(next) = runs.next_if(|next| run.is_followed_by(next)) {
+            run.len += next.len;
+        }
+        Some(run)
+    })
 }
 
 impl Kept {

@@ -11,11 +11,12 @@
 
 use std::cell::RefCell;
 use std::ops::ControlFlow;
-use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
-use crate::ahead::ReadAhead;
+use parking_lot::Mutex;
+
 use crate::model::Model;
+use crate::predictor::{self, Predictor, Reach};
 use crate::source::ReadError;
 use crate::stats::{Operation, Stats};
 use crate::tree::{Ino, Kind, ROOT};
@@ -131,8 +132,9 @@ pub enum Refusal {
 /// A model as a file system.
 #[derive(Debug)]
 pub struct Served {
-    model: Arc<Model>,
-    ahead: ReadAhead,
+    model: Model,
+    /// What readers will ask for next; `None` where that is of no use.
+    predictor: Option<Mutex<Predictor>>,
     owner: Owner,
     modified: SystemTime,
     cache: Cache,
@@ -144,10 +146,16 @@ impl Served {
     /// Shows `model`, all of it belonging to `owner`.
     pub fn new(model: Model, owner: Owner, cache: Cache) -> Self {
         let modified = model.source().modified();
-        let model = Arc::new(model);
+        let predictor = model.source().pace().map(|pace| {
+            Mutex::new(Predictor::new(Reach {
+                ahead: pace.ahead,
+                beyond: pace.chunk,
+                whole: pace.whole,
+            }))
+        });
         Self {
-            ahead: ReadAhead::new(model.clone()),
             model,
+            predictor,
             owner,
             modified,
             cache,
@@ -231,8 +239,8 @@ impl Served {
         }
     }
 
-    /// Gives `len` bytes of a file from `offset`, fewer only at its end, to `reply`, and then looks
-    /// ahead.
+    /// Gives `len` bytes of a file from `offset`, fewer only at its end, to `reply`, and then has fetched
+    /// what will be asked for next.
     pub fn read(
         &self,
         file: Ino,
@@ -241,14 +249,41 @@ impl Served {
         reply: impl FnOnce(Result<&[u8], Refusal>),
     ) {
         let counted = self.stats.as_ref().map(|stats| (stats, Instant::now()));
-        let reply = |read: Result<&[u8], ReadError>| {
+        let size = self.model.tree().size(file).unwrap_or(0);
+        let range = offset.min(size)..offset.saturating_add(len).min(size);
+        if let Some(predictor) = &self.predictor {
+            predictor.lock().note(self.shape(file), &range);
+        }
+        ANSWER.with_borrow_mut(|space| {
+            let read = self.model.bytes(file, range.clone(), space);
             let bytes = read.as_ref().ok().map(|bytes| bytes.len() as u64);
-            reply(read.map_err(Refusal::Io));
+            match read {
+                Ok(bytes) => reply(Ok(&bytes)),
+                Err(error) => reply(Err(Refusal::Io(error))),
+            }
             if let Some((stats, began)) = counted {
                 stats.read(file, bytes, began.elapsed());
             }
-        };
-        ANSWER.with_borrow_mut(|space| self.ahead.read(file, offset, len, space, reply));
+        });
+        if let Some(predictor) = &self.predictor {
+            let mut predictor = predictor.lock();
+            // Locked, so that no older prediction takes the place of a newer one.
+            if let Some(wanted) = predictor.wanted(self.shape(file), range.end) {
+                self.model
+                    .fetch_ahead(wanted.reader, file, wanted.range, wanted.near);
+            }
+        }
+    }
+
+    /// A file as the predictor knows it.
+    fn shape(&self, file: Ino) -> predictor::File {
+        let tree = self.model.tree();
+        let header = tree.extents(file).first();
+        predictor::File {
+            id: file,
+            header: header.map_or(0, |extent| extent.len),
+            size: tree.size(file).unwrap_or(0),
+        }
     }
 
     /// Gives the entries of a directory from the `offset`-th on to `add`, until that says to stop:

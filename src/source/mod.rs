@@ -13,32 +13,42 @@
 //! disk) wants no second copy of them in memory: with [`PageCache::Unchanged`] reads leave the
 //! page cache of the parts as they found it.
 
+pub(crate) mod fetch;
 mod open;
 mod part;
 mod share;
 
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
 use memmap2::Mmap;
 
 pub use open::{OpenError, open};
 
+use self::fetch::{Chunk, Fetch};
+pub(crate) use self::fetch::{Held, Pace, Run};
 use self::part::PartFile;
 use crate::sys;
 pub use crate::sys::process::raise_descriptor_limit;
-pub use crate::sys::read::DIRECT_ALIGNMENT;
-use crate::sys::read::{is_cached, only_what_is_read, reopen_direct, takes_uncached_reads};
 
 /// The open parts of a model.
 #[derive(Debug)]
 pub struct Source {
-    parts: Vec<PartFile>,
+    shared: Arc<Shared>,
     /// Which part the model was opened by.
     given: usize,
-    page_cache: PageCache,
+    /// How many threads fetch what will be asked for, once there was something to fetch.
+    threads: OnceLock<usize>,
+}
+
+/// What the threads need that fetch.
+#[derive(Debug)]
+struct Shared {
+    parts: Vec<PartFile>,
+    fetch: Fetch,
 }
 
 /// What reading does to the page cache of the parts.
@@ -86,95 +96,118 @@ fn reopen_hint(cause: &io::Error) -> &'static str {
 }
 
 impl Source {
-    /// Chooses what reading does to the page cache.
-    pub fn set_page_cache(&mut self, page_cache: PageCache) {
-        self.page_cache = page_cache;
-        for part in &mut self.parts {
-            let file = part.file.as_ref();
-            let file = file.filter(|_| page_cache == PageCache::Unchanged);
-            // What was read ahead of a range would stay, or be read again.
-            file.inspect(|file| only_what_is_read(file));
-            part.direct = file.and_then(|file| reopen_direct(file).ok());
+    fn new(parts: Vec<PartFile>, given: usize) -> Self {
+        let fetch = Fetch::default();
+        Self {
+            shared: Arc::new(Shared { parts, fetch }),
+            given,
+            threads: OnceLock::new(),
         }
     }
 
-    /// What reading does to the page cache.
-    pub fn page_cache(&self) -> PageCache {
-        self.page_cache
+    /// Chooses what reading does to the page cache.
+    pub fn set_page_cache(&mut self, page_cache: PageCache) {
+        let shared = Arc::get_mut(&mut self.shared);
+        // Who serves a model owns it: from then on nobody can call this.
+        let shared = shared.expect("nothing is fetched before a model is served");
+        for part in &mut shared.parts {
+            part.set_page_cache(page_cache);
+        }
     }
 
-    /// Whether reads can leave the page cache of the first part as they found it, in one way or the
-    /// other.
+    /// Whether reads can leave the page cache of the first part as they found it.
     pub fn can_leave_page_cache(&self) -> bool {
-        let part = &self.parts[0];
-        part.direct.is_some() || part.file.as_ref().is_some_and(takes_uncached_reads)
+        self.part(0).can_leave_page_cache()
     }
 
     /// Fills the buffer from `offset` of a part (0-based): all of it, or an error.
     pub fn read_at(&self, part: u32, offset: u64, buffer: &mut [u8]) -> Result<(), ReadError> {
-        let part = &self.parts[part as usize];
-        part.with_file(|file| {
-            let read = match self.page_cache {
-                PageCache::Filled => file.read_exact_at(buffer, offset),
-                PageCache::Unchanged => part.read_unchanged(file, buffer, offset),
+        let file = self.part(part);
+        let range = offset..offset + buffer.len() as u64;
+        let (mut rest, mut place) = (buffer, offset);
+        for chunk in self.holding(part, &range) {
+            let piece = chunk.range().start.max(place)..chunk.range().end.min(range.end);
+            if piece.is_empty() {
+                continue;
+            }
+            let Some(held) = chunk.hold(&self.shared.parts, piece.clone()) else {
+                continue; // read below, or with what lies before the next chunk
             };
-            part.checked(file, offset, read)
-        })
+            let (before, after) = rest.split_at_mut((piece.start - place) as usize);
+            if !before.is_empty() {
+                file.read(place, before)?;
+            }
+            let (here, after) = after.split_at_mut(held.len());
+            here.copy_from_slice(&held);
+            (rest, place) = (after, piece.end);
+        }
+        if !rest.is_empty() {
+            file.read(place, rest)?;
+        }
+        Ok(())
     }
 
-    /// Whether a part is kept open, so that reading a piece of it takes no more than that.
-    pub fn is_kept_open(&self, part: u32) -> bool {
-        self.parts[part as usize].file.is_some()
+    /// How far ahead of its readers this source is worth reading; `None` if it is not.
+    pub(crate) fn pace(&self) -> Option<Pace> {
+        let is_fetchable = self.shared.parts.iter().any(PartFile::is_fetchable);
+        is_fetchable.then_some(Pace::DISK)
     }
 
-    /// Fills the buffer as [`read_at`](Self::read_at) does, but past the page cache where the file
-    /// system can do that. The place of a read, its length and the address of the buffer must be
-    /// multiples of [`DIRECT_ALIGNMENT`]; where the part ends before, the rest of the buffer stays
-    /// as it is.
-    pub fn read_aligned(&self, part: u32, offset: u64, buffer: &mut [u8]) -> Result<(), ReadError> {
-        let part = &self.parts[part as usize];
-        let wanted = part.identity.bytes.saturating_sub(offset);
-        let wanted = usize::try_from(wanted).map_or(buffer.len(), |n| n.min(buffer.len()));
-        part.with_file(|file| {
-            let read = part.direct.as_ref().is_some_and(
-                |direct| matches!(direct.read_at(buffer, offset), Ok(read) if read >= wanted),
-            );
-            let read = if read {
-                Ok(())
-            } else {
-                part.read_unchanged(file, &mut buffer[..wanted], offset)
-            };
-            part.checked(file, offset, read)
-        })
+    /// Fetches what a reader will ask for, in this order: now the first `near` bytes of it, and a little
+    /// more. That is instead of all that it was said to want before; with no runs it wants nothing
+    /// more. The number tells it from other readers.
+    pub(crate) fn fetch_ahead(&self, reader: u64, runs: &[Run], near: u64) {
+        let shared = &self.shared;
+        let chunks = shared.fetch.want(&shared.parts, reader, runs, near);
+        if chunks.is_empty() {
+            return;
+        }
+        let threads = self
+            .threads
+            .get_or_init(|| start_threads(shared, Pace::DISK.threads));
+        // Without any, whoever asks for a chunk reads it.
+        if *threads > 0 {
+            shared.fetch.queue(chunks);
+        }
     }
 
-    /// Whether a range of a part is in the page cache, so that reading it costs no disk. The kernel
-    /// tells since Linux 6.5, and only the owner of the part or who may write to it.
-    pub fn is_cached(&self, part: u32, offset: u64, bytes: u64) -> bool {
-        let file = self.parts[part as usize].file.as_ref();
-        file.is_some_and(|file| is_cached(file, offset, bytes))
+    /// A range of a part as it lies in memory, if it was fetched in one piece.
+    pub(crate) fn held(&self, run: Run) -> Option<Held> {
+        let range = run.offset..run.offset + run.len;
+        let whole = |chunk: &Arc<Chunk>| {
+            let held = chunk.range();
+            held.start <= range.start && range.end <= held.end
+        };
+        let chunk = self.holding(run.part, &range).into_iter().find(whole)?;
+        chunk.hold(&self.shared.parts, range)
     }
 
-    /// Fails if a part has changed since it was opened.
-    pub fn check(&self, part: u32) -> Result<(), ReadError> {
-        let part = &self.parts[part as usize];
-        part.with_file(|file| part.check(file))
+    fn holding(&self, part: u32, range: &Range<u64>) -> Vec<Arc<Chunk>> {
+        match self.threads.get() {
+            Some(_) => self.shared.fetch.holding(part, range),
+            None => Vec::new(), // nothing was ever fetched
+        }
+    }
+
+    fn part(&self, part: u32) -> &PartFile {
+        &self.shared.parts[part as usize]
     }
 
     /// When the newest part was last modified.
     pub fn modified(&self) -> SystemTime {
-        let parts = self.parts.iter().map(|part| part.identity.modified());
+        let parts = self.shared.parts.iter();
+        let parts = parts.map(|part| part.identity.modified());
         parts.max().unwrap_or(SystemTime::UNIX_EPOCH)
     }
 
     /// The paths of the parts, absolute, in order.
     pub fn paths(&self) -> impl ExactSizeIterator<Item = &Path> {
-        self.parts.iter().map(|part| part.path.as_path())
+        self.shared.parts.iter().map(|part| part.path.as_path())
     }
 
     /// The path of the part that the model was opened by, absolute.
     pub fn given_path(&self) -> &Path {
-        &self.parts[self.given].path
+        &self.shared.parts[self.given].path
     }
 
     /// Maps a part (0-based) for reading: its tensors without a copy, each at its
@@ -187,6 +220,28 @@ impl Source {
     pub unsafe fn map(&self, part: u32) -> Result<Mmap, ReadError> {
         // SAFETY: the caller promises that the file does not change.
         let map = self.with_part(part, |file| unsafe { sys::map(file) })?;
-        map.map_err(|cause| self.parts[part as usize].read_error(0, cause))
+        map.map_err(|cause| self.part(part).read_error(0, cause))
     }
+}
+
+impl Drop for Source {
+    fn drop(&mut self) {
+        self.shared.fetch.close();
+    }
+}
+
+/// Starts the threads that read what is queued; returns how many there are.
+fn start_threads(shared: &Arc<Shared>, threads: usize) -> usize {
+    let start = |n: &usize| {
+        let shared = shared.clone();
+        let started = std::thread::Builder::new()
+            .name(format!("fetch-{n}"))
+            .spawn(move || shared.fetch.read_queued(&shared.parts));
+        started
+            .inspect_err(|e| {
+                tracing::warn!("a thread for reading ahead cannot be started: {e}");
+            })
+            .is_ok()
+    };
+    (0..threads).filter(start).count()
 }

@@ -7,19 +7,24 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
-use super::ReadError;
-use crate::sys::read::{is_cached, only_what_is_read, read_exact_direct, read_exact_uncached};
+use super::{PageCache, ReadError};
+use crate::sys::read::{
+    is_cached, only_what_is_read, read_exact_direct, read_exact_uncached, reopen_direct,
+    takes_uncached_reads,
+};
 
+/// A part. How it is read depends on what may become of the page cache.
 #[derive(Debug)]
 pub struct PartFile {
     /// Absolute: a daemon leaves its working directory.
     pub path: PathBuf,
     pub identity: Identity,
     /// `None` for a part that is opened for each read.
-    pub file: Option<File>,
+    file: Option<File>,
+    page_cache: PageCache,
     /// The same file once more, to read past the page cache; `None` where that is impossible or not
     /// wanted.
-    pub direct: Option<File>,
+    direct: Option<File>,
     /// Set for good when the part was seen to have changed.
     changed: AtomicBool,
 }
@@ -64,13 +69,78 @@ impl PartFile {
             path,
             identity,
             file,
+            page_cache: PageCache::default(),
             direct: None,
             changed: AtomicBool::new(false),
         }
     }
 
+    /// Chooses what reading does to the page cache.
+    pub fn set_page_cache(&mut self, page_cache: PageCache) {
+        self.page_cache = page_cache;
+        let file = self.file.as_ref();
+        let file = file.filter(|_| page_cache == PageCache::Unchanged);
+        // What was read ahead of a range would stay, or be read again.
+        file.inspect(|file| only_what_is_read(file));
+        self.direct = file.and_then(|file| reopen_direct(file).ok());
+    }
+
+    /// Whether reads can leave the page cache as they found it, in one way or the other.
+    pub fn can_leave_page_cache(&self) -> bool {
+        self.direct.is_some() || self.file.as_ref().is_some_and(takes_uncached_reads)
+    }
+
+    /// Whether it is of use to fetch pieces of the part before they are asked for: not if the kernel
+    /// does that itself, nor if each piece would open the part anew.
+    pub fn is_fetchable(&self) -> bool {
+        self.page_cache == PageCache::Unchanged && self.file.is_some()
+    }
+
+    /// Fills the buffer from `offset`: all of it, or an error.
+    pub fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ReadError> {
+        self.with_file(|file| {
+            let read = match self.page_cache {
+                PageCache::Filled => file.read_exact_at(buffer, offset),
+                PageCache::Unchanged => self.read_unchanged(file, buffer, offset),
+            };
+            self.checked(file, offset, read)
+        })
+    }
+
+    /// Fills the buffer as [`read`](Self::read) does, but past the page cache where the file system can
+    /// do that. The place of a read, its length and the address of the buffer must be multiples of
+    /// [`DIRECT_ALIGNMENT`](crate::sys::read::DIRECT_ALIGNMENT); where the part ends before, the rest
+    /// of the buffer stays as it is.
+    pub fn read_aligned(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ReadError> {
+        let wanted = self.identity.bytes.saturating_sub(offset);
+        let wanted = usize::try_from(wanted).map_or(buffer.len(), |n| n.min(buffer.len()));
+        self.with_file(|file| {
+            let read = self.direct.as_ref().is_some_and(
+                |direct| matches!(direct.read_at(buffer, offset), Ok(read) if read >= wanted),
+            );
+            let read = if read {
+                Ok(())
+            } else {
+                self.read_unchanged(file, &mut buffer[..wanted], offset)
+            };
+            self.checked(file, offset, read)
+        })
+    }
+
+    /// Whether a range is in the page cache, so that reading it costs no disk. The kernel tells since
+    /// Linux 6.5, and only the owner of the part or who may write to it.
+    pub fn is_cached(&self, offset: u64, bytes: u64) -> bool {
+        let file = self.file.as_ref();
+        file.is_some_and(|file| is_cached(file, offset, bytes))
+    }
+
+    /// Fails if the part has changed since it was opened.
+    pub fn is_unchanged(&self) -> Result<(), ReadError> {
+        self.with_file(|file| self.check(file))
+    }
+
     /// Fills the buffer, and leaves the page cache as it was if that can be done.
-    pub fn read_unchanged(&self, file: &File, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+    fn read_unchanged(&self, file: &File, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         if self.file.is_none() {
             only_what_is_read(file); // opened just now
         }
@@ -100,7 +170,7 @@ impl PartFile {
     }
 
     /// The result of a read that was just made.
-    pub fn checked(&self, file: &File, offset: u64, read: io::Result<()>) -> Result<(), ReadError> {
+    fn checked(&self, file: &File, offset: u64, read: io::Result<()>) -> Result<(), ReadError> {
         // A change explains a failed read better than the failure does.
         self.check(file)?;
         read.map_err(|cause| self.read_error(offset, cause))

@@ -5,7 +5,6 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 
-use super::part::PartFile;
 use super::{ReadError, Source};
 use crate::sys::copy;
 
@@ -33,10 +32,6 @@ impl Source {
     /// Bytes of a part's file.
     pub fn part_bytes(&self, part: u32) -> u64 {
         self.part(part).identity.bytes
-    }
-
-    fn part(&self, part: u32) -> &PartFile {
-        &self.parts[part as usize]
     }
 }
 
