@@ -11,7 +11,9 @@
 //!
 //! Whoever keeps the bytes elsewhere (a mount in the kernel's cache of its own files, a copy on
 //! disk) wants no second copy of them in memory: with [`PageCache::Unchanged`] reads leave the
-//! page cache of the parts as they found it.
+//! page cache of the parts as they found it. Then the kernel cannot read ahead, and [`fetch`] does.
+//! A part that comes from a server or another program is read as such a file is best read: through
+//! one descriptor, and by the kernel's own read-ahead.
 
 pub(crate) mod fetch;
 mod open;
@@ -51,7 +53,8 @@ struct Shared {
     fetch: Fetch,
 }
 
-/// What reading does to the page cache of the parts.
+/// What reading does to the page cache of the parts. Those on a network or FUSE file system are always
+/// read through it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum PageCache {
     /// What was read stays there, as after every read.
@@ -115,9 +118,10 @@ impl Source {
         }
     }
 
-    /// Whether reads can leave the page cache of the first part as they found it.
+    /// Whether reads can leave the page cache of all parts as they found it.
     pub fn can_leave_page_cache(&self) -> bool {
-        self.part(0).can_leave_page_cache()
+        let mut parts = self.shared.parts.iter();
+        parts.all(PartFile::can_leave_page_cache)
     }
 
     /// Fills the buffer from `offset` of a part (0-based): all of it, or an error.

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use super::{PageCache, ReadError};
+use crate::sys::file_system::comes_from_elsewhere;
 use crate::sys::read::{
     is_cached, only_what_is_read, read_exact_direct, read_exact_uncached, reopen_direct,
     takes_uncached_reads,
@@ -21,6 +22,7 @@ pub struct PartFile {
     pub identity: Identity,
     /// `None` for a part that is opened for each read.
     file: Option<File>,
+    /// What reading does to it, which is not always what was wished for.
     page_cache: PageCache,
     /// The same file once more, to read past the page cache; `None` where that is impossible or not
     /// wanted.
@@ -75,9 +77,22 @@ impl PartFile {
         }
     }
 
-    /// Chooses what reading does to the page cache.
+    /// Chooses what reading does to the page cache, where there is a choice.
     pub fn set_page_cache(&mut self, page_cache: PageCache) {
-        self.page_cache = page_cache;
+        let elsewhere = self.with_file(|file| Ok(comes_from_elsewhere(file)));
+        self.page_cache = if elsewhere.unwrap_or(false) {
+            // What serves such a file often has but one stream for each descriptor, fetches far more
+            // than it is asked for, and begins anew when that is not asked for in order. The kernel
+            // reads in order, into its cache.
+            tracing::info!(
+                "{:?} is on a network or FUSE file system: reads of it go through its cache",
+                self.path
+            );
+            PageCache::Filled
+        } else {
+            page_cache
+        };
+        let page_cache = self.page_cache;
         let file = self.file.as_ref();
         let file = file.filter(|_| page_cache == PageCache::Unchanged);
         // What was read ahead of a range would stay, or be read again.
@@ -87,7 +102,8 @@ impl PartFile {
 
     /// Whether reads can leave the page cache as they found it, in one way or the other.
     pub fn can_leave_page_cache(&self) -> bool {
-        self.direct.is_some() || self.file.as_ref().is_some_and(takes_uncached_reads)
+        self.page_cache == PageCache::Unchanged
+            && (self.direct.is_some() || self.file.as_ref().is_none_or(takes_uncached_reads))
     }
 
     /// Whether it is of use to fetch pieces of the part before they are asked for: not if the kernel
