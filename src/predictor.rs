@@ -34,13 +34,10 @@ const GROWTH: u64 = 4;
 /// asks for less: most experts have three tensors, and those with biases six.
 const SCATTERED_REQUESTS: usize = 8;
 /// How many readers are known at a time; one that is forgotten is taken for a new one. The table is
-/// searched for every request: 64 entries fit into 4 KiB, and take 0.1 µs.
+/// searched for every request: 64 entries of 64 bytes fill one page.
 const MAX_STREAMS: usize = 64;
 /// How many of them in one file: whoever reads here and there in a large one would fill the table.
 const MAX_STREAMS_OF_FILE: usize = MAX_STREAMS / 4;
-/// A file that was wanted whole, and that nobody asked for during so many requests for others, is
-/// wanted no more. That is as much as one of [`Reach::whole`] for a disk takes to read.
-const IDLE_REQUESTS: u64 = (32 << 20) / REQUEST_BYTES;
 
 /// How far it is worth to look ahead; for the source of the bytes to say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -130,8 +127,10 @@ impl Predictor {
     pub fn note(&mut self, file: File, range: &Range<u64>) {
         self.now += 1;
         let now = self.now;
+        // A file that was wanted whole is so no more when others were asked for as much meanwhile.
+        let idle = self.reach.whole / REQUEST_BYTES;
         self.streams
-            .retain(|s| s.whole.is_none() || s.last_used + IDLE_REQUESTS >= now);
+            .retain(|s| s.whole.is_none() || s.last_used + idle >= now);
         let counts = u32::from(range.end > file.header);
         let Some(stream) = self.streams.iter_mut().find(|s| s.goes_on(file.id, range)) else {
             self.add(file.id, range.clone(), counts, None);

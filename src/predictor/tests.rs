@@ -226,7 +226,7 @@ fn a_file_that_was_wanted_whole_and_then_left_is_forgotten() {
         asked.ask(EXPERT, n * 2 * MIB, REQUEST_BYTES);
     }
     assert!(asked.ask(EXPERT, 9 * MIB, 4096).is_some());
-    for n in 0..=IDLE_REQUESTS {
+    for n in 0..=REACH.whole / REQUEST_BYTES {
         asked.next(file(100 + n), 0);
     }
     assert_eq!(asked.ask(EXPERT, 11 * MIB, 4096), None);

@@ -42,8 +42,8 @@ pub struct Pace {
 }
 
 impl Pace {
-    /// Of disks. More than 4 threads did not make one faster that we measured, and with more than a
-    /// chunk for each of them nothing was gained either (docs/performance.md).
+    /// The pace of disks. More than 4 threads did not make a disk faster that we measured, and with more
+    /// than one chunk for each of them nothing was gained either (docs/performance.md).
     pub const DISK: Self = Self {
         ahead: 4 * BUFFER_BYTES as u64,
         chunk: BUFFER_BYTES as u64,
@@ -55,10 +55,10 @@ impl Pace {
 /// The first chunk of a reader is small, so that it waits little: two requests of the kernel, the
 /// one that is waited for next and the one behind it. The next chunks grow.
 const FIRST_CHUNK_BYTES: u64 = 256 << 10;
-/// A reader that asked for nothing while others asked so often may lose its chunks: in requests of
-/// 128 KiB they were given as much as all buffers hold.
+/// A reader that asked for nothing while others asked so often may lose its chunks: in requests of 128
+/// KiB, the kernel's usual ones, they were given as much as all buffers hold.
 const IDLE_REQUESTS: u64 = (BUFFERS * BUFFER_BYTES / (128 << 10)) as u64;
-/// How many readers are known at a time: those that can have a buffer, and as many that had one.
+/// How many readers are known at a time: as many as can have a buffer, and as many that had one.
 const MAX_READERS: usize = 2 * BUFFERS;
 
 /// A range of a part.
