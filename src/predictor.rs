@@ -1,14 +1,14 @@
 //! What readers will ask for next, in ranges of files.
 //!
-//! The problem: the kernel asks for a file in small pieces, the next one when the reader is nearly
-//! there, so that the disk idles while a piece is copied and passed on. Who reads what must be told
-//! from the requests alone: several readers come through several threads, in some disorder; many
-//! only look at a header; some map a file and touch it here and there.
+//! The problem: the kernel asks for a file in small pieces, and for the next one only when the
+//! reader is nearly there, so the disk idles while a piece is copied and passed on. Only the
+//! requests show who reads what: several readers come through several threads, somewhat out of
+//! order; many only look at a header; some map a file and touch it here and there.
 //!
-//! The plan: a table of the readers seen last. A reader whose second request follows its first one
-//! wants what comes next, the farther the more it has read. A small file that many requests touch
-//! here and there is wanted whole. Numbers in, numbers out: what of it is worth fetching, and is
-//! fetched already, is for others to say.
+//! The plan: a table of the most recent readers. A reader whose second request follows its first
+//! wants what comes next, and the more of it the more it has read. A small file with many scattered
+//! requests is wanted whole. Numbers in, numbers out: whether a range is worth fetching, or was
+//! fetched before, is decided elsewhere.
 
 use std::ops::Range;
 
@@ -21,41 +21,41 @@ const REQUEST_BYTES: u64 = 128 << 10;
 /// A look at a header asks for no more than this: one request, or a small one and then a larger one
 /// if a program reads a few bytes and then a few more (the kernel's window starts at 16 KiB).
 const LOOK_BYTES: u64 = REQUEST_BYTES;
-/// How far apart requests of one reader may arrive. Two windows of the kernel are on their way at a
-/// time, the one that is waited for and the one behind it; this is twice as much.
+/// How far apart the requests of one reader may arrive. Two windows of the kernel are under way at
+/// a time: the one being waited for and the one after it. This is twice as much.
 const DISORDER_BYTES: u64 = 4 * REQUEST_BYTES;
-/// The same for readers whose requests are larger: so many of theirs.
+/// The same for readers with larger requests, as a number of these.
 const DISORDER_REQUESTS: u64 = 2;
-/// How many times as much as it has read is fetched for a reader: one that stops has cost at most
+/// How many times what it has read is fetched for a reader: one that stops early has cost at most
 /// this many times what it wanted.
 const GROWTH: u64 = 4;
-/// So many requests here and there, and a file will be wanted whole: a program has mapped an expert
-/// and computes with it. A program that only looks at the header and at the start of each tensor
-/// asks for less: most experts have three tensors, and those with biases six.
+/// After this many scattered requests a file is wanted whole: a program has mapped an expert and
+/// computes with it. Looking at the header and at the start of each tensor takes fewer: most
+/// experts have three tensors, and those with biases six.
 const SCATTERED_REQUESTS: usize = 8;
-/// How many readers are known at a time; one that is forgotten is taken for a new one. The table is
+/// How many readers are known at a time; one that was forgotten counts as new. The table is
 /// searched for every request: 64 entries of 64 bytes fill one page.
 const MAX_STREAMS: usize = 64;
-/// How many of them in one file: whoever reads here and there in a large one would fill the table.
+/// How many of them in one file: scattered reads of a large file would fill the table.
 const MAX_STREAMS_OF_FILE: usize = MAX_STREAMS / 4;
 
-/// How far it is worth to look ahead; for the source of the bytes to say.
+/// How far to look ahead. The source of the bytes knows what is worth while.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Reach {
     /// Bytes in front of a reader.
     pub ahead: u64,
-    /// Bytes beyond those, for a source that fetches in pieces and would rather not cut the last.
+    /// Bytes beyond those, so that a source that fetches in pieces need not cut the last one.
     pub beyond: u64,
     /// Bytes of the largest file that is wanted whole.
     pub whole: u64,
 }
 
-/// What must be known of a file.
+/// What must be known about a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct File {
-    /// What tells it from others.
+    /// Identifies the file.
     pub id: u64,
-    /// Bytes of its header, which programs look at without wanting the rest.
+    /// Bytes of its header, which many programs read without wanting the rest.
     pub header: u64,
     /// Bytes of all of it.
     pub size: u64,
@@ -64,15 +64,15 @@ pub struct File {
 /// What a reader will ask for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Wanted {
-    /// What tells it from other readers; never used again.
+    /// Identifies the reader; never used again.
     pub reader: u64,
-    /// Nothing more if it is empty.
+    /// Empty if it wants nothing more.
     pub range: Range<u64>,
-    /// How many of its first bytes are worth fetching now.
+    /// How many bytes of the range are worth fetching now, from its start.
     pub near: u64,
 }
 
-/// The readers that were seen last.
+/// The most recent readers.
 #[derive(Debug)]
 pub struct Predictor {
     reach: Reach,
@@ -92,17 +92,18 @@ struct Stream {
     start: u64,
     /// Where the next request would begin.
     next: u64,
-    /// Requests that went beyond the header, each from where the one before had ended: that others
-    /// are near may be chance.
+    /// Requests beyond the header that began where the one before had ended. That others are merely
+    /// near may be chance.
     in_order: u32,
     last_used: u64,
-    /// For a file that is wanted whole, to which all requests for it belong: the bytes that they asked
-    /// for. The kernel asks for each byte once, unless it has forgotten it.
+    /// `Some` if the file is wanted whole; then this stream gets all requests for the file, and
+    /// this is how many bytes they asked for. The kernel asks for each byte once, unless it has
+    /// dropped the page.
     whole: Option<u64>,
 }
 
 impl Stream {
-    /// Whether a request goes on with, or repeats, what this reader asked for last.
+    /// Whether a request continues or repeats what this reader asked for last.
     fn goes_on(&self, file: u64, range: &Range<u64>) -> bool {
         let disorder = DISORDER_BYTES.max(DISORDER_REQUESTS * (range.end - range.start));
         let near = range.start >= self.start
@@ -113,7 +114,7 @@ impl Stream {
 }
 
 impl Predictor {
-    /// A predictor that knows no reader yet.
+    /// Knows no reader yet.
     pub fn new(reach: Reach) -> Self {
         Self {
             reach,
@@ -127,7 +128,7 @@ impl Predictor {
     pub fn note(&mut self, file: File, range: &Range<u64>) {
         self.now += 1;
         let now = self.now;
-        // A file that was wanted whole is so no more when others were asked for as much meanwhile.
+        // A whole file is no longer wanted once as much was asked of other files meanwhile.
         let idle = self.reach.whole / REQUEST_BYTES;
         self.streams
             .retain(|s| s.whole.is_none() || s.last_used + idle >= now);
@@ -148,7 +149,7 @@ impl Predictor {
         stream.next = stream.next.max(range.end);
     }
 
-    /// Takes those who ask here and there in a file for one reader that wants the whole of it, unless
+    /// Turns the readers of scattered pieces of a file into one that wants the whole file, unless
     /// somebody reads it in order.
     fn note_stray(&mut self, file: File) {
         let of_file = || self.streams.iter().filter(|s| s.file == file.id);
@@ -186,19 +187,19 @@ impl Predictor {
         }
     }
 
-    /// What the reader wants next whose request, noted before, ended at `end`; `None` if nothing can
-    /// be said.
+    /// What a reader wants next after its request that ended at `end`, which must have been noted.
+    /// `None` if nothing can be predicted.
     pub fn wanted(&mut self, file: File, end: u64) -> Option<Wanted> {
         let found =
             |s: &Stream| s.file == file.id && (s.whole.is_some() || s.start < end && end <= s.next);
         let found = self.streams.iter().enumerate().filter(|(_, s)| found(s));
-        // Others have been here before.
+        // Of several, the one that is here now; the others have passed.
         let (index, stream) = found.min_by_key(|(_, s)| s.next)?;
         let reader = stream.reader;
         if let Some(asked) = stream.whole {
             let mut range = file.header..file.size;
             if asked >= file.size - file.header {
-                // All was asked for. Who comes now is a new reader.
+                // All of it was asked for. Further requests are a new reader's.
                 self.streams.swap_remove(index);
                 range.start = range.end;
             }
@@ -213,7 +214,7 @@ impl Predictor {
         if stream.in_order < 2 || read <= LOOK_BYTES {
             return None;
         }
-        // Another reader of the same file, such as another thread of one loader, reads the rest.
+        // Another reader of the same file, perhaps another thread of one loader, reads the rest.
         let others = self.streams.iter().filter(|s| s.file == file.id);
         let others = others.filter(|s| s.start >= end).map(|s| s.start);
         let limit = others.min().unwrap_or(file.size);

@@ -253,7 +253,7 @@ fn looks_at_the_start_of_each_tensor_do_not_make_an_expert_wanted_whole() {
 }
 
 #[test]
-fn whoever_reads_here_and_there_does_not_make_others_forgotten() {
+fn a_scattered_reader_makes_no_other_reader_forgotten() {
     let mut asked = Asked::new();
     for id in 0..8 {
         for n in 0..3 {

@@ -4,16 +4,16 @@
 //! The problem: a mount lives for weeks, and meanwhile its source may be renamed, replaced,
 //! truncated or rewritten. Readers must get the bytes that were there at the start, or an error.
 //!
-//! The plan: hold the descriptors, so that names do not matter. After every read compare size and
-//! time of change with those at the start; a part that differs answers errors from then on. Where
-//! a split set has more parts than descriptors, the first parts stay open and the others are
-//! opened for each read, which must find the same inode.
+//! The plan: hold the descriptors, so that names do not matter. After every read, compare size and
+//! modification time with those at the start; a part that differs answers errors from then on. If a
+//! split set has more parts than there are descriptors, the first parts stay open, and the others
+//! are opened for each read, which must find the same inode.
 //!
-//! Whoever keeps the bytes elsewhere (a mount in the kernel's cache of its own files, a copy on
-//! disk) wants no second copy of them in memory: with [`PageCache::Unchanged`] reads leave the
-//! page cache of the parts as they found it. Then the kernel cannot read ahead, and [`fetch`] does.
-//! A part that comes from a server or another program is read as such a file is best read: through
-//! one descriptor, and by the kernel's own read-ahead.
+//! A mount keeps the bytes in the kernel's cache of its own files, and a copy keeps them on a disk;
+//! neither wants them in memory a second time. With [`PageCache::Unchanged`], reads leave the page
+//! cache of the parts as they found it. The kernel cannot read ahead then, so `fetch` does. A part
+//! that comes from a server or another program is read the way such files are best read: through
+//! one descriptor, with the kernel's own read-ahead.
 
 pub(crate) mod fetch;
 mod open;
@@ -42,34 +42,34 @@ pub struct Source {
     shared: Arc<Shared>,
     /// Which part the model was opened by.
     given: usize,
-    /// How many threads fetch what will be asked for, once there was something to fetch.
+    /// The number of threads that fetch; they start when there is something to fetch.
     threads: OnceLock<usize>,
 }
 
-/// What the threads need that fetch.
+/// What the fetching threads need.
 #[derive(Debug)]
 struct Shared {
     parts: Vec<PartFile>,
     fetch: Fetch,
 }
 
-/// What reading does to the page cache of the parts. Those on a network or FUSE file system are always
-/// read through it.
+/// What reading does to the page cache of the parts. Parts on a network or FUSE file system are
+/// always read through it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum PageCache {
-    /// What was read stays there, as after every read.
+    /// It keeps what was read, as after every ordinary read.
     #[default]
     Filled,
-    /// What was there stays, nothing is added, as far as kernel and file system allow.
+    /// It keeps what it had and gets nothing new, as far as kernel and file system allow.
     Unchanged,
 }
 
-/// Why a range of a part cannot be read. To a reader of a mount all of them are EIO.
+/// Why a range of a part cannot be read. For a reader of a mount, each of these is EIO.
 #[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
 #[strum(serialize_all = "snake_case", prefix = "read.")]
 pub enum ReadError {
     #[error(
-        "{path:?} has changed since it was opened; open it again once nobody writes to it: unmount and mount, or say the same command"
+        "{path:?} has changed since it was opened; wait until nothing writes to it, then mount it again, or run the command again"
     )]
     Changed { path: PathBuf },
     #[error("{path:?} cannot be opened again: {cause}; {}", reopen_hint(.cause))]
@@ -94,7 +94,7 @@ impl ReadError {
 fn reopen_hint(cause: &io::Error) -> &'static str {
     match cause.raw_os_error() {
         Some(libc::EMFILE | libc::ENFILE) => "allow more open files with `ulimit -n`",
-        _ => "put it back, reads of it fail until then",
+        _ => "put it back; until then, reads of it fail",
     }
 }
 
@@ -111,10 +111,17 @@ impl Source {
     /// Chooses what reading does to the page cache.
     pub fn set_page_cache(&mut self, page_cache: PageCache) {
         let shared = Arc::get_mut(&mut self.shared);
-        // Who serves a model owns it: from then on nobody can call this.
+        // Serving takes the model by value, so nobody can call this afterwards.
         let shared = shared.expect("nothing is fetched before a model is served");
         for part in &mut shared.parts {
             part.set_page_cache(page_cache);
+        }
+        let others = shared.parts.iter().filter(|p| p.page_cache() != page_cache);
+        let (others, all) = (others.count(), shared.parts.len());
+        if others > 0 {
+            tracing::info!(
+                "{others} of {all} parts are on a network or FUSE file system: they are read through its cache"
+            );
         }
     }
 
@@ -124,7 +131,7 @@ impl Source {
         parts.all(PartFile::can_leave_page_cache)
     }
 
-    /// Fills the buffer from `offset` of a part (0-based): all of it, or an error.
+    /// Fills the whole buffer from `offset` of a part (0-based), or fails.
     pub fn read_at(&self, part: u32, offset: u64, buffer: &mut [u8]) -> Result<(), ReadError> {
         let file = self.part(part);
         let range = offset..offset + buffer.len() as u64;
@@ -135,7 +142,7 @@ impl Source {
                 continue;
             }
             let Some(held) = chunk.hold(&self.shared.parts, piece.clone()) else {
-                continue; // read below, or with what lies before the next chunk
+                continue; // read below, or together with the gap before the next chunk
             };
             let (before, after) = rest.split_at_mut((piece.start - place) as usize);
             if !before.is_empty() {
@@ -151,15 +158,15 @@ impl Source {
         Ok(())
     }
 
-    /// How far ahead of its readers this source is worth reading; `None` if it is not.
+    /// How far to read ahead of readers of this source; `None` if that is of no use.
     pub(crate) fn pace(&self) -> Option<Pace> {
         let is_fetchable = self.shared.parts.iter().any(PartFile::is_fetchable);
         is_fetchable.then_some(Pace::DISK)
     }
 
-    /// Fetches what a reader will ask for, in this order: now the first `near` bytes of it, and a little
-    /// more. That is instead of all that it was said to want before; with no runs it wants nothing
-    /// more. The number tells it from other readers.
+    /// Fetches what a reader will ask for, in this order: about the first `near` bytes of it now.
+    /// This replaces what the reader wanted before; no runs mean that it wants nothing more. The
+    /// number tells readers apart.
     pub(crate) fn fetch_ahead(&self, reader: u64, runs: &[Run], near: u64) {
         let shared = &self.shared;
         let chunks = shared.fetch.want(&shared.parts, reader, runs, near);
@@ -169,13 +176,14 @@ impl Source {
         let threads = self
             .threads
             .get_or_init(|| start_threads(shared, Pace::DISK.threads));
-        // Without any, whoever asks for a chunk reads it.
+        // Without threads, whoever asks for a chunk reads it.
         if *threads > 0 {
             shared.fetch.queue(chunks);
         }
     }
 
-    /// A range of a part as it lies in memory, if it was fetched in one piece.
+    /// The bytes of a run, in the memory they were fetched into; `None` unless one chunk holds them
+    /// all.
     pub(crate) fn held(&self, run: Run) -> Option<Held> {
         let range = run.offset..run.offset + run.len;
         let whole = |chunk: &Arc<Chunk>| {
@@ -189,7 +197,7 @@ impl Source {
     fn holding(&self, part: u32, range: &Range<u64>) -> Vec<Arc<Chunk>> {
         match self.threads.get() {
             Some(_) => self.shared.fetch.holding(part, range),
-            None => Vec::new(), // nothing was ever fetched
+            None => Vec::new(), // nothing was fetched yet
         }
     }
 
@@ -209,7 +217,7 @@ impl Source {
         self.shared.parts.iter().map(|part| part.path.as_path())
     }
 
-    /// The path of the part that the model was opened by, absolute.
+    /// The absolute path of the part that the model was opened by.
     pub fn given_path(&self) -> &Path {
         &self.shared.parts[self.given].path
     }
@@ -234,7 +242,7 @@ impl Drop for Source {
     }
 }
 
-/// Starts the threads that read what is queued; returns how many there are.
+/// Starts the threads that read queued chunks; returns how many did start.
 fn start_threads(shared: &Arc<Shared>, threads: usize) -> usize {
     let start = |n: &usize| {
         let shared = shared.clone();
@@ -243,7 +251,7 @@ fn start_threads(shared: &Arc<Shared>, threads: usize) -> usize {
             .spawn(move || shared.fetch.read_queued(&shared.parts));
         started
             .inspect_err(|e| {
-                tracing::warn!("a thread for reading ahead cannot be started: {e}");
+                tracing::warn!("a thread for reading ahead could not be started: {e}");
             })
             .is_ok()
     };

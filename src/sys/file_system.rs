@@ -4,9 +4,10 @@ use std::fs::File;
 
 /// File systems whose bytes come from a server or from another program: `f_type` of statfs(2).
 ///
-/// Those with the kernel's name are from Linux's include/uapi/linux/magic.h. The others are from the
-/// file systems' own sources: fs/vboxsf/super.c and fs/orangefs of Linux, client_module of BeeGFS,
-/// Lustre's LL_SUPER_MAGIC; and, where these are not public, from src/stat.c of GNU coreutils.
+/// Those with the kernel's name are from Linux's include/uapi/linux/magic.h. The others are from
+/// the file systems' own sources: fs/vboxsf/super.c and fs/orangefs of Linux, client_module of
+/// BeeGFS, Lustre's LL_SUPER_MAGIC; and, where these are not public, from src/stat.c of GNU
+/// coreutils.
 #[cfg(target_os = "linux")]
 const ELSEWHERE: [(u32, &str); 23] = [
     (0x6573_5546, "FUSE_SUPER_MAGIC"), // rclone, sshfs, Gluster, virtiofs, ntfs-3g, ...
@@ -34,8 +35,8 @@ const ELSEWHERE: [(u32, &str); 23] = [
     (0x6163_6673, "acfs"),
 ];
 
-/// Whether what is read of a file comes from a server or from another program, and not from a disk of
-/// this machine. Unknown file systems are taken for ones on a disk.
+/// Whether the bytes of a file come from a server or another program rather than from a disk of
+/// this machine. Unknown file systems count as being on a disk.
 #[cfg(target_os = "linux")]
 pub fn comes_from_elsewhere(file: &File) -> bool {
     // As wide as the kernel has it, which is narrower than libc's type.

@@ -199,7 +199,7 @@ fn readers() -> impl Strategy<Value = Vec<Reader>> {
 }
 
 #[test]
-fn whoever_reads_what_in_which_order_gets_the_bytes_of_the_model() {
+fn readers_get_the_bytes_of_the_model_in_whatever_order_they_read() {
     for (ggml_type, parts, rows) in [
         ("F32", 1, 300),
         ("F32", 3, 300),
@@ -303,7 +303,7 @@ fn readers_that_stop_midway_lose_their_buffers_to_others() {
 }
 
 #[test]
-fn whoever_maps_an_expert_and_touches_it_here_and_there_is_answered_from_memory() {
+fn scattered_reads_of_an_expert_are_answered_from_memory() {
     let kind = Kind {
         experts: 2,
         rows: 700,

@@ -9,9 +9,9 @@ use std::sync::LazyLock;
 use memmap2::MmapMut;
 use parking_lot::Mutex;
 
-/// The size of a buffer, and so of the largest read of the model: that of the largest request of FUSE
-/// (256 pages, `fs.fuse.max_pages_limit`), so that an answer comes from two buffers at most. A disk
-/// that has several to work on was as fast with 128 KiB as with 4 MiB.
+/// The size of a buffer, and so of the largest read of the model: that of the largest request of
+/// FUSE (256 pages, `fs.fuse.max_pages_limit`), so that an answer comes from two buffers at most. A
+/// disk that has several to work on was as fast with 128 KiB as with 4 MiB.
 pub const BUFFER_BYTES: usize = 1 << 20;
 /// How many there are: half of the 64 MiB that a daemon may use (`memory` of benches/run.sh).
 pub const BUFFERS: usize = 32;
@@ -67,8 +67,8 @@ impl Buffer {
         FREE.lock().pop().map(Self)
     }
 
-    /// Makes sure that there is memory behind all of the buffer; without it, Btrfs reads through the
-    /// page cache. The kernel may take milliseconds to find huge pages.
+    /// Makes sure that there is memory behind all of the buffer; without it, Btrfs reads through
+    /// the page cache. The kernel may take milliseconds to find huge pages.
     pub fn populate(&mut self) {
         if self.0.fresh {
             let pages = self.0.bytes.chunks_mut(PAGE_BYTES);

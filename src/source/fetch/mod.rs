@@ -1,17 +1,17 @@
-//! Bytes of parts that are fetched before anybody asks for them.
+//! Bytes of parts, fetched before anybody asks for them.
 //!
-//! The problem: a disk is fast only if it always has several large reads to work on, and the kernel
-//! cannot be told to prepare them: it would go on behind an expert's matrix, into bytes that nobody
-//! wants, and what it reads for us stays in its cache, beside the same bytes in the cache of the
-//! mounted file.
+//! The problem: a disk is fast only if it always has several large reads to work on. The kernel
+//! cannot prepare them: it would read on past the end of an expert's matrix, into bytes that nobody
+//! wants, and what it reads stays in its cache, beside the same bytes in the cache of the mounted
+//! file.
 //!
-//! The plan: each reader says which runs of which parts it will want, in which order. They are cut
-//! into [`Chunk`]s, and threads of ours read these past the page cache, into a fixed number of
-//! buffers that all readers share. Whoever asks for bytes is answered from the memory of the chunk
-//! that holds them; all else is read as it is asked for. So no answer ever depends on what was
-//! fetched, and who gets no buffer only waits longer.
+//! The plan: for each reader it is known which runs of which parts it will want, in which order.
+//! They are cut into [`Chunk`]s, which threads read past the page cache into a fixed number of
+//! buffers that all readers share. A read is answered from the chunks that hold some of it; the
+//! rest is read when it is asked for. So no answer ever depends on what was fetched, and a reader
+//! without a buffer only waits longer.
 //!
-//! What is in the page cache already, is not read from the disk again.
+//! Bytes that are in the page cache already are not read from the disk again.
 
 pub mod buffers;
 #[cfg(test)]
@@ -28,22 +28,22 @@ use self::buffers::{BUFFER_BYTES, BUFFERS, Buffer};
 use super::part::PartFile;
 use crate::sys::read::DIRECT_ALIGNMENT;
 
-/// How far ahead of its readers a source is worth reading, and by how many at a time.
+/// How far to read ahead of the readers of a source, and how much at the same time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pace {
     /// Bytes in front of each reader.
     pub ahead: u64,
-    /// Bytes of the largest chunk: as many of what is beyond may be fetched, too.
+    /// Bytes of the largest chunk. The last one may reach this far beyond.
     pub chunk: u64,
-    /// Bytes of the largest file that can be fetched whole.
+    /// Bytes of the largest file that is fetched whole.
     pub whole: u64,
     /// Chunks that are read at the same time.
     pub threads: usize,
 }
 
 impl Pace {
-    /// The pace of disks. More than 4 threads did not make a disk faster that we measured, and with more
-    /// than one chunk for each of them nothing was gained either (docs/performance.md).
+    /// The pace of disks. More than 4 threads did not make a disk faster that we measured, and with
+    /// more than one chunk for each of them nothing was gained either (docs/performance.md).
     pub const DISK: Self = Self {
         ahead: 4 * BUFFER_BYTES as u64,
         chunk: BUFFER_BYTES as u64,
@@ -52,13 +52,14 @@ impl Pace {
     };
 }
 
-/// The first chunk of a reader is small, so that it waits little: two requests of the kernel, the
-/// one that is waited for next and the one behind it. The next chunks grow.
+/// The first chunk of a reader is small, so that the reader does not wait for long: two requests of
+/// the kernel, the one it will wait for next and the one after that. Later chunks are larger.
 const FIRST_CHUNK_BYTES: u64 = 256 << 10;
-/// A reader that asked for nothing while others asked so often may lose its chunks: in requests of 128
-/// KiB, the kernel's usual ones, they were given as much as all buffers hold.
+/// A reader that asked for nothing during this many requests of others may lose its chunks. At 128
+/// KiB, the kernel's usual request, that is as much as all buffers hold.
 const IDLE_REQUESTS: u64 = (BUFFERS * BUFFER_BYTES / (128 << 10)) as u64;
-/// How many readers are known at a time: as many as can have a buffer, and as many that had one.
+/// How many readers are known at a time: as many as can have a buffer, and as many that had one
+/// before.
 const MAX_READERS: usize = 2 * BUFFERS;
 
 /// A range of a part.
@@ -83,7 +84,7 @@ impl Run {
     }
 }
 
-/// What is fetched, and for whom.
+/// What was fetched and will be, for which readers.
 #[derive(Debug, Default)]
 pub struct Fetch {
     table: Mutex<Table>,
@@ -100,28 +101,28 @@ struct Queue {
 #[derive(Debug, Default)]
 struct Table {
     readers: Vec<Reader>,
-    /// Requests so far, the clock of this table.
+    /// Requests so far: the clock of this table.
     now: u64,
 }
 
 #[derive(Debug)]
 struct Reader {
     id: u64,
-    /// In the order in which they were begun.
+    /// In the order in which they were started.
     pieces: Vec<Piece>,
     /// Bytes of all pieces so far.
     begun: u64,
     last_used: u64,
 }
 
-/// A piece of what a reader wants that is dealt with.
+/// A piece of what a reader wants, once something was decided about it.
 #[derive(Debug)]
 struct Piece {
     part: u32,
     range: Range<u64>,
-    /// `None` where nothing is to be fetched, and when all was given out.
+    /// `None` if nothing need be fetched, or if all of it was given out.
     chunk: Option<Arc<Chunk>>,
-    /// Whether the reader still wants it, as far as it has said.
+    /// Whether it is in what the reader wanted last.
     is_wanted: bool,
 }
 
@@ -131,20 +132,21 @@ impl Piece {
     }
 }
 
-/// A piece of a part, to be read or read already.
+/// A piece of a part that was read or will be.
 #[derive(Debug)]
 pub struct Chunk {
     part: u32,
     range: Range<u64>,
-    /// Taken by whoever reads the chunk.
+    /// Memory for it, until somebody takes it to read the chunk.
     empty: Mutex<Option<Buffer>>,
-    /// `None` if it could not be read; then each request for it finds out why.
+    /// `None` if it could not be read; each request for it then finds out why.
     read: OnceLock<Option<Buffer>>,
-    /// Bytes that were given out. The kernel asks for each once, unless it has forgotten it.
+    /// Bytes that were given out. The kernel asks for each byte once, unless it has dropped the
+    /// page.
     used: AtomicU64,
 }
 
-/// Bytes in the memory of a chunk, which stays as long as this.
+/// Bytes borrowed from a chunk, which is kept as long as they are.
 #[derive(Debug)]
 pub struct Held {
     chunk: Arc<Chunk>,
@@ -172,13 +174,13 @@ impl Chunk {
         }
     }
 
-    /// Where direct reads of it start.
+    /// Where a direct read of it starts.
     fn first(&self) -> u64 {
         self.range.start - self.range.start % DIRECT_ALIGNMENT
     }
 
-    /// The memory of the chunk, read now unless it is there; waits for another thread that reads it.
-    /// `None` if it cannot be read, and if the part has changed.
+    /// The memory of the chunk. It is read now unless it was read before; if another thread is
+    /// reading it, this waits. `None` if it cannot be read, or if the part has changed.
     fn read(&self, part: &PartFile) -> Option<&Buffer> {
         let read = self.read.get_or_init(|| {
             let mut buffer = self.empty.lock().take()?;
@@ -188,12 +190,12 @@ impl Chunk {
             let read = part.read_aligned(self.first(), &mut buffer[..aligned]);
             read.ok().map(|()| buffer)
         });
-        // What was read before a part changed is right, but nobody must see a mixture.
+        // What was read before a change is right, but nobody must see a mixture of both states.
         part.is_unchanged().ok()?;
         read.as_ref()
     }
 
-    /// The bytes of a range that lies in this chunk.
+    /// Borrows a range that lies in this chunk.
     pub fn hold(self: Arc<Self>, parts: &[PartFile], range: Range<u64>) -> Option<Held> {
         self.read(&parts[self.part as usize])?;
         self.used
@@ -203,7 +205,7 @@ impl Chunk {
         Some(Held { chunk: self, range })
     }
 
-    /// The bytes of the part that it holds, or will hold.
+    /// The range of the part that it holds or will hold.
     pub fn range(&self) -> Range<u64> {
         self.range.clone()
     }
@@ -228,9 +230,9 @@ impl Fetch {
         chunks
     }
 
-    /// Notes what a reader wants from now on, in this order: instead of all that it wanted before, so
-    /// nothing if there are no runs. Begins the chunks that start in the first `near` bytes of it, as
-    /// far as there are buffers, and returns them: they are read when they are asked for, or
+    /// Replaces what a reader wants by these runs, in this order; without any, the reader is
+    /// forgotten. Starts the chunks that begin in the first `near` bytes, as far as there are
+    /// buffers, and returns them. They are read when they are asked for, or once they are
     /// [queued](Self::queue).
     pub fn want(
         &self,
@@ -242,7 +244,7 @@ impl Fetch {
         self.table.lock().want(parts, reader, runs, near)
     }
 
-    /// Hands chunks to the threads that [read](Self::read_queued) them.
+    /// Hands chunks to the threads that read them.
     pub fn queue(&self, chunks: Vec<Arc<Chunk>>) {
         let count = chunks.len();
         self.queue.lock().chunks.extend(chunks);
@@ -266,7 +268,7 @@ impl Fetch {
                     self.queued.wait(&mut queue);
                 }
             };
-            // Of interest only if somebody else still holds it.
+            // Unless it was given up meanwhile.
             if Arc::strong_count(&chunk) > 1 {
                 chunk.read(&parts[chunk.part as usize]);
             }
@@ -302,8 +304,8 @@ impl Table {
             let is_in = |run: &Run| piece.touches(run.part, &run.range());
             piece.is_wanted = runs.iter().any(is_in);
         }
-        // Chunks that are not wanted any more may be asked for all the same, since requests overtake
-        // each other. They go when their buffers are needed.
+        // A chunk that is not wanted any more may still be asked for, since requests overtake each
+        // other. It is given up when its buffer is needed.
         reader.pieces.retain(|p| p.is_wanted || p.chunk.is_some());
         let mut begun = Vec::new();
         let mut passed = 0;
@@ -353,8 +355,8 @@ impl Table {
         self.readers.len() - 1
     }
 
-    /// The range that starts where `range` does and that no piece of the reader, and no chunk of
-    /// another one, deals with; or else where what deals with its start ends.
+    /// The range from the start of `range` that is neither in a piece of this reader nor in a chunk
+    /// of another. If its start is in one, the end of that one as an error.
     fn next_gap(&self, index: usize, part: u32, range: Range<u64>) -> Result<Range<u64>, u64> {
         let mut end = range.end;
         for (owner, reader) in self.readers.iter().enumerate() {
@@ -371,7 +373,7 @@ impl Table {
         Ok(range.start..end)
     }
 
-    /// The first piece of a range that nothing deals with yet; `None` if there is no buffer for it.
+    /// Makes the first piece of a gap; `None` if there is no buffer for it.
     fn begin(
         &mut self,
         parts: &[PartFile],
@@ -411,9 +413,9 @@ impl Table {
         Some(piece(end, Some(buffer).filter(|_| !is_cached)))
     }
 
-    /// Makes somebody give a buffer back: whoever does not want what is in it; who seems to have
-    /// stopped; else the reader with the most, if it has more than the one who needs it, what it
-    /// will need last.
+    /// Has a buffer given up: one that is not wanted any more, or those of readers that seem to
+    /// have stopped, or one of the reader with the most, if that has more than the one in need. The
+    /// latter loses what it would need last.
     fn make_room(&mut self, index: usize) {
         if self.readers.iter_mut().any(Reader::give_up_unwanted) {
             return;
@@ -444,12 +446,12 @@ impl Reader {
         self.pieces.iter().filter(|p| p.chunk.is_some()).count()
     }
 
-    /// Whether it seems to have stopped.
+    /// Whether it seems to have stopped reading.
     fn is_idle(&self, now: u64) -> bool {
         self.last_used + IDLE_REQUESTS < now
     }
 
-    /// Gives up a chunk that it does not want any more, if it has one.
+    /// Gives up a chunk that is not wanted any more; `false` if there is none.
     fn give_up_unwanted(&mut self) -> bool {
         let unwanted = |p: &Piece| !p.is_wanted && p.chunk.is_some();
         let place = self.pieces.iter().position(unwanted);

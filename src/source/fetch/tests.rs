@@ -198,7 +198,7 @@ fn two_readers_of_one_range_share_its_chunks() {
 }
 
 #[test]
-fn a_reader_without_buffers_gets_those_that_nobody_wants() {
+fn a_reader_without_buffers_takes_those_that_nobody_wants() {
     let sample = Sample::sparse(128 * MIB);
     assert_eq!(sample.begin(1, 0..64 * MIB).len(), BUFFERS);
     assert!(Buffer::are_all_taken());
@@ -207,7 +207,7 @@ fn a_reader_without_buffers_gets_those_that_nobody_wants() {
     assert_eq!(elsewhere[0].start, 70 * MIB);
     let other = sample.begin(2, 80 * MIB..84 * MIB);
     assert!(other.len() >= 4 && other[0].start == 80 * MIB);
-    // Who asks late for what nobody wanted any more finds some of it there.
+    // A late request for what was given up may still find some of it.
     assert!(
         !sample
             .source
@@ -219,7 +219,7 @@ fn a_reader_without_buffers_gets_those_that_nobody_wants() {
 }
 
 #[test]
-fn a_reader_without_buffers_gets_one_of_the_reader_who_has_the_most() {
+fn a_reader_without_buffers_takes_one_from_the_reader_with_the_most() {
     let sample = Sample::sparse(128 * MIB);
     assert_eq!(sample.begin(1, 0..64 * MIB).len(), BUFFERS);
     let other = sample.begin(2, 80 * MIB..84 * MIB);
