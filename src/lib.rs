@@ -4,9 +4,9 @@
 //! The way of the data, each step a module:
 //!
 //! ```text
-//! model.gguf ─> gguf ──────> layout ───────> tree ──┬─> fuse, mounts   serve it
-//!               what is      what goes       files  ├─> materialize    writes it
-//!               in it        where           = extents └─> verify      compares with it
+//! model.gguf ─> gguf ──────> layout ───────> tree ──┬─> served, fuse, mounts   serve it
+//!               what is      what goes       files  ├─> materialize            writes it
+//!               in it        where           = extents └─> verify              compares with it
 //!               source: the only code that reads model bytes
 //! ```
 //!

@@ -50,7 +50,7 @@ const LOOK: Duration = Duration::from_millis(100);
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// The terminal, given back when dropped.
-pub struct Screen {
+pub struct LiveTerminal {
     terminal: DefaultTerminal,
     /// Whether the view has the terminal. Restoring it twice would move the shell's cursor.
     is_taken: bool,
@@ -58,7 +58,7 @@ pub struct Screen {
     taken: Arc<AtomicI32>,
 }
 
-impl Screen {
+impl LiveTerminal {
     /// Takes the terminal.
     pub fn take() -> anyhow::Result<Self> {
         ensure!(
@@ -130,7 +130,7 @@ impl Screen {
                 self.suspend()?;
                 Ok(true)
             }
-            signal => Err(anyhow::Error::msg(Interrupted(signal))),
+            signal => Err(interrupted(signal)),
         }
     }
 
@@ -150,7 +150,7 @@ impl Screen {
             match self.taken.swap(0, Ordering::AcqRel) {
                 0 | libc::SIGTSTP if is_in_foreground() => break,
                 0 | libc::SIGTSTP => {}
-                signal => return Err(anyhow::Error::msg(Interrupted(signal))),
+                signal => return Err(interrupted(signal)),
             }
         }
         self.is_taken = true;
@@ -168,10 +168,15 @@ impl Screen {
     }
 }
 
-impl Drop for Screen {
+impl Drop for LiveTerminal {
     fn drop(&mut self) {
         self.give_back();
     }
+}
+
+/// The end of the view by a signal: the exit status is 128 and its number.
+fn interrupted(signal: i32) -> anyhow::Error {
+    anyhow::Error::msg(Interrupted(signal))
 }
 
 /// Whether this process may write to the terminal; always, if no shell controls that.

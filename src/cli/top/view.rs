@@ -12,7 +12,7 @@ use ratatui::text::{Line, Span};
 
 use super::super::text;
 use super::heat::{Grid, Heat, Measure};
-use super::terminal::Screen;
+use super::terminal::LiveTerminal;
 use super::{Sample, latencies};
 
 /// From grey to red, in the 256 colours that most terminals have.
@@ -46,15 +46,15 @@ pub fn run(
         recent: false,
         colours: text::may_be_coloured(),
     };
-    view.show(&mut Screen::take()?, interval)
+    view.show(&mut LiveTerminal::take()?, interval)
 }
 
 impl View<'_> {
-    fn show(&mut self, screen: &mut Screen, interval: Duration) -> anyhow::Result<()> {
+    fn show(&mut self, terminal: &mut LiveTerminal, interval: Duration) -> anyhow::Result<()> {
         let mut next = Instant::now() + interval;
         loop {
-            screen.draw(|frame| self.draw(frame))?;
-            if let Some(key) = screen.key(next)? {
+            terminal.draw(|frame| self.draw(frame))?;
+            if let Some(key) = terminal.key(next)? {
                 if self.ends(key) {
                     return Ok(());
                 }

@@ -304,8 +304,7 @@ impl Table {
             let is_in = |run: &Run| piece.touches(run.part, &run.range());
             piece.is_wanted = runs.iter().any(is_in);
         }
-        // A chunk that is not wanted any more may still be asked for, since requests overtake each
-        // other. It is given up when its buffer is needed.
+        // Chunks that are not wanted any more are given up when their buffers are needed.
         reader.pieces.retain(|p| p.is_wanted || p.chunk.is_some());
         let mut begun = Vec::new();
         let mut passed = 0;
@@ -451,10 +450,14 @@ impl Reader {
         self.last_used + IDLE_REQUESTS < now
     }
 
-    /// Gives up a chunk that is not wanted any more; `false` if there is none.
+    /// Gives up the oldest chunk that is not wanted any more; `false` if there is none.
+    /// The last one stays: requests that were overtaken will ask for it.
     fn give_up_unwanted(&mut self) -> bool {
-        let unwanted = |p: &Piece| !p.is_wanted && p.chunk.is_some();
-        let place = self.pieces.iter().position(unwanted);
+        let unwanted = |p: &&Piece| !p.is_wanted && p.chunk.is_some();
+        if self.pieces.iter().filter(unwanted).count() < 2 {
+            return false;
+        }
+        let place = self.pieces.iter().position(|p| unwanted(&p));
         place.map(|place| self.pieces.remove(place)).is_some()
     }
 }
