@@ -11,6 +11,7 @@ mod view;
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
@@ -109,6 +110,20 @@ impl Sample {
             State::Stale => fail(TopError::Stale)?,
             State::NotReadable => fail(TopError::NotReadable)?,
         }
+        // It may stop answering between that question and this one, for which only a thread waits.
+        let (sender, receiver) = mpsc::channel();
+        let asked = root.to_owned();
+        let ask = move || {
+            let _ = sender.send(Self::ask(&asked)); // perhaps nobody waits any more
+        };
+        std::thread::Builder::new()
+            .spawn(ask)
+            .context("cannot start a thread")?;
+        let sample = receiver.recv_timeout(PATIENCE);
+        sample.unwrap_or_else(|_| Err(TopError::NotAnswering(root.to_owned()).into()))
+    }
+
+    fn ask(root: &Path) -> anyhow::Result<Self> {
         let stats = attribute(root, STATS_ATTRIBUTE)?;
         let stats = stats.ok_or_else(|| TopError::NotCounted(root.to_owned()))?;
         let stats: Snapshot = serde_json::from_slice(&stats)?;
@@ -123,6 +138,9 @@ impl Sample {
         })
     }
 }
+
+/// How long a mount that has just answered may take to tell its counters, on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// An extended attribute; `None` if the file has no such.
 fn attribute(path: &Path, name: &str) -> anyhow::Result<Option<Vec<u8>>> {

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use odmoe_fs::mounts::Signals;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
 use ratatui::crossterm::execute;
@@ -70,7 +70,7 @@ impl LiveTerminal {
             // before signals are taken, since a stopped process could not obey them.
             kill_process(getpid(), Signal::TTOU)?;
         }
-        let taken = take_signals()?;
+        let taken = take_signals().context("cannot start a thread")?;
         // This also restores the terminal after a panic.
         let terminal = ratatui::try_init()?;
         Ok(Self {
@@ -190,7 +190,7 @@ fn take_signals() -> io::Result<Arc<AtomicI32>> {
     let signals = Signals::block(&[ENDING, &[libc::SIGTSTP]].concat())?;
     let taken = Arc::new(AtomicI32::new(0));
     let told = taken.clone();
-    std::thread::spawn(move || {
+    let take = move || {
         while let Ok(signal) = signals.wait() {
             if signal == libc::SIGTSTP {
                 // Never replaces a signal that ends the process.
@@ -202,6 +202,7 @@ fn take_signals() -> io::Result<Arc<AtomicI32>> {
             ratatui::restore();
             std::process::exit(128 + signal);
         }
-    });
+    };
+    std::thread::Builder::new().spawn(take)?;
     Ok(taken)
 }
