@@ -25,7 +25,7 @@ pub fn default_jobs() -> NonZeroUsize {
 /// Threads that find descriptors to work with: a file and a part that must be opened again for each.
 /// Parts that are kept open may take two thirds of all descriptors, and we a few.
 fn most_jobs() -> usize {
-    let limit = descriptor_limit().unwrap_or(256);
+    let limit = descriptor_limit();
     let left = usize::try_from(limit / 3).unwrap_or(usize::MAX);
     (left.saturating_sub(8) / 2).max(1)
 }

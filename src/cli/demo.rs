@@ -4,10 +4,9 @@
 //! the model's own bytes.
 
 use std::fs;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, bail, ensure};
 use odmoe_fs::gguf::GgmlType;
@@ -31,14 +30,20 @@ const EXPERT: u64 = 2;
 
 pub fn run(_: &DemoArgs) -> anyhow::Result<()> {
     let stop = Stop::on_signals()?;
-    stop.explain(demo(&stop.flag))
+    stop.explain(demo(&stop))
 }
 
-fn demo(stop: &AtomicBool) -> anyhow::Result<()> {
-    let folder = tempfile::Builder::new()
-        .prefix("odmoe-demo-")
-        .tempdir()
-        .context("cannot make a temporary folder")?;
+/// A folder that only this user may enter, whatever the umask, and that is removed when dropped.
+pub fn temporary_folder(prefix: &str, within: &Path) -> anyhow::Result<tempfile::TempDir> {
+    tempfile::Builder::new()
+        .prefix(prefix)
+        .permissions(fs::Permissions::from_mode(0o700))
+        .tempdir_in(within)
+        .with_context(|| format!("cannot make a temporary folder in {within:?}"))
+}
+
+fn demo(stop: &Stop) -> anyhow::Result<()> {
+    let folder = temporary_folder("odmoe-demo-", &std::env::temp_dir())?;
     let toy = ToyArgs {
         layers: 2,
         experts: 4,
@@ -48,7 +53,7 @@ fn demo(stop: &AtomicBool) -> anyhow::Result<()> {
         ggml_type: GgmlType::from_name("Q4_K").context("Q4_K is a type")?,
         ..ToyArgs::new(&folder.path().join("toy.gguf"))
     };
-    write_toy(&toy, Watch::silent(stop))?;
+    write_toy(&toy, Watch::silent(&stop.flag))?;
     let bytes = toy.out.metadata()?.len();
     print(&format!(
         "A toy model of 2 layers with 4 experts each, in Q4_K: toy.gguf, {}\n\n",
@@ -65,6 +70,7 @@ fn demo(stop: &AtomicBool) -> anyhow::Result<()> {
             mounted.unmount()?;
         }
         Err(e) => {
+            stop.check()?;
             print("\n$ odmoe-fs materialize toy.gguf out\n")?;
             let out = folder.path().join("out");
             run_self(&["materialize".as_ref(), toy.out.as_ref(), out.as_ref()])?;
@@ -76,10 +82,7 @@ fn demo(stop: &AtomicBool) -> anyhow::Result<()> {
         .close()
         .context("cannot remove the temporary folder")?;
     // A Ctrl-C waits until here, where all is clean again.
-    ensure!(
-        !stop.load(Ordering::Relaxed),
-        "everything was removed again"
-    );
+    stop.check().context("everything was removed again")?;
     print("Everything was removed again. Next: odmoe-fs mount YOUR-MODEL.gguf DIRECTORY\n")
 }
 

@@ -5,10 +5,10 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use anyhow::{bail, ensure};
-use odmoe_fs::materialize::ignore_file_size_signal;
 use odmoe_fs::materialize::{Numbers, Options, Plan, Reflink, Selection};
 use odmoe_fs::model::Model;
 use odmoe_fs::mounts::odmoe_mount_of;
+use odmoe_fs::process::ignore_file_size_signal;
 use odmoe_fs::source::PageCache;
 use odmoe_fs::verify::{Comparison, Depth, What};
 use odmoe_fs::work::default_jobs;

@@ -26,7 +26,9 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand};
-use odmoe_fs::mounts::no_new_privileges;
+use odmoe_fs::process::{
+    close_inherited_descriptors, no_new_privileges, raise_descriptor_limit, reset_inherited_signals,
+};
 
 use self::diagnostics::{Diagnostics, LogFormat, Volume};
 use self::failure::{FOUND_SOMETHING, Failure, WRONG_USAGE, exit_code, is_broken_pipe};
@@ -153,9 +155,7 @@ fn help_mount(call: Result<HelperCall, String>) -> ExitCode {
 }
 
 fn execute(cli: &Cli) -> ExitCode {
-    if let Command::Mount(args) = &cli.command
-        && let Err(e) = args.leave_what_was_inherited()
-    {
+    if let Err(e) = set_up(cli) {
         return exit_code(Err(e), false);
     }
     let volume = Volume {
@@ -169,7 +169,7 @@ fn execute(cli: &Cli) -> ExitCode {
     let is_mount = matches!(cli.command, Command::Mount(_));
     diagnostics::start(volume, format, to_journal, is_mount);
     // More parts of a split set can stay open. Where it is refused, fewer do.
-    let _ = odmoe_fs::source::raise_descriptor_limit();
+    let _ = raise_descriptor_limit();
     if !cli.command.mounts() {
         no_new_privileges();
     }
@@ -189,6 +189,19 @@ fn execute(cli: &Cli) -> ExitCode {
         Command::Completions(args) => docs::complete(args),
     };
     exit_code(result, json)
+}
+
+/// Frees this process of what its caller may have handed down. To be called before anything is
+/// opened.
+fn set_up(cli: &Cli) -> anyhow::Result<()> {
+    reset_inherited_signals().context("cannot reset signals")?;
+    if let Command::Mount(args) = &cli.command
+        && args.leaves_a_daemon()
+    {
+        // SAFETY: nothing was opened yet, and std opens nothing by itself.
+        unsafe { close_inherited_descriptors() }.context("cannot close inherited descriptors")?;
+    }
+    Ok(())
 }
 
 /// The exit status of a command that looks whether all is well.

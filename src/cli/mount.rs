@@ -4,11 +4,9 @@ use std::fs::File;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, anyhow, ensure};
+use anyhow::{anyhow, ensure};
 use odmoe_fs::model::Model;
-use odmoe_fs::mounts::{
-    Cache, Mount, MountError, Options, close_inherited_descriptors, set_read_ahead,
-};
+use odmoe_fs::mounts::{Cache, Mount, MountError, Options, set_read_ahead};
 
 use super::diagnostics::{self, LogFormat};
 use super::doctor::complaints;
@@ -102,12 +100,9 @@ pub struct MountArgs {
 }
 
 impl MountArgs {
-    /// A daemon must not hold what it inherited. To be called before anything is opened.
-    pub fn leave_what_was_inherited(&self) -> anyhow::Result<()> {
-        if !self.foreground {
-            close_inherited_descriptors().context("cannot close inherited descriptors")?;
-        }
-        Ok(())
+    /// Whether the mount is served by a process that outlives this one.
+    pub fn leaves_a_daemon(&self) -> bool {
+        !self.foreground
     }
 
     /// Whether messages go to the journal, where there is one.

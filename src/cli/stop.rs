@@ -3,31 +3,46 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use odmoe_fs::mounts::Signals;
+use anyhow::Context;
+use odmoe_fs::process::Signals;
 
 /// Turns SIGINT, SIGTERM and SIGHUP into a flag, so that nothing unfinished is left behind. A second
-/// one changes nothing: the first is being obeyed.
+/// one ends the process at once, whatever that leaves.
 pub struct Stop {
-    /// Set when the work shall end.
+    /// Set when the work must end.
     pub flag: Arc<AtomicBool>,
     signal: Arc<OnceLock<i32>>,
 }
 
 impl Stop {
     pub fn on_signals() -> anyhow::Result<Self> {
-        let signals = Signals::block(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP])?;
+        let signals = Signals::block()?;
         let (flag, signal) = <(Arc<AtomicBool>, Arc<OnceLock<i32>>)>::default();
         let stop = Self {
             flag: flag.clone(),
             signal: signal.clone(),
         };
-        std::thread::spawn(move || {
+        let waiting = move || {
             if let Ok(first) = signals.wait() {
                 let _ = signal.set(first);
                 flag.store(true, Ordering::Relaxed);
             }
-        });
+            if let Ok(second) = signals.wait() {
+                std::process::exit(128 + second);
+            }
+        };
+        std::thread::Builder::new()
+            .spawn(waiting)
+            .context("cannot start the thread that waits for signals")?;
         Ok(stop)
+    }
+
+    /// Fails if a signal has come.
+    pub fn check(&self) -> anyhow::Result<()> {
+        match self.signal.get() {
+            Some(signal) => Err(anyhow::Error::new(Interrupted(*signal))),
+            None => Ok(()),
+        }
     }
 
     /// The result of the work, with the signal as the reason if it ended the work.
@@ -42,6 +57,8 @@ impl Stop {
 /// The context of an error when a signal ended the work: the exit status is 128 and its number.
 #[derive(Debug)]
 pub struct Interrupted(pub i32);
+
+impl std::error::Error for Interrupted {}
 
 impl std::fmt::Display for Interrupted {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

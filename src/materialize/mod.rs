@@ -33,7 +33,6 @@ use crate::layout::{
 };
 use crate::model::Model;
 use crate::source::ReadError;
-pub use crate::sys::process::ignore_file_size_signal;
 use crate::tree::Ino;
 pub use crate::work::Progress;
 

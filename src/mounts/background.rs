@@ -8,7 +8,7 @@ use std::io::{self, Read, Write};
 use std::path::Path;
 
 use super::{Mount, MountError};
-use crate::sys::process::{Forked, fork, leave_caller, wait_for};
+use crate::sys::process::{Ended, Forked, fork, leave_caller, wait_for};
 
 /// What the daemon says when it serves; no error message starts with it.
 const READY: u8 = 0;
@@ -85,13 +85,11 @@ fn wait_until_it_answers(directory: &Path) -> Result<(), MountError> {
     }
 }
 
-fn fate_of(child: i32) -> String {
+fn fate_of(child: rustix::process::Pid) -> String {
     match wait_for(child) {
-        Ok(status) if status == -libc::SIGABRT => {
-            "it gave up, as it does without memory".to_owned()
-        }
-        Ok(status) if status < 0 => format!("killed by signal {}", -status),
-        Ok(status) => format!("exit status {status}"),
+        Ok(Ended::Killed(libc::SIGABRT)) => "it gave up, as it does without memory".to_owned(),
+        Ok(Ended::Killed(signal)) => format!("killed by signal {signal}"),
+        Ok(Ended::Exited(status)) => format!("exit status {status}"),
         Err(e) => e.to_string(),
     }
 }

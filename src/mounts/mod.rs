@@ -30,7 +30,6 @@ pub use holders::Holder;
 pub use read_ahead::{ReadAheadError, set_read_ahead};
 pub use status::{MountStatus, State, state_of, status};
 pub use table::{MountEntry, mount_of, mount_table, odmoe_mount_of};
-pub(crate) use unmount::fusermount;
 pub use unmount::{UnmountError, unmount};
 
 pub use crate::fuse::Cache;
@@ -38,9 +37,8 @@ use crate::fuse::{OdmoeFs, Owner};
 use crate::model::Model;
 use crate::source::PageCache;
 use crate::sys::privileges;
-pub use crate::sys::privileges::no_new_privileges;
+use crate::sys::process::Signals;
 use crate::sys::process::effective_ids;
-pub use crate::sys::process::{Signals, close_inherited_descriptors};
 
 /// The file system type in mount tables.
 pub const FS_TYPE: &str = "fuse.odmoe";
@@ -230,8 +228,7 @@ impl Mount {
     /// receives those signals no more.
     pub fn serve(self, ready: impl FnOnce()) -> Result<(), MountError> {
         // Before any thread starts, so that all of them leave the signals to the one that waits.
-        let signals = Signals::block(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP])
-            .map_err(MountError::Background)?;
+        let signals = Signals::block().map_err(MountError::Background)?;
         let threads = self.config.n_threads.unwrap_or(1);
         try_workers(threads).map_err(|cause| MountError::Workers { threads, cause })?;
         let directory = self.directory;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::{MountEntry, MountError, Options, State, status, table, unmount};
-use crate::doctor::{DEVICE, user_allow_other};
+use crate::host::{DEVICE, fusermount, user_allow_other};
 use crate::model::Model;
 use crate::sys::process::effective_ids;
 
@@ -173,7 +173,7 @@ fn usable_fuse(options: &Options) -> Result<(), MountError> {
         _ => MountError::Device(e),
     })?;
     let is_root = effective_ids().0 == 0;
-    if !is_root && unmount::fusermount().is_none() {
+    if !is_root && fusermount().is_none() {
         return Err(MountError::NoFusermount);
     }
     if !is_root && options.allow_other && !user_allow_other() {

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use super::SUBTYPE;
 use super::processes::{descriptor_fields, process_folder, process_ids};
 use super::table::{self, MountEntry};
-use crate::doctor::DEVICE;
+use crate::host::DEVICE;
 use crate::sys::mount::{Answer, Question};
 
 /// How long a mount may take to answer.

@@ -1,13 +1,13 @@
 //! Unmounting: only ever one of ours, alike for root and for others.
 
 use std::io;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use super::holders::{Holder, holders};
 use super::{State, status, table};
+use crate::host::fusermount;
 use crate::sys;
 use crate::sys::process::Watched;
 
@@ -81,7 +81,7 @@ pub fn unmount(directory: &Path, lazy: bool) -> Result<PathBuf, UnmountError> {
                 e => Err(e),
             })?;
             if let Some(daemon) = daemon {
-                daemon.wait_for_end(ENDING);
+                daemon.ends_within(ENDING);
             }
         }
         _ => return Err(UnmountError::NotOurs(directory)),
@@ -133,24 +133,4 @@ fn run(directory: &Path, lazy: bool) -> Result<(), UnmountError> {
         return Err(refused(reason.to_owned()));
     }
     Err(refused(said.trim().to_owned()))
-}
-
-/// The setuid helper that mounts and unmounts for users, where fuser looks for it, too.
-pub(crate) fn fusermount() -> Option<PathBuf> {
-    if let Some(path) = std::env::var_os("FUSERMOUNT_PATH") {
-        return Some(PathBuf::from(path)).filter(|path| is_program(path));
-    }
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let folders: Vec<PathBuf> = std::env::split_paths(&path)
-        .chain(["/sbin".into(), "/bin".into()])
-        .collect();
-    ["fusermount3", "fusermount"]
-        .into_iter()
-        .flat_map(|name| folders.iter().map(move |folder| folder.join(name)))
-        .find(|candidate| is_program(candidate))
-}
-
-fn is_program(path: &Path) -> bool {
-    path.metadata()
-        .is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
 }

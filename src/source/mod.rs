@@ -28,7 +28,6 @@ use memmap2::Mmap;
 pub use open::{OpenError, open};
 
 use crate::sys;
-pub use crate::sys::process::raise_descriptor_limit;
 pub use crate::sys::read::DIRECT_ALIGNMENT;
 use crate::sys::read::{
     is_cached, only_what_is_read, read_exact_direct, read_exact_uncached, reopen_direct,

@@ -170,7 +170,7 @@ fn open_sibling(places: &[(PathBuf, PartName)], number: u64) -> Result<Option<Op
 /// A third of the descriptors: another is for reading past the page cache, and the rest for the
 /// process around us.
 fn descriptors_to_keep() -> usize {
-    let limit = sys::process::descriptor_limit().unwrap_or(256);
+    let limit = sys::process::descriptor_limit();
     usize::try_from(limit / 3).unwrap_or(usize::MAX)
 }
 

@@ -20,7 +20,7 @@ use anyhow::{Context, ensure};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, FromArgMatches};
 use odmoe_fs::gguf::{GGML_TYPES, GgmlType, MAX_TENSORS, PartName};
-use odmoe_fs::materialize::ignore_file_size_signal;
+use odmoe_fs::process::ignore_file_size_signal;
 use odmoe_fs::work::Progress;
 
 use self::plan::Plan;
