@@ -1,10 +1,13 @@
-//! Messages: on the standard error, and those of a daemon, which has none, in a file or in the journal.
+//! Messages: on the standard error as long as there is somebody who waits for the command, and those
+//! of a daemon in a file or in the journal.
 //!
-//! Which of the two a process is, its number tells: the daemon is forked off after all this is set up.
+//! All of this is set up before the daemon is forked off; it says then that it is the daemon, and
+//! later that it has left the terminal.
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use tracing::Level;
 use tracing::level_filters::LevelFilter;
@@ -38,6 +41,21 @@ const SOURCE: &str = "odmoe_fs::source";
 /// Where a daemon writes, once it is known.
 static LOG: OnceLock<File> = OnceLock::new();
 
+/// Whether this process is the daemon, whose messages are logged.
+static IS_LOGGED: AtomicBool = AtomicBool::new(false);
+/// Whether there still is a caller to tell.
+static HAS_TERMINAL: AtomicBool = AtomicBool::new(true);
+
+/// This process is the daemon.
+pub fn log_from_here() {
+    IS_LOGGED.store(true, Ordering::Relaxed);
+}
+
+/// From here on only the log is written to.
+pub fn leave_terminal() {
+    HAS_TERMINAL.store(false, Ordering::Relaxed);
+}
+
 /// From here on a daemon's messages go to this file.
 pub fn log_to(file: &File) -> io::Result<()> {
     let _ = LOG.set(file.try_clone()?);
@@ -59,15 +77,14 @@ pub fn start(volume: Volume, format: LogFormat, to_journal: bool, is_mount: bool
     } else {
         said.max(Level::INFO)
     };
-    let caller = std::process::id();
     let here = dynamic_filter_fn(move |metadata, _| {
         metadata.level() <= &said
-            && std::process::id() == caller
+            && HAS_TERMINAL.load(Ordering::Relaxed)
             && (is_mount || metadata.target() != SOURCE)
     });
     let in_daemon = move || {
         dynamic_filter_fn(move |metadata, _| {
-            metadata.level() <= &logged && std::process::id() != caller
+            metadata.level() <= &logged && IS_LOGGED.load(Ordering::Relaxed)
         })
         .with_max_level_hint(LevelFilter::from_level(logged))
     };

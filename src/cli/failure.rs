@@ -3,16 +3,19 @@
 //! An error's text is "what; what to do", on one line, so that it can also stand in a log. Quoted
 //! in it are paths and names from models, in which nothing separates.
 
+use std::borrow::Cow;
 use std::error::Error;
+use std::fmt;
 use std::io::{self, Write};
 use std::process::ExitCode;
 
+use anyhow::Context;
 use odmoe_fs::materialize::MaterializeError;
 use odmoe_fs::model::ModelError;
 use odmoe_fs::mounts::{MountError, UnmountError};
 use odmoe_fs::source::{OpenError, ReadError};
 use odmoe_fs::verify::VerifyError;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::stop::Interrupted;
 use super::top::TopError;
@@ -38,10 +41,10 @@ pub const EXIT_STATUSES: [(&str, &str); 6] = [
 ];
 
 /// An error as it is told.
-#[derive(Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Failure {
     /// A name that stays the same when the words change.
-    pub code: &'static str,
+    pub code: Cow<'static, str>,
     /// What is wrong.
     pub message: String,
     /// What to do.
@@ -50,6 +53,9 @@ pub struct Failure {
 
 impl Failure {
     pub fn of(error: &anyhow::Error) -> Self {
+        if let Some(told) = error.downcast_ref::<Self>() {
+            return told.clone();
+        }
         let code = code(error);
         let text = format!("{error:#}");
         let (message, hint) = match split(&text) {
@@ -57,10 +63,21 @@ impl Failure {
             (message, None) => (message, general_hint(code, error)),
         };
         Self {
-            code,
+            code: code.into(),
             message: message.to_owned(),
             hint,
         }
+    }
+
+    /// For another process to tell.
+    pub fn to_json(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("texts are JSON")
+    }
+
+    /// What another process has to tell.
+    pub fn from_json(json: &[u8]) -> anyhow::Result<Self> {
+        serde_json::from_slice(json)
+            .context("the background process ended with a message that cannot be understood")
     }
 
     /// Tells it on the standard error, and with `json` also as `{"error": ...}` where the result
@@ -77,6 +94,14 @@ impl Failure {
     /// Nobody can be told if that fails, too.
     pub fn print_json(&self) {
         let _ = print_json(&serde_json::json!({ "error": self }));
+    }
+}
+
+impl Error for Failure {}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
     }
 }
 

@@ -230,7 +230,7 @@ fn usage(error: &clap::Error) -> ExitCode {
         let lines: Vec<_> = lines.take_while(|line| !line.is_empty()).collect();
         let message = lines.join(" ");
         let failure = Failure {
-            code: "usage",
+            code: "usage".into(),
             message: message.trim_start_matches("error: ").to_owned(),
             hint: "see --help".to_owned(),
         };

@@ -1,15 +1,22 @@
 //! `mount`: the tree on a directory, from the background or the foreground.
 
 use std::fs::File;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{anyhow, ensure};
 use odmoe_fs::model::Model;
-use odmoe_fs::mounts::{Cache, Mount, MountError, Options, set_read_ahead};
+use odmoe_fs::mounts::{
+    self, Cache, Caller, Launched, Mount, MountError, Options, answers, launch, set_read_ahead,
+    unmount_stale,
+};
+use odmoe_fs::process::leave_caller;
 
 use super::diagnostics::{self, LogFormat};
 use super::doctor::complaints;
+use super::failure::Failure;
+use super::stop::Interrupted;
 use super::{ModelArg, say, text};
 
 /// Show a model as base_model/ and experts/ on a directory
@@ -139,19 +146,107 @@ fn read_ahead(text: &str) -> Result<ReadAheadArg, String> {
 }
 
 pub fn run(args: &MountArgs) -> anyhow::Result<()> {
-    mount(args).inspect_err(|e| {
-        // What keeps this one from working may not be what its error says.
-        if matches!(
-            e.downcast_ref(),
-            Some(MountError::Refused { .. } | MountError::DaemonDied(_) | MountError::Daemon(_))
-        ) {
-            let complaints = complaints();
-            complaints.lines().for_each(|line| tracing::warn!("{line}"));
+    if args.is_fake {
+        return open_model(args).map(drop);
+    }
+    if args.foreground {
+        return serve(args, |made| {
+            tell_systemd();
+            say(&format!("{}unmount with Ctrl-C\n", made.summary));
+            Ok(())
+        });
+    }
+    let launched = launch(
+        |caller| serve_in_background(args, caller),
+        |_| answers(&args.directory),
+    );
+    if !matches!(launched, Ok(Launched::Ready(_))) {
+        // What a daemon that died has mounted, if it came so far, nobody serves.
+        let _ = unmount_stale(&args.directory);
+    }
+    match launched? {
+        Launched::Ready(said) => say(&String::from_utf8_lossy(&said)),
+        Launched::Failed(said) => return Err(Failure::from_json(&said)?.into()),
+        Launched::Died(fate) => {
+            complain();
+            return Err(MountError::DaemonDied(fate).into());
         }
+        Launched::Interrupted(signal) => return Err(Interrupted(signal).into()),
+    }
+    Ok(())
+}
+
+/// Serves from a process of its own; returns its exit status.
+fn serve_in_background(args: &MountArgs, caller: Caller) -> i32 {
+    diagnostics::log_from_here();
+    let mut caller = Some(caller);
+    let served = serve(args, |made| {
+        let directory = text::shell(made.directory);
+        let said = format!(
+            "{}unmount with: odmoe-fs umount {directory}\n",
+            made.summary
+        );
+        diagnostics::leave_terminal();
+        leave_caller(made.log)?;
+        let caller = caller.take().expect("it is taken once");
+        caller.ready(said.as_bytes())
+    });
+    let Err(error) = served else {
+        return 0;
+    };
+    match caller {
+        Some(caller) => caller.failed(&Failure::of(&error).to_json()),
+        None => tracing::error!("{error:#}"),
+    }
+    1
+}
+
+/// A mount that was just made.
+struct Made<'a> {
+    directory: &'a Path,
+    /// What is in it, in a line.
+    summary: &'a str,
+    log: Option<&'a File>,
+}
+
+/// Opens the model, mounts, and serves; `ready` is called when the tree answers.
+fn serve<T>(args: &MountArgs, ready: impl FnOnce(Made) -> io::Result<T>) -> anyhow::Result<()> {
+    let served = prepare(args).and_then(|mount| {
+        let log = match &args.log_file {
+            Some(path) => Some(open_log(path, &mount)?),
+            None => None,
+        };
+        if let Some(log) = &log {
+            diagnostics::log_to(log)?;
+        }
+        let (directory, summary) = (mount.directory().to_owned(), summary(&mount));
+        let served = mount.serve(|| {
+            tune(&directory, args.readahead);
+            ready(Made {
+                directory: &directory,
+                summary: &summary,
+                log: log.as_ref(),
+            })
+        });
+        Ok(served?)
+    });
+    served.map_err(|e| match e.downcast_ref() {
+        Some(MountError::Interrupted(signal)) => Interrupted(*signal).into(),
+        Some(MountError::Refused { .. }) => {
+            complain();
+            e
+        }
+        _ => e,
     })
 }
 
-fn mount(args: &MountArgs) -> anyhow::Result<()> {
+/// What keeps a mount from working may not be what its error says.
+fn complain() {
+    let complaints = complaints();
+    complaints.lines().for_each(|line| tracing::warn!("{line}"));
+}
+
+fn open_model(args: &MountArgs) -> anyhow::Result<Model> {
     let model = Model::open(&args.model.model)?;
     if model.layout().experts().is_empty() {
         tracing::warn!(
@@ -159,9 +254,10 @@ fn mount(args: &MountArgs) -> anyhow::Result<()> {
             args.model.model
         );
     }
-    if args.is_fake {
-        return Ok(());
-    }
+    Ok(model)
+}
+
+fn prepare(args: &MountArgs) -> anyhow::Result<Mount> {
     let options = Options {
         nonempty: args.nonempty,
         replace: args.replace,
@@ -176,31 +272,11 @@ fn mount(args: &MountArgs) -> anyhow::Result<()> {
         },
         stats: args.stats,
     };
-    let mount = Mount::prepare(model, &args.directory, &options)?;
-    let log = match &args.log_file {
-        Some(path) => Some(open_log(path, &mount)?),
-        None => None,
-    };
-    if let Some(log) = &log {
-        diagnostics::log_to(log)?;
-    }
-    let summary = summary(&mount);
-    let directory = mount.directory().to_owned();
-    if args.foreground {
-        mount.serve(|| {
-            tune(&directory, args.readahead);
-            tell_systemd();
-            say(&format!("{summary}unmount with Ctrl-C\n"));
-        })?;
-    } else {
-        mount.serve_in_background(log.as_ref())?;
-        tune(&directory, args.readahead);
-        let directory = text::shell(&directory);
-        say(&format!(
-            "{summary}unmount with: odmoe-fs umount {directory}\n"
-        ));
-    }
-    Ok(())
+    Ok(Mount::prepare(
+        open_model(args)?,
+        &args.directory,
+        &options,
+    )?)
 }
 
 /// Tells a systemd unit with `Type=notify` that the tree answers; elsewhere it does nothing.
@@ -220,7 +296,7 @@ fn tune(directory: &Path, read_ahead: ReadAheadArg) {
     }
 }
 
-/// Opens the log for appending, and makes it if it is not there.
+/// Opens the log, unless it would be the model or lie below the mount.
 fn open_log(path: &Path, mount: &Mount) -> anyhow::Result<File> {
     let folder = std::path::absolute(path)?;
     let folder = folder
@@ -230,16 +306,11 @@ fn open_log(path: &Path, mount: &Mount) -> anyhow::Result<File> {
         !folder.is_some_and(|folder| folder.starts_with(mount.directory())),
         "the log {path:?} would lie below the mount, where nobody could read it; choose another place"
     );
-    let irregular = || format!("the log {path:?} is no regular file; choose one that is");
-    let log = File::options()
-        .append(true)
-        .create(true)
-        .custom_flags(libc::O_NONBLOCK) // else a pipe that nobody reads would hold us up
-        .open(path)
-        .map_err(|e| match e.raw_os_error() {
-            Some(libc::ENXIO | libc::EISDIR) => anyhow!(irregular()),
-            _ => anyhow!(e).context(format!("cannot open the log {path:?}")),
-        })?;
+    let irregular = || format!("the log {path:?} is not a regular file; choose one that is");
+    let log = mounts::open_log(path).map_err(|e| match e.raw_os_error() {
+        Some(libc::ENXIO | libc::EISDIR) => anyhow!(irregular()),
+        _ => anyhow!(e).context(format!("cannot open the log {path:?}")),
+    })?;
     let metadata = log.metadata()?;
     ensure!(
         metadata.is_file() || metadata.file_type().is_char_device(),

@@ -5,6 +5,7 @@
 pub mod copy;
 pub mod mount;
 pub mod privileges;
+pub mod probe;
 pub mod process;
 pub mod read;
 

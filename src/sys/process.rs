@@ -110,6 +110,12 @@ pub fn wait_for(child: Pid) -> io::Result<Ended> {
     }
 }
 
+/// Asks a child that was not waited for yet to end.
+pub fn terminate(child: Pid) {
+    // It may have ended by itself.
+    let _ = rustix::process::kill_process(child, rustix::process::Signal::TERM);
+}
+
 /// A process of anybody, whose end can be waited for.
 pub struct Watched(#[cfg(target_os = "linux")] OwnedFd);
 
@@ -240,4 +246,16 @@ fn is_ignored(signal: i32) -> io::Result<bool> {
     // SAFETY: a null new action only asks; the pointer is to a sigaction.
     check(unsafe { libc::sigaction(signal, std::ptr::null(), &mut action) })?;
     Ok(action.sa_sigaction == libc::SIG_IGN)
+}
+
+/// Makes the allocator use one arena for all threads.
+///
+/// glibc reserves 64 MiB of address space for the arena of each thread, which a limit on that
+/// (`ulimit -v`) counts. The daemon allocates so seldom that its threads never wait for each other.
+pub fn use_one_arena() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: it takes numbers only. A refusal changes nothing.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
 }

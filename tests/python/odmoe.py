@@ -282,8 +282,8 @@ def foreground(model, where, *flags, user=ME):
     command = [str(word) for word in (user.binary, "mount", "-f", model, where, *flags)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **user.switch())
     try:
-        wait_for(lambda: mount_at(where) or process.poll() is not None)
-        assert process.poll() is None, process.stderr.read()
+        said = process.stdout.readline()
+        assert said.startswith("mounted on "), process.stderr.read()
         yield process
     finally:
         detach(where)

@@ -43,7 +43,7 @@ def test_the_troubleshooting_page_knows_the_errors_of_mounting_and_unmounting():
     page = re.sub(r"\s+", " ", (REPO / "docs/TROUBLESHOOTING.md").read_text())
     for words in (
         "cannot be started", "is not empty", "already mounted", "does not answer", "modprobe fuse", "chmod 0666",
-        "fuse3", "user_allow_other", "is in use by", "another user has mounted it",
+        "fuse3", "user_allow_other", "is in use", "was mounted by another user", "was aborted",
     ):
         assert words in page
 

@@ -112,6 +112,34 @@ def test_names_cannot_break_the_table(model, public):
         assert str(where) in [line["directory"] for line in json.loads(succeed("status", "--json"))]
 
 
+def test_paths_that_lead_out_of_a_mount_are_those_of_the_caller(person, model, folder, public):
+    """The working directory lies in a mount, which need not answer."""
+    other = public / "other"
+    other.mkdir()
+    shutil.chown(other, person.uid, person.gid)
+
+    def from_within(*arguments):
+        script = 'cd "$1"; shift; exec "$@"'
+        return run("sh", "-c", script, "sh", folder / "experts", person.binary, *arguments, user=person)
+
+    with mounted(model, folder, user=person):
+        assert from_within("mount", f"../../{model.name}", "../../other").returncode == 0
+        assert mount_at(other)
+        assert from_within("umount", "../../other").returncode == 0
+        assert mount_at(other) is None
+        done = from_within("verify", f"../../{model.name}", "..")
+        assert done.returncode == 0, done.stderr
+        done = from_within("mount", f"../../{model.name}", "../base_model")
+        assert done.returncode == 1 and "lies inside the odmoe-fs mount" in done.stderr
+        script = f'cd "{folder}/experts"; "{person.binary}" umount ..'
+        done = run("sh", "-c", script, user=person)
+        assert done.returncode == 1 and "is in use by sh (process " in done.stderr
+    succeed("mount", model, folder, user=person)
+    # What stands there itself is not in its own way.
+    assert from_within("umount", "..").returncode == 0
+    assert mount_at(folder) is None
+
+
 # --- dead -----------------------------------------------------------------------------------------------------------
 
 

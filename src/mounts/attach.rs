@@ -1,0 +1,191 @@
+//! Making a mount: from a directory that is held to a descriptor of the FUSE device whose mount lies
+//! on it.
+//!
+//! Root mounts with the system call, on the directory that was checked and not on its name. Others
+//! mount with the set-user-id helper, which checks by itself. `fuser` could do both, but resolves the
+//! directory's name once more.
+
+use std::fs::File;
+use std::io::{self, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use rustix::mount::{MountFlags, mount};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SocketFlags, SocketType,
+    recvmsg, socketpair,
+};
+
+use super::place::Place;
+use super::{MountError, SUBTYPE};
+use crate::host::{self, DEVICE};
+
+/// What the kernel is told of a mount.
+#[derive(Debug)]
+pub(super) struct Wishes {
+    /// What is mounted, in mount tables.
+    pub source: String,
+    pub allow_other: bool,
+}
+
+/// A mount that was just made.
+pub(super) struct Made {
+    /// The descriptor by which it is served.
+    pub device: OwnedFd,
+    /// Whether this process made it by itself, and so can unmount it.
+    pub by_ourselves: bool,
+}
+
+/// Mounts on a directory that is held.
+pub(super) fn make(place: &Place, wishes: &Wishes) -> Result<Made, MountError> {
+    let refused = |reason: String| MountError::Refused {
+        directory: place.path().to_owned(),
+        reason,
+    };
+    if host::may_mount() != Some(false) {
+        match by_ourselves(place, wishes) {
+            Ok(device) => {
+                return Ok(Made {
+                    device,
+                    by_ourselves: true,
+                });
+            }
+            Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {} // the helper may
+            Err(e) => return Err(refused(e.to_string())),
+        }
+    }
+    let helper = host::fusermount().ok_or_else(|| refused(explain(NOT_PERMITTED)))?;
+    let device = by_helper(&helper, place, wishes).map_err(|said| refused(explain(&said)))?;
+    Ok(Made {
+        device,
+        by_ourselves: false,
+    })
+}
+
+fn by_ourselves(place: &Place, wishes: &Wishes) -> io::Result<OwnedFd> {
+    let device = File::options().read(true).write(true).open(DEVICE)?;
+    let user = rustix::process::getuid().as_raw();
+    let group = rustix::process::getgid().as_raw();
+    let allow_other = if wishes.allow_other {
+        ",allow_other"
+    } else {
+        ""
+    };
+    // Nothing in this comes from a user. `rootmode` is that of a directory.
+    let options = format!(
+        "fd={},rootmode=40000,user_id={user},group_id={group},subtype={SUBTYPE},default_permissions{allow_other}",
+        device.as_raw_fd()
+    );
+    let flags = MountFlags::RDONLY
+        | MountFlags::NOSUID
+        | MountFlags::NODEV
+        | MountFlags::NOEXEC
+        | MountFlags::NOATIME;
+    // The working directory is the one name that nobody can give to another directory.
+    place.enter()?;
+    let mounted = mount(
+        wishes.source.as_str(),
+        ".",
+        "fuse",
+        flags,
+        Some(std::ffi::CString::new(options)?.as_c_str()),
+    );
+    std::env::set_current_dir("/")?;
+    mounted?;
+    Ok(device.into())
+}
+
+/// Mounts with the helper, which sends the descriptor through a socket; fails with what it said.
+///
+/// Protocol: fusermount3(1) and `util/fusermount.c` of libfuse 3.
+fn by_helper(helper: &Path, place: &Place, wishes: &Wishes) -> Result<OwnedFd, String> {
+    let failed = |e: io::Error| format!("{helper:?} cannot be run: {e}");
+    // Not closed by `exec`: the helper inherits its end. No other program is started meanwhile.
+    let (ours, theirs) = socketpair(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::empty(),
+        None,
+    )
+    .map_err(|e| failed(e.into()))?;
+    rustix::io::fcntl_setfd(&ours, rustix::io::FdFlags::CLOEXEC).map_err(|e| failed(e.into()))?;
+    let mut options = format!(
+        "ro,nosuid,nodev,noexec,noatime,default_permissions,fsname={},subtype={SUBTYPE}",
+        wishes.source
+    );
+    if wishes.allow_other {
+        options += ",allow_other";
+    }
+    let child = Command::new(helper)
+        .args(["-o", &options, "--"])
+        .arg(place.path())
+        .env("_FUSE_COMMFD", theirs.as_raw_fd().to_string())
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(failed)?;
+    drop(theirs);
+    let received = receive(&ours);
+    let output = child.wait_with_output().map_err(failed)?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    match received {
+        Ok(Some(device)) if output.status.success() => {
+            for line in said.lines() {
+                tracing::info!("{line}");
+            }
+            Ok(device)
+        }
+        Err(e) => Err(failed(e)),
+        // It has unmounted again what it could not hand over.
+        _ if said.trim().is_empty() => Err(format!("{helper:?} ended with {}", output.status)),
+        _ => Err(said.trim().to_owned()),
+    }
+}
+
+/// The descriptor that comes through a socket; `None` at its end.
+fn receive(socket: &OwnedFd) -> io::Result<Option<OwnedFd>> {
+    let mut byte = [0];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    loop {
+        let pieces = &mut [IoSliceMut::new(&mut byte)];
+        match recvmsg(socket, pieces, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
+            Err(rustix::io::Errno::INTR) => {}
+            Err(e) => return Err(e.into()),
+            Ok(_) => break,
+        }
+    }
+    let device = ancillary.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
+        _ => None,
+    });
+    Ok(device)
+}
+
+/// What mount(2) says to those who may not.
+const NOT_PERMITTED: &str = "Operation not permitted";
+
+/// What the mount helper or the kernel said, with the cure of the usual cases, as far as their cause
+/// is established.
+fn explain(said: &str) -> String {
+    let said = said.trim().trim_start_matches("fusermount3: ");
+    let cure = if said.contains("write access") || said.contains("ermission denied") {
+        "; you must own the directory, or be allowed to write to it".to_owned()
+    } else if said.contains(NOT_PERMITTED) {
+        match (host::container_cure(), host::may_mount()) {
+            (Some(cure), _) => format!("; start the container with {cure}"),
+            (None, Some(false)) if rustix::process::geteuid().is_root() => {
+                "; this root lacks CAP_SYS_ADMIN, so mount as a root that has it".to_owned()
+            }
+            _ => String::new(),
+        }
+    } else if said.contains("too many FUSE") {
+        "; raise mount_max in /etc/fuse.conf".to_owned()
+    } else {
+        String::new()
+    };
+    format!("{said}{cure}")
+}
