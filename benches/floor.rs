@@ -14,8 +14,9 @@ use fuser::{
     ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEntry, ReplyOpen, ReplyStatfs,
     ReplyXattr, Request, SessionACL,
 };
-use odmoe_fs::fuse::{Cache, OdmoeFs, Owner};
+use odmoe_fs::fuse::OdmoeFs;
 use odmoe_fs::model::Model;
+use odmoe_fs::served::{Cache, Owner, Served};
 
 /// Mount a model's tree with zeroes in all files, and stay until it is unmounted
 #[derive(Parser)]
@@ -38,7 +39,8 @@ struct Floor(OdmoeFs);
 fn main() -> anyhow::Result<()> {
     let cli = Cli::parse();
     let owner = Owner { uid: 0, gid: 0 };
-    let floor = Floor(OdmoeFs::new(Model::open(&cli.model)?, owner, Cache::Mount));
+    let served = Served::new(Model::open(&cli.model)?, owner, Cache::Mount);
+    let floor = Floor(OdmoeFs::new(served));
     let mut config = Config::default();
     config.mount_options = vec![
         MountOption::RO,
@@ -68,7 +70,7 @@ impl Filesystem for Floor {
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        let file_bytes = self.0.model().tree().size(ino.0).unwrap_or(0);
+        let file_bytes = self.0.served().model().tree().size(ino.0).unwrap_or(0);
         let left = file_bytes.saturating_sub(offset).min(size.into());
         reply.data(&ZEROES[..left as usize]);
     }

@@ -1,11 +1,9 @@
-//! The FUSE adapter: arguments in, a call of the tree or the model, a reply out. Nothing is
-//! decided here but how to say it to the kernel.
+//! The FUSE adapter: a request of the kernel in, a call of [`Served`], a reply out. Nothing is
+//! decided here but how to say it to the kernel, and what of it to log.
 //!
 //! Since the tree never changes, names and attributes are good for ever, pages stay cached, and
-//! files need no opening: `open` and `opendir` answer ENOSYS, which the kernel remembers. (Not with
-//! [`Cache::Model`]: that reads go past the page cache, is said when a file is opened.)
+//! files need no opening: `open` and `opendir` answer ENOSYS, which the kernel remembers.
 
-use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::fmt;
 use std::io;
@@ -13,8 +11,7 @@ use std::ops::ControlFlow;
 use std::os::unix::ffi::OsStrExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use fuser::{
     BsdFileFlags, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType, Filesystem,
@@ -23,12 +20,11 @@ use fuser::{
     ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
-use crate::ahead::ReadAhead;
-use crate::model::Model;
-use crate::source::ReadError;
-use crate::stats::{Operation, Stats};
-use crate::tree::{Ino, Kind, ROOT, Tree};
+use self::errors::ErrorLog;
+use crate::served::{Attributes, Cache, Opening, Refusal, Served};
+use crate::tree::{Kind, Tree};
 
+mod errors;
 #[cfg(test)]
 mod tests;
 
@@ -36,170 +32,95 @@ mod tests;
 const FOR_EVER: Duration = Duration::from_secs(u32::MAX as u64);
 /// One generation of inode numbers: they are never reused.
 const GENERATION: Generation = Generation(0);
-/// The unit of `st_blocks`, by POSIX.
-const STAT_BLOCK_BYTES: u64 = 512;
-/// The unit of `statfs`.
-const STATFS_BLOCK_BYTES: u32 = 4096;
-/// Programs size their buffers by `st_blksize`. On Linux 4096 keeps a look at a header small; on
-/// macOS it sets the size of reads, where small ones are slow or hang.
-const PREFERRED_BLOCK_BYTES: u32 = if cfg!(target_os = "macos") {
-    1 << 20
-} else {
-    4096
-};
-/// The longest name that Linux file systems allow; ours are far shorter.
-const MAX_NAME_BYTES: u32 = 255;
 
-/// Who owns the files of a mount.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Owner {
-    /// User id.
-    pub uid: u32,
-    /// Group id.
-    pub gid: u32,
-}
-
-/// Whose page cache keeps what was read.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Cache {
-    /// That of the mounted files: every way of reading works, and repeated reads are fast.
-    #[default]
-    Mount,
-    /// That of the model: every read of a mounted file comes to us, and is answered from there. Good
-    /// for loaders that read each byte once with `pread`, and for bytes that llama.cpp shares.
-    Model,
-    /// Both, so that other programs find in memory what was read through the mount.
-    Both,
-}
-
-/// A model as a file system.
+/// A model as the kernel sees it.
 #[derive(Debug)]
 pub struct OdmoeFs {
-    model: Arc<Model>,
-    ahead: ReadAhead,
-    owner: Owner,
-    modified: SystemTime,
-    cache: Cache,
-    /// What is counted of this mount, if anything is.
-    stats: Option<Stats>,
+    served: Served,
+    errors: ErrorLog,
     /// Whether the kernel takes ENOSYS for "needs no opening".
     opens_nothing: bool,
 }
 
-thread_local! {
-    /// The reply to a read, one per worker thread. It grows to the largest read, 1 MiB.
-    static REPLY: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
-}
-
 impl OdmoeFs {
-    /// A file system that shows `model`, all of it belonging to `owner`.
-    pub fn new(model: Model, owner: Owner, cache: Cache) -> Self {
-        let modified = model.source().modified();
-        let model = Arc::new(model);
+    /// Answers the kernel with what is served.
+    pub fn new(served: Served) -> Self {
         Self {
-            ahead: ReadAhead::new(model.clone()),
-            model,
-            owner,
-            modified,
-            cache,
-            stats: None,
+            served,
+            errors: ErrorLog::default(),
             opens_nothing: false,
         }
     }
 
-    /// Counts what is asked for from here on, and shows it as extended attributes of the root.
-    pub fn count(&mut self) {
-        self.stats = Some(Stats::new(&self.model));
+    /// What is served.
+    pub fn served(&self) -> &Served {
+        &self.served
     }
 
     fn named(&self, ino: INodeNo) -> Named<'_> {
-        Named(self.model.tree(), ino)
+        Named(self.served.model().tree(), ino)
     }
 
-    fn counted(&self, operation: Operation) {
-        if let Some(stats) = &self.stats {
-            stats.count(operation);
-        }
-    }
-
-    /// The model that is shown.
-    pub fn model(&self) -> &Model {
-        &self.model
-    }
-
-    fn attributes(&self, ino: Ino) -> Option<FileAttr> {
-        let tree = self.model.tree();
-        let size = tree.size(ino)?;
-        let (kind, perm, nlink) = match tree.kind(ino)? {
-            Kind::Directory => {
-                // One link for the name, one for `.`, one for `..` of each directory below; only
-                // the root has directories.
-                let below = if ino == ROOT {
-                    tree.children(ino)?
-                } else {
-                    0..0
-                };
-                let directories = below.end - below.start;
-                (FileType::Directory, 0o555, 2 + directories as u32)
-            }
-            Kind::File => (FileType::RegularFile, 0o444, 1),
+    /// Answers a request: an `operation`, and `what` it is about as messages tell it. A panic must not
+    /// cost the user the mount: the reply, dropped on the way out, tells the caller EIO.
+    fn answer(&self, operation: &str, what: fmt::Arguments, callback: impl FnOnce(&Asked)) {
+        tracing::debug!("{operation} {what}");
+        let asked = Asked {
+            errors: &self.errors,
+            operation,
+            what,
         };
-        Some(FileAttr {
-            ino: INodeNo(ino),
-            size,
-            blocks: size.div_ceil(STAT_BLOCK_BYTES),
-            atime: self.modified,
-            mtime: self.modified,
-            ctime: self.modified,
-            crtime: self.modified,
-            kind,
-            perm,
-            nlink,
-            uid: self.owner.uid,
-            gid: self.owner.gid,
-            rdev: 0,
-            blksize: PREFERRED_BLOCK_BYTES,
-            flags: 0,
-        })
-    }
-
-    /// Gives the entries of a directory from the `offset`-th on to `add`, until that says to stop:
-    /// `.`, `..`, then the children. With each goes the offset of the entry after it.
-    fn list(
-        &self,
-        directory: Ino,
-        offset: u64,
-        mut add: impl FnMut(Ino, u64, &str) -> ControlFlow<()>,
-    ) -> Result<(), Errno> {
-        let tree = self.model.tree();
-        let children = tree.children(directory).ok_or(Errno::ENOTDIR)?;
-        let parent = tree.parent(directory).unwrap_or(ROOT);
-        let dots = [(directory, "."), (parent, "..")];
-        let mut next = offset;
-        let mut add = |ino, name| {
-            next += 1;
-            add(ino, next, name)
+        let callback = || {
+            #[cfg(test)]
+            tests::panic_if_told(operation);
+            callback(&asked);
         };
-        for (ino, name) in dots.into_iter().skip(offset.min(2) as usize) {
-            if add(ino, name).is_break() {
-                return Ok(());
-            }
+        if catch_unwind(AssertUnwindSafe(callback)).is_err() {
+            tracing::error!("{asked} panicked; this is a bug in odmoe-fs");
         }
-        // Inode numbers count up, so that skipping those listed before costs nothing.
-        for ino in children.start.saturating_add(offset.saturating_sub(2))..children.end {
-            if add(ino, tree.name(ino).unwrap_or_default()).is_break() {
-                break;
-            }
-        }
-        Ok(())
     }
 
-    fn open_nothing(&self, reply: ReplyOpen, flags: FopenFlags) {
+    fn open_nothing(&self, asked: &Asked, reply: ReplyOpen, flags: FopenFlags) {
         if self.opens_nothing {
-            reply.error(Errno::ENOSYS);
+            reply.error(asked.refused(&Refusal::Unsupported));
         } else {
             reply.opened(FileHandle(0), flags);
         }
+    }
+}
+
+/// A request as messages tell it, such as `read "experts/registry.json": 4096 bytes at 0`.
+struct Asked<'a> {
+    errors: &'a ErrorLog,
+    operation: &'a str,
+    what: fmt::Arguments<'a>,
+}
+
+impl fmt::Display for Asked<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.operation, self.what)
+    }
+}
+
+impl Asked<'_> {
+    /// What the kernel is told of a refusal. The only place that logs one.
+    fn refused(&self, refusal: &Refusal) -> Errno {
+        let errno = match refusal {
+            Refusal::NotFound => Errno::ENOENT,
+            Refusal::NotADirectory => Errno::ENOTDIR,
+            Refusal::NameTooLong => Errno::ENAMETOOLONG,
+            Refusal::NoAttribute => Errno::NO_XATTR,
+            Refusal::AttributeTooLong => Errno::ERANGE,
+            Refusal::ReadOnly => Errno::EROFS,
+            Refusal::Unsupported => Errno::ENOSYS,
+            Refusal::Io(_) => Errno::EIO,
+        };
+        match refusal {
+            Refusal::Io(error) => self.errors.tell(self, error),
+            // Nothing is wrong: programs ask for what is not there all the time.
+            _ => tracing::debug!("{self}: {refusal}"),
+        }
+        errno
     }
 }
 
@@ -216,36 +137,41 @@ impl fmt::Display for Named<'_> {
     }
 }
 
-/// Runs a callback, and tells with `-vv` `what` it is asked for. A panic must not cost the user the
-/// mount: the reply, dropped on the way out, tells the caller EIO.
-fn guarded(operation: &str, ino: INodeNo, what: impl fmt::Display, callback: impl FnOnce()) {
-    tracing::debug!("{operation} {what}");
-    let callback = || {
-        #[cfg(test)]
-        tests::panic_if_told(operation);
-        callback();
-    };
-    if catch_unwind(AssertUnwindSafe(callback)).is_err() {
-        tracing::error!("{operation} of inode {ino} panicked; this is a bug in odmoe-fs");
+fn file_type(kind: Kind) -> FileType {
+    match kind {
+        Kind::Directory => FileType::Directory,
+        Kind::File => FileType::RegularFile,
     }
 }
 
-/// What a reader is told of a failed read.
-fn errno(error: &ReadError) -> Errno {
-    match error {
-        // Said once, by the source.
-        ReadError::Changed { .. } | ReadError::Reopen { .. } => {}
-        ReadError::Read { .. } => tracing::error!("{error}"),
+fn file_attr(attributes: &Attributes) -> FileAttr {
+    let time = attributes.modified;
+    FileAttr {
+        ino: INodeNo(attributes.ino),
+        size: attributes.size,
+        blocks: attributes.blocks,
+        atime: time,
+        mtime: time,
+        ctime: time,
+        crtime: time,
+        kind: file_type(attributes.kind),
+        perm: attributes.permissions,
+        nlink: attributes.links,
+        uid: attributes.owner.uid,
+        gid: attributes.owner.gid,
+        rdev: 0,
+        blksize: attributes.preferred_bytes,
+        flags: 0,
     }
-    Errno::EIO
 }
 
-/// Who asks with size 0 wants to know the size.
-fn reply_xattr(reply: ReplyXattr, value: &[u8], size: u32) {
-    match size {
-        0 => reply.size(value.len() as u32),
-        size if value.len() > size as usize => reply.error(Errno::ERANGE),
-        _ => reply.data(value),
+/// Size 0 asks for the length.
+fn reply_xattr(asked: &Asked, reply: ReplyXattr, value: Result<Vec<u8>, Refusal>, size: u32) {
+    match value {
+        Ok(value) if size == 0 => reply.size(value.len() as u32),
+        Ok(value) if value.len() <= size as usize => reply.data(&value),
+        Ok(_) => reply.error(asked.refused(&Refusal::AttributeTooLong)),
+        Err(refusal) => reply.error(asked.refused(&refusal)),
     }
 }
 
@@ -256,6 +182,18 @@ fn until_full(full: bool) -> ControlFlow<()> {
     } else {
         ControlFlow::Continue(())
     }
+}
+
+/// Callbacks that would change the tree. The mount is read-only, so that the kernel refuses them
+/// itself; these are for a mount that root has made writable with `mount -o remount,rw`.
+macro_rules! refused {
+    ($($callback:ident($($argument:ty),*) -> $reply:ty;)*) => {
+        $(fn $callback(&self, _: &Request, $(_: $argument,)* reply: $reply) {
+            let what = format_args!("that would change the tree");
+            let refused = |asked: &Asked| reply.error(asked.refused(&Refusal::ReadOnly));
+            self.answer(stringify!($callback), what, refused);
+        })*
+    };
 }
 
 impl Filesystem for OdmoeFs {
@@ -269,7 +207,7 @@ impl Filesystem for OdmoeFs {
                 tracing::info!("the kernel does not offer {wish:?}");
             }
         }
-        if self.cache == Cache::Model
+        if self.served.cache() == Cache::Model
             && config
                 .add_capabilities(InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP)
                 .is_err()
@@ -283,51 +221,47 @@ impl Filesystem for OdmoeFs {
         Ok(())
     }
 
+    fn destroy(&mut self) {
+        self.errors.tell_rest();
+    }
+
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let what = format_args!("{name:?} in {}", self.named(parent));
-        guarded("lookup", parent, what, || {
-            self.counted(Operation::Lookup);
-            let child = self.model.tree().lookup(parent.0, name.as_bytes());
-            match child.and_then(|ino| self.attributes(ino)) {
-                Some(attributes) => reply.entry(&FOR_EVER, &attributes, GENERATION),
-                None if name.len() > MAX_NAME_BYTES as usize => reply.error(Errno::ENAMETOOLONG),
-                None => reply.error(Errno::ENOENT),
+        self.answer("lookup", what, |asked| {
+            match self.served.lookup(parent.0, name.as_bytes()) {
+                Ok(attributes) => reply.entry(&FOR_EVER, &file_attr(&attributes), GENERATION),
+                Err(refusal) => reply.error(asked.refused(&refusal)),
             }
         });
     }
 
     fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        guarded("getattr", ino, self.named(ino), || {
-            self.counted(Operation::Getattr);
-            match self.attributes(ino.0) {
-                Some(attributes) => reply.attr(&FOR_EVER, &attributes),
-                None => reply.error(Errno::ENOENT),
-            }
-        });
+        self.answer(
+            "getattr",
+            format_args!("{}", self.named(ino)),
+            |asked| match self.served.attributes(ino.0) {
+                Ok(attributes) => reply.attr(&FOR_EVER, &file_attr(&attributes)),
+                Err(refusal) => reply.error(asked.refused(&refusal)),
+            },
+        );
     }
 
     fn open(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        guarded("open", ino, self.named(ino), || {
-            if let Some(stats) = &self.stats {
-                stats.opened(ino.0);
-            }
-            match self.cache {
-                // Who is told of every open cannot leave opening to the kernel.
-                Cache::Mount | Cache::Both if self.stats.is_some() => {
-                    reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE);
-                }
-                Cache::Mount | Cache::Both => {
-                    self.open_nothing(reply, FopenFlags::FOPEN_KEEP_CACHE);
-                }
-                Cache::Model => reply.opened(FileHandle(0), FopenFlags::FOPEN_DIRECT_IO),
-            }
-        });
+        self.answer(
+            "open",
+            format_args!("{}", self.named(ino)),
+            |asked| match self.served.open(ino.0) {
+                Opening::NotNeeded => self.open_nothing(asked, reply, FopenFlags::FOPEN_KEEP_CACHE),
+                Opening::KeepsPages => reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE),
+                Opening::KeepsNothing => reply.opened(FileHandle(0), FopenFlags::FOPEN_DIRECT_IO),
+            },
+        );
     }
 
     fn opendir(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        guarded("opendir", ino, self.named(ino), || {
+        self.answer("opendir", format_args!("{}", self.named(ino)), |asked| {
             let flags = FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_CACHE_DIR;
-            self.open_nothing(reply, flags);
+            self.open_nothing(asked, reply, flags);
         });
     }
 
@@ -343,21 +277,15 @@ impl Filesystem for OdmoeFs {
         reply: ReplyData,
     ) {
         let what = format_args!("{}: {size} bytes at {offset}", self.named(ino));
-        guarded("read", ino, what, || {
-            let counted = self.stats.as_ref().map(|stats| (stats, Instant::now()));
-            REPLY.with_borrow_mut(|buffer| {
-                let reply = |read: Result<&[u8], ReadError>| {
-                    let bytes = read.as_ref().ok().map(|bytes| bytes.len() as u64);
-                    match read {
-                        Ok(bytes) => reply.data(bytes),
-                        Err(error) => reply.error(errno(&error)),
+        self.answer("read", what, |asked| {
+            self.served
+                .read(ino.0, offset, size.into(), |answer| match answer {
+                    Ok(bytes) => {
+                        reply.data(bytes);
+                        self.errors.tell_overdue();
                     }
-                    if let Some((stats, began)) = counted {
-                        stats.read(ino.0, bytes, began.elapsed());
-                    }
-                };
-                self.ahead.read(ino.0, offset, size.into(), buffer, reply);
-            });
+                    Err(refusal) => reply.error(asked.refused(&refusal)),
+                });
         });
     }
 
@@ -370,19 +298,13 @@ impl Filesystem for OdmoeFs {
         mut reply: ReplyDirectory,
     ) {
         let what = format_args!("{} from entry {offset}", self.named(ino));
-        guarded("readdir", ino, what, || {
-            self.counted(Operation::Readdir);
-            let tree = self.model.tree();
-            let listed = self.list(ino.0, offset, |ino, next, name| {
-                let kind = match tree.kind(ino) {
-                    Some(Kind::Directory) => FileType::Directory,
-                    _ => FileType::RegularFile,
-                };
-                until_full(reply.add(INodeNo(ino), next, kind, name))
+        self.answer("readdir", what, |asked| {
+            let listed = self.served.list(ino.0, offset, |entry, next, name| {
+                until_full(reply.add(INodeNo(entry.ino), next, file_type(entry.kind), name))
             });
             match listed {
                 Ok(()) => reply.ok(),
-                Err(errno) => reply.error(errno),
+                Err(refusal) => reply.error(asked.refused(&refusal)),
             }
         });
     }
@@ -396,198 +318,71 @@ impl Filesystem for OdmoeFs {
         mut reply: ReplyDirectoryPlus,
     ) {
         let what = format_args!("{} from entry {offset}", self.named(ino));
-        guarded("readdirplus", ino, what, || {
-            self.counted(Operation::Readdir);
-            let listed = self.list(ino.0, offset, |ino, next, name| {
-                let Some(attributes) = self.attributes(ino) else {
-                    return ControlFlow::Break(());
-                };
-                let ino = INodeNo(ino);
-                until_full(reply.add(ino, next, name, &FOR_EVER, &attributes, GENERATION))
+        self.answer("readdirplus", what, |asked| {
+            let listed = self.served.list(ino.0, offset, |entry, next, name| {
+                let (ino, attr) = (INodeNo(entry.ino), file_attr(&entry));
+                until_full(reply.add(ino, next, name, &FOR_EVER, &attr, GENERATION))
             });
             match listed {
                 Ok(()) => reply.ok(),
-                Err(errno) => reply.error(errno),
+                Err(refusal) => reply.error(asked.refused(&refusal)),
             }
         });
     }
 
     fn statfs(&self, _: &Request, ino: INodeNo, reply: ReplyStatfs) {
-        guarded("statfs", ino, self.named(ino), || {
-            self.counted(Operation::Statfs);
-            let tree = self.model.tree();
-            let blocks = tree.total_size().div_ceil(STATFS_BLOCK_BYTES.into());
+        self.answer("statfs", format_args!("{}", self.named(ino)), |_| {
+            let room = self.served.room();
+            let block = room.block_bytes;
             reply.statfs(
-                blocks,
+                room.blocks,
                 0,
                 0,
-                tree.len(),
+                room.nodes,
                 0,
-                STATFS_BLOCK_BYTES,
-                MAX_NAME_BYTES,
-                STATFS_BLOCK_BYTES,
+                block,
+                room.name_bytes,
+                block,
             );
         });
     }
 
-    // ENOSYS holds for the whole connection: without it every `ls -l` asks twice per file.
-
     fn getxattr(&self, _: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
         let what = format_args!("{name:?} of {}", self.named(ino));
-        guarded("getxattr", ino, what, || match &self.stats {
-            None => reply.error(Errno::ENOSYS),
-            Some(stats) => {
-                let is_root = ino.0 == ROOT;
-                let layout = self.model.layout();
-                let value = is_root.then(|| stats.attribute(name.as_bytes(), layout));
-                match value.flatten() {
-                    Some(value) => reply_xattr(reply, &value, size),
-                    None => reply.error(Errno::NO_XATTR),
-                }
-            }
+        self.answer("getxattr", what, |asked| {
+            let value = self.served.extended_attribute(ino.0, name.as_bytes());
+            reply_xattr(asked, reply, value, size);
         });
     }
 
     fn listxattr(&self, _: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
-        guarded("listxattr", ino, self.named(ino), || match &self.stats {
-            None => reply.error(Errno::ENOSYS),
-            Some(stats) if ino.0 == ROOT => reply_xattr(reply, &stats.attribute_names(), size),
-            Some(_) => reply_xattr(reply, &[], size),
+        self.answer("listxattr", format_args!("{}", self.named(ino)), |asked| {
+            reply_xattr(asked, reply, self.served.extended_attributes(ino.0), size);
         });
     }
 
-    // The mount is read-only, so the kernel refuses changes itself. These are for a mount that
-    // root has made writable with `mount -o remount,rw`.
-
-    fn setattr(
-        &self,
-        _: &Request,
-        _: INodeNo,
-        _: Option<u32>,
-        _: Option<u32>,
-        _: Option<u32>,
-        _: Option<u64>,
-        _: Option<TimeOrNow>,
-        _: Option<TimeOrNow>,
-        _: Option<SystemTime>,
-        _: Option<FileHandle>,
-        _: Option<SystemTime>,
-        _: Option<SystemTime>,
-        _: Option<SystemTime>,
-        _: Option<BsdFileFlags>,
-        reply: ReplyAttr,
-    ) {
-        reply.error(Errno::EROFS);
-    }
-
-    fn mknod(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, _: u32, _: u32, reply: ReplyEntry) {
-        reply.error(Errno::EROFS);
-    }
-
-    fn mkdir(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, _: u32, reply: ReplyEntry) {
-        reply.error(Errno::EROFS);
-    }
-
-    fn unlink(&self, _: &Request, _: INodeNo, _: &OsStr, reply: ReplyEmpty) {
-        reply.error(Errno::EROFS);
-    }
-
-    fn rmdir(&self, _: &Request, _: INodeNo, _: &OsStr, reply: ReplyEmpty) {
-        reply.error(Errno::EROFS);
-    }
-
-    fn symlink(&self, _: &Request, _: INodeNo, _: &OsStr, _: &Path, reply: ReplyEntry) {
-        reply.error(Errno::EROFS);
-    }
-
-    fn rename(
-        &self,
-        _: &Request,
-        _: INodeNo,
-        _: &OsStr,
-        _: INodeNo,
-        _: &OsStr,
-        _: RenameFlags,
-        reply: ReplyEmpty,
-    ) {
-        reply.error(Errno::EROFS);
-    }
-
-    fn link(&self, _: &Request, _: INodeNo, _: INodeNo, _: &OsStr, reply: ReplyEntry) {
-        reply.error(Errno::EROFS);
-    }
-
-    fn create(
-        &self,
-        _: &Request,
-        _: INodeNo,
-        _: &OsStr,
-        _: u32,
-        _: u32,
-        _: i32,
-        reply: ReplyCreate,
-    ) {
-        reply.error(Errno::EROFS);
-    }
-
-    fn write(
-        &self,
-        _: &Request,
-        _: INodeNo,
-        _: FileHandle,
-        _: u64,
-        _: &[u8],
-        _: WriteFlags,
-        _: OpenFlags,
-        _: Option<LockOwner>,
-        reply: ReplyWrite,
-    ) {
-        reply.error(Errno::EROFS);
-    }
-
-    fn fallocate(
-        &self,
-        _: &Request,
-        _: INodeNo,
-        _: FileHandle,
-        _: u64,
-        _: u64,
-        _: i32,
-        reply: ReplyEmpty,
-    ) {
-        reply.error(Errno::EROFS);
-    }
-
-    fn copy_file_range(
-        &self,
-        _: &Request,
-        _: INodeNo,
-        _: FileHandle,
-        _: u64,
-        _: INodeNo,
-        _: FileHandle,
-        _: u64,
-        _: u64,
-        _: CopyFileRangeFlags,
-        reply: ReplyWrite,
-    ) {
-        reply.error(Errno::EROFS);
-    }
-
-    fn setxattr(
-        &self,
-        _: &Request,
-        _: INodeNo,
-        _: &OsStr,
-        _: &[u8],
-        _: i32,
-        _: u32,
-        reply: ReplyEmpty,
-    ) {
-        reply.error(Errno::EROFS);
-    }
-
-    fn removexattr(&self, _: &Request, _: INodeNo, _: &OsStr, reply: ReplyEmpty) {
-        reply.error(Errno::EROFS);
+    refused! {
+        setattr(
+            INodeNo, Option<u32>, Option<u32>, Option<u32>, Option<u64>, Option<TimeOrNow>,
+            Option<TimeOrNow>, Option<SystemTime>, Option<FileHandle>, Option<SystemTime>,
+            Option<SystemTime>, Option<SystemTime>, Option<BsdFileFlags>
+        ) -> ReplyAttr;
+        mknod(INodeNo, &OsStr, u32, u32, u32) -> ReplyEntry;
+        mkdir(INodeNo, &OsStr, u32, u32) -> ReplyEntry;
+        unlink(INodeNo, &OsStr) -> ReplyEmpty;
+        rmdir(INodeNo, &OsStr) -> ReplyEmpty;
+        symlink(INodeNo, &OsStr, &Path) -> ReplyEntry;
+        rename(INodeNo, &OsStr, INodeNo, &OsStr, RenameFlags) -> ReplyEmpty;
+        link(INodeNo, INodeNo, &OsStr) -> ReplyEntry;
+        create(INodeNo, &OsStr, u32, u32, i32) -> ReplyCreate;
+        write(
+            INodeNo, FileHandle, u64, &[u8], WriteFlags, OpenFlags, Option<LockOwner>
+        ) -> ReplyWrite;
+        fallocate(INodeNo, FileHandle, u64, u64, i32) -> ReplyEmpty;
+        copy_file_range(
+            INodeNo, FileHandle, u64, INodeNo, FileHandle, u64, u64, CopyFileRangeFlags
+        ) -> ReplyWrite;
+        setxattr(INodeNo, &OsStr, &[u8], i32, u32) -> ReplyEmpty;
+        removexattr(INodeNo, &OsStr) -> ReplyEmpty;
     }
 }

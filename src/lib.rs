@@ -70,6 +70,7 @@ pub mod model;
 pub mod mounts;
 pub mod process;
 pub mod safetensors;
+pub mod served;
 pub mod source;
 pub mod stats;
 mod sys;

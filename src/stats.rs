@@ -2,12 +2,18 @@
 //!
 //! The problem: counting must cost a reader nothing, and a user wants to see which experts are hot.
 //!
-//! The plan: relaxed atomics, one set for each file, and a histogram of latencies whose buckets grow with the
-//! numbers. Readers of the counters take [`Snapshot`]s; what they see of different counters may be of slightly
-//! different moments. What the kernel answers from its cache never reaches a file system: of a file that is cached,
-//! only opens are seen.
+//! The plan: atomics, one set for each file, and a histogram of latencies whose buckets grow with
+//! the numbers. Whoever wants to see them takes a [`Snapshot`] while readers go on counting, so its
+//! counters are of slightly different moments. Hence nothing in it is the difference of two sums,
+//! and a request is counted as a whole before it is counted by file: what a snapshot says of files
+//! is never more than what it says of all requests.
+//!
+//! What the kernel answers from its cache never reaches a file system: of a cached file, only opens
+//! are seen.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::collections::HashSet;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -18,7 +24,7 @@ use crate::tree::Ino;
 
 /// The extended attribute of a mount's root that holds a [`Snapshot`].
 pub const STATS_ATTRIBUTE: &str = "user.odmoe.stats";
-/// What the names of the others start with; a layer's number follows. Each holds [`Heat`]s.
+/// What the names of the others start with; a layer's number follows. Each holds [`ExpertUse`]s.
 pub const HEAT_ATTRIBUTE: &str = "user.odmoe.heat.";
 /// The longest value, and the longest list of names, that Linux takes.
 const MAX_ATTRIBUTE_BYTES: usize = 64 << 10;
@@ -32,10 +38,12 @@ pub struct Stats {
     operations: [AtomicU64; Operation::ALL.len()],
     errors: AtomicU64,
     latencies: Histogram,
-    /// Counters by inode number, for files without tensors, too.
+    /// Counters by inode number, also of files without tensors.
     files: Box<[Counter]>,
-    /// Of each expert its layer, its number and its inode, in order.
+    /// The layer, number and inode of each expert, in order.
     experts: Box<[(u32, u32, Ino)]>,
+    /// The inodes of all other files.
+    base: Box<[Ino]>,
 }
 
 /// What is counted of a request.
@@ -85,7 +93,10 @@ impl std::ops::AddAssign for Use {
 }
 
 /// The use of one expert: its number, opens, reads, bytes.
-pub type Heat = (u32, u64, u64, u64);
+pub type ExpertUse = (u32, u64, u64, u64);
+
+/// Consecutive numbers: the first and the last.
+pub type Run = (u32, u32);
 
 /// All counters but those of the single experts.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -102,10 +113,14 @@ pub struct Snapshot {
     pub base: Use,
     /// Of all experts together.
     pub experts: Use,
-    /// The number of experts of each layer that has some: `[layer, experts]`.
+    /// How many experts each layer has, if any: `[layer, experts]`.
     pub layers: Vec<(u32, u32)>,
     /// Whether there are more layers than are listed.
     pub layers_cut: bool,
+    /// Which experts the layers have whose experts are not numbered from 0 without a gap:
+    /// `[layer, [[first, last], ...]]`. What would be too long for an attribute is left out.
+    #[serde(default)]
+    pub numbers: Vec<(u32, Vec<Run>)>,
 }
 
 /// How long reads took, from the request to the reply, in microseconds. The percentiles are rounded up to the end of a
@@ -128,6 +143,9 @@ impl Stats {
             };
             Some((layer, expert, tree.find(&file.kind.path())?))
         });
+        let experts: Box<[_]> = experts.collect();
+        let of_experts: HashSet<Ino> = experts.iter().map(|expert| expert.2).collect();
+        let base = tree.files().filter(|file| !of_experts.contains(file));
         let inodes = tree.files().max().map_or(0, |last| last + 1);
         Self {
             started: Instant::now(),
@@ -135,7 +153,8 @@ impl Stats {
             errors: AtomicU64::new(0),
             latencies: Histogram::default(),
             files: (0..inodes).map(|_| Counter::default()).collect(),
-            experts: experts.collect(),
+            base: base.collect(),
+            experts,
         }
     }
 
@@ -148,75 +167,84 @@ impl Stats {
     pub fn opened(&self, file: Ino) {
         self.count(Operation::Open);
         if let Some(counter) = self.files.get(file as usize) {
-            counter.opens.fetch_add(1, Relaxed);
+            counter.opens.fetch_add(1, Release);
         }
     }
 
-    /// Counts a read that was answered; `bytes` is `None` where that was an error.
+    /// Counts a read that was answered; `bytes` is `None` if the answer was an error.
     pub fn read(&self, file: Ino, bytes: Option<u64>, took: Duration) {
         self.count(Operation::Read);
         self.latencies.add(took);
         let Some(bytes) = bytes else {
-            self.errors.fetch_add(1, Relaxed);
+            self.errors.fetch_add(1, Release);
             return;
         };
         if let Some(counter) = self.files.get(file as usize) {
-            counter.reads.fetch_add(1, Relaxed);
+            counter.reads.fetch_add(1, Release);
             counter.bytes.fetch_add(bytes, Relaxed);
         }
     }
 
     /// All counters but those of the single experts.
     pub fn snapshot(&self, layout: &Layout) -> Snapshot {
-        let mut all = Use::default();
-        self.files.iter().for_each(|counter| all += counter.get());
-        let mut experts = Use::default();
-        for (_, _, ino) in &self.experts {
-            experts += self.files[*ino as usize].get();
-        }
+        // Parts before wholes: readers count in the other order.
+        let base = self.sum(self.base.iter().copied());
+        let experts = self.sum(self.experts.iter().map(|expert| expert.2));
+        let errors = self.errors.load(Acquire);
+        let count = |operation: Operation| self.operations[operation as usize].load(Relaxed);
         let layers: Vec<_> = self
-            .experts
-            .chunk_by(|a, b| a.0 == b.0)
+            .layers()
             .map(|layer| (layer[0].0, layer.len() as u32))
             .collect();
+        let listed = self.layers().take(MAX_LISTED_LAYERS);
+        let numbers = listed.filter_map(|layer| {
+            let numbers = runs(layer);
+            (numbers != [(0, layer.len() as u32 - 1)]).then_some((layer[0].0, numbers))
+        });
         Snapshot {
             architecture: layout.model().architecture().unwrap_or_default().to_owned(),
             seconds: self.started.elapsed().as_secs_f64(),
             requests: Operation::ALL
                 .iter()
-                .map(|(operation, name)| {
-                    let count = self.operations[*operation as usize].load(Relaxed);
-                    ((*name).to_owned(), count)
-                })
+                .map(|&(operation, name)| (name.to_owned(), count(operation)))
                 .collect(),
-            errors: self.errors.load(Relaxed),
+            errors,
             latency: self.latencies.get(),
-            base: Use {
-                opens: all.opens - experts.opens,
-                reads: all.reads - experts.reads,
-                bytes: all.bytes - experts.bytes,
-            },
+            base,
             experts,
             layers_cut: layers.len() > MAX_LISTED_LAYERS,
             layers: layers.into_iter().take(MAX_LISTED_LAYERS).collect(),
+            numbers: numbers.collect(),
         }
     }
 
+    /// The experts of each layer that has some.
+    fn layers(&self) -> impl Iterator<Item = &[(u32, u32, Ino)]> {
+        self.experts.chunk_by(|a, b| a.0 == b.0)
+    }
+
+    /// The use of some files together.
+    fn sum(&self, files: impl Iterator<Item = Ino>) -> Use {
+        let mut sum = Use::default();
+        files.for_each(|file| sum += self.files[file as usize].get());
+        sum
+    }
+
     /// The experts of a layer that were used, the hottest first: by opens, then by bytes.
-    pub fn heat(&self, layer: u32) -> Vec<Heat> {
+    pub fn heat(&self, layer: u32) -> Vec<ExpertUse> {
         let start = self.experts.partition_point(|expert| expert.0 < layer);
         let experts = self.experts[start..]
             .iter()
             .take_while(|expert| expert.0 == layer);
-        let mut heat: Vec<Heat> = experts
+        let mut used: Vec<ExpertUse> = experts
             .map(|(_, expert, ino)| {
                 let used = self.files[*ino as usize].get();
                 (*expert, used.opens, used.reads, used.bytes)
             })
-            .filter(|heat| heat.1 + heat.2 > 0)
+            .filter(|(_, opens, reads, _)| *opens > 0 || *reads > 0)
             .collect();
-        heat.sort_by_key(|&(expert, opens, _, bytes)| (std::cmp::Reverse((opens, bytes)), expert));
-        heat
+        used.sort_by_key(|&(expert, opens, _, bytes)| (std::cmp::Reverse((opens, bytes)), expert));
+        used
     }
 
     /// The value of an extended attribute of the root; `None` if there is no such. What is too long for the kernel is cut
@@ -224,7 +252,15 @@ impl Stats {
     pub fn attribute(&self, name: &[u8], layout: &Layout) -> Option<Vec<u8>> {
         let name = std::str::from_utf8(name).ok()?;
         if name == STATS_ATTRIBUTE {
-            return serde_json::to_vec(&self.snapshot(layout)).ok();
+            let mut snapshot = self.snapshot(layout);
+            loop {
+                let value = serde_json::to_vec(&snapshot).ok()?;
+                let kept = snapshot.numbers.len() / 2;
+                if value.len() <= MAX_ATTRIBUTE_BYTES || snapshot.numbers.is_empty() {
+                    return Some(value);
+                }
+                snapshot.numbers.truncate(kept);
+            }
         }
         let layer: u32 = name.strip_prefix(HEAT_ATTRIBUTE)?.parse().ok()?;
         self.experts
@@ -243,7 +279,7 @@ impl Stats {
     /// The names of all extended attributes of the root, each ended by NUL.
     pub fn attribute_names(&self) -> Vec<u8> {
         let mut names = format!("{STATS_ATTRIBUTE}\0").into_bytes();
-        for layer in self.experts.chunk_by(|a, b| a.0 == b.0) {
+        for layer in self.layers() {
             let name = format!("{HEAT_ATTRIBUTE}{}\0", layer[0].0);
             if names.len() + name.len() > MAX_ATTRIBUTE_BYTES {
                 break;
@@ -254,11 +290,19 @@ impl Stats {
     }
 }
 
+/// The numbers of a layer's experts.
+fn runs(layer: &[(u32, u32, Ino)]) -> Vec<Run> {
+    layer
+        .chunk_by(|a, b| a.1 + 1 == b.1)
+        .map(|run| (run[0].1, run[run.len() - 1].1))
+        .collect()
+}
+
 impl Counter {
     fn get(&self) -> Use {
         Use {
-            opens: self.opens.load(Relaxed),
-            reads: self.reads.load(Relaxed),
+            opens: self.opens.load(Acquire),
+            reads: self.reads.load(Acquire),
             bytes: self.bytes.load(Relaxed),
         }
     }
@@ -288,8 +332,9 @@ impl Default for Histogram {
 impl Histogram {
     fn add(&self, time: Duration) {
         let micros = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
-        self.buckets[Self::bucket(micros)].fetch_add(1, Relaxed);
+        // First what bounds the others.
         self.max.fetch_max(micros, Relaxed);
+        self.buckets[Self::bucket(micros)].fetch_add(1, Release);
     }
 
     /// Numbers below 16 have a bucket each; above, each power of two has eight.
@@ -318,7 +363,7 @@ impl Histogram {
         let counts: Vec<u64> = self
             .buckets
             .iter()
-            .map(|bucket| bucket.load(Relaxed))
+            .map(|bucket| bucket.load(Acquire))
             .collect();
         let total: u64 = counts.iter().sum();
         let max = self.max.load(Relaxed);
@@ -342,7 +387,129 @@ impl Histogram {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicBool;
+
     use super::*;
+    use crate::gguf::GgmlType;
+    use crate::gguf::write::Writer;
+
+    /// A model with experts of these numbers in its only layer, and one base tensor.
+    fn model(folder: &std::path::Path, experts: &[u32]) -> Model {
+        let mut writer = Writer::new();
+        let f32 = GgmlType::from_name("F32").unwrap();
+        for name in ["gate", "down", "up"] {
+            for expert in experts {
+                let name = format!("blk.0.ffn_{name}.{expert}.weight");
+                writer.tensor(&name, &[8, 8], f32);
+            }
+        }
+        writer.tensor("output_norm.weight", &[8], f32);
+        let written = writer.header();
+        let mut bytes = written.bytes;
+        bytes.resize(written.file_bytes as usize, 0);
+        let path = folder.join("model.gguf");
+        std::fs::write(&path, bytes).unwrap();
+        Model::open(&path).unwrap()
+    }
+
+    #[test]
+    fn a_snapshot_that_is_taken_while_readers_count_is_never_more_than_they_counted() {
+        const READERS: u64 = 4;
+        const SNAPSHOTS: usize = 20_000;
+        let folder = tempfile::tempdir().unwrap();
+        let model = model(folder.path(), &[0, 1, 2]);
+        let stats = Stats::new(&model);
+        let is_over = AtomicBool::new(false);
+        /// Ends the readers even if an assertion fails.
+        struct Ends<'a>(&'a AtomicBool);
+        impl Drop for Ends<'_> {
+            fn drop(&mut self) {
+                self.0.store(true, Relaxed);
+            }
+        }
+        let count = |file: Ino, first: u64| {
+            for n in (first..).take_while(|_| !is_over.load(Relaxed)) {
+                stats.opened(file);
+                let bytes = (n % 3 > 0).then_some(10);
+                stats.read(file, bytes, Duration::from_micros(n % 1000));
+            }
+        };
+        let base = model.tree().find("base_model/norms.safetensors").unwrap();
+        std::thread::scope(|scope| {
+            let count = &count;
+            for n in 0..READERS {
+                // The last one reads a base file, the others experts.
+                let expert = stats.experts[n as usize % 3].2;
+                let file = if n + 1 < READERS { expert } else { base };
+                scope.spawn(move || count(file, n));
+            }
+            let _ends = Ends(&is_over);
+            let mut before = stats.snapshot(model.layout());
+            for _ in 0..SNAPSHOTS {
+                let now = stats.snapshot(model.layout());
+                let sum = |s: &Snapshot, of: fn(&Use) -> u64| of(&s.base) + of(&s.experts);
+                let opens = sum(&now, |used| used.opens);
+                let reads = sum(&now, |used| used.reads) + now.errors;
+                assert!(opens <= now.requests["open"], "{now:?}");
+                assert!(reads <= now.requests["read"], "{now:?}");
+                for of in [|u: &Use| u.opens, |u: &Use| u.reads, |u: &Use| u.bytes] {
+                    assert!(of(&before.base) <= of(&now.base), "{before:?} {now:?}");
+                    assert!(
+                        of(&before.experts) <= of(&now.experts),
+                        "{before:?} {now:?}"
+                    );
+                }
+                let latency = now.latency;
+                assert!(latency.p50_us <= latency.p90_us && latency.p90_us <= latency.p99_us);
+                assert!(latency.p99_us <= latency.max_us && latency.max_us < 1000);
+                before = now;
+            }
+        });
+        let last = stats.snapshot(model.layout());
+        let reads = last.base.reads + last.experts.reads;
+        assert_eq!(last.requests["read"], reads + last.errors);
+        assert_eq!(last.base.bytes + last.experts.bytes, 10 * reads);
+    }
+
+    #[test]
+    fn numbers_are_given_of_layers_whose_experts_are_not_counted_from_0_without_a_gap() {
+        let cases: [(&[u32], &[Run]); 6] = [
+            (&[0], &[]),
+            (&[0, 1, 2], &[]),
+            (&[0, 2, 4], &[(0, 0), (2, 2), (4, 4)]),
+            (&[1, 2], &[(1, 2)]),
+            (&[5], &[(5, 5)]),
+            (
+                &[0, 1, 7, 8, 100_000],
+                &[(0, 1), (7, 8), (100_000, 100_000)],
+            ),
+        ];
+        for (experts, runs) in cases {
+            let folder = tempfile::tempdir().unwrap();
+            let model = model(folder.path(), experts);
+            let said = Stats::new(&model).snapshot(model.layout());
+            assert_eq!(said.layers, [(0, experts.len() as u32)]);
+            let said = said.numbers.into_iter().flat_map(|(_, runs)| runs);
+            assert_eq!(said.collect::<Vec<_>>(), runs, "{experts:?}");
+        }
+    }
+
+    #[test]
+    fn numbers_that_are_too_long_for_an_attribute_are_left_out() {
+        let folder = tempfile::tempdir().unwrap();
+        let even: Vec<u32> = (0..10_000).map(|n| 2 * n).collect();
+        let model = model(folder.path(), &even);
+        let stats = Stats::new(&model);
+        let attribute = |name: &str| stats.attribute(name.as_bytes(), model.layout()).unwrap();
+        let value = attribute(STATS_ATTRIBUTE);
+        assert!(value.len() <= MAX_ATTRIBUTE_BYTES);
+        let said: Snapshot = serde_json::from_slice(&value).unwrap();
+        assert_eq!((said.layers, said.numbers), (vec![(0, 10_000)], vec![]));
+        // Which experts were used is said all the same.
+        stats.opened(stats.experts[9_999].2);
+        let used: Vec<ExpertUse> = serde_json::from_slice(&attribute("user.odmoe.heat.0")).unwrap();
+        assert_eq!(used, [(19_998, 1, 0, 0)]);
+    }
 
     #[test]
     fn buckets_follow_each_other_without_gap_and_are_at_most_an_eighth_wide() {

@@ -35,9 +35,6 @@ pub enum LogFormat {
     Json,
 }
 
-/// The module of the library that tells of changed and lost parts.
-const SOURCE: &str = "odmoe_fs::source";
-
 /// Where a daemon writes, once it is known.
 static LOG: OnceLock<File> = OnceLock::new();
 
@@ -63,8 +60,7 @@ pub fn log_to(file: &File) -> io::Result<()> {
 }
 
 /// To be called once, before anything is said. The journal is for daemons that have no file.
-/// What a model's source says is for mounts, whose readers get an errno: other commands fail with the same words.
-pub fn start(volume: Volume, format: LogFormat, to_journal: bool, is_mount: bool) {
+pub fn start(volume: Volume, format: LogFormat, to_journal: bool) {
     let said = match (volume.quiet, volume.verbose) {
         (true, _) => Level::ERROR,
         (false, 0) => Level::WARN,
@@ -78,9 +74,7 @@ pub fn start(volume: Volume, format: LogFormat, to_journal: bool, is_mount: bool
         said.max(Level::INFO)
     };
     let here = dynamic_filter_fn(move |metadata, _| {
-        metadata.level() <= &said
-            && HAS_TERMINAL.load(Ordering::Relaxed)
-            && (is_mount || metadata.target() != SOURCE)
+        metadata.level() <= &said && HAS_TERMINAL.load(Ordering::Relaxed)
     });
     let in_daemon = move || {
         dynamic_filter_fn(move |metadata, _| {

@@ -166,8 +166,7 @@ fn execute(cli: &Cli) -> ExitCode {
         Command::Mount(args) => (args.log_format, args.logs_to_journal()),
         _ => (LogFormat::Text, false),
     };
-    let is_mount = matches!(cli.command, Command::Mount(_));
-    diagnostics::start(volume, format, to_journal, is_mount);
+    diagnostics::start(volume, format, to_journal);
     // More parts of a split set can stay open. Where it is refused, fewer do.
     let _ = raise_descriptor_limit();
     if !cli.command.mounts() {

@@ -16,7 +16,7 @@ pub struct Stop {
 
 impl Stop {
     pub fn on_signals() -> anyhow::Result<Self> {
-        let signals = Signals::block()?;
+        let signals = Signals::block(Signals::STOPPING)?;
         let (flag, signal) = <(Arc<AtomicBool>, Arc<OnceLock<i32>>)>::default();
         let stop = Self {
             flag: flag.clone(),

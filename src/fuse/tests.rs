@@ -10,6 +10,8 @@ use tempfile::TempDir;
 use super::*;
 use crate::gguf::GgmlType;
 use crate::gguf::write::Writer;
+use crate::model::Model;
+use crate::served::Owner;
 
 /// The callback that is to panic, by its name.
 static PANICS: Mutex<Option<&str>> = Mutex::new(None);
@@ -40,7 +42,8 @@ fn a_panic_in_a_callback_is_eio_for_its_caller_and_the_mount_goes_on() {
     let root = folder.path().join("mnt");
     fs::create_dir(&root).unwrap();
     let (uid, gid) = crate::sys::process::effective_ids();
-    let file_system = OdmoeFs::new(model(&folder), Owner { uid, gid }, Cache::Model);
+    let served = Served::new(model(&folder), Owner { uid, gid }, Cache::Model);
+    let file_system = OdmoeFs::new(served);
     let mut config = Config::default();
     config.mount_options = vec![MountOption::RO];
     config.n_threads = Some(2);

@@ -82,7 +82,7 @@ pub fn launch(
 ) -> Result<Launched, MountError> {
     let failed = MountError::Background;
     // Both processes start without a moment in which a signal is lost.
-    let signals = Signals::block().map_err(failed)?;
+    let signals = Signals::block(Signals::STOPPING).map_err(failed)?;
     let (ours, theirs) = UnixStream::pair().map_err(failed)?;
     match fork().map_err(failed)? {
         Forked::Child => {

@@ -42,9 +42,10 @@ pub use unmount::{StillServed, UnmountError, Unmounted, unmount};
 use self::attach::Wishes;
 use self::place::{Lock, Place};
 use self::preflight::Claim;
-pub use crate::fuse::Cache;
-use crate::fuse::{OdmoeFs, Owner};
+use crate::fuse::OdmoeFs;
 use crate::model::Model;
+pub use crate::served::Cache;
+use crate::served::{Owner, Served};
 use crate::source::PageCache;
 use crate::sys::process::effective_ids;
 
@@ -233,12 +234,12 @@ impl Mount {
         };
         // Last, since with `replace` it takes away what is there.
         let Claim { place, locks } = preflight::claim(&model, directory, options)?;
-        let mut file_system = OdmoeFs::new(model, owner, options.cache);
+        let mut served = Served::new(model, owner, options.cache);
         if options.stats {
-            file_system.count();
+            served.count();
         }
         Ok(Self {
-            file_system,
+            file_system: OdmoeFs::new(served),
             place,
             locks,
             wishes,
@@ -258,7 +259,7 @@ impl Mount {
 
     /// The model to be shown.
     pub fn model(&self) -> &Model {
-        self.file_system.model()
+        self.file_system.served().model()
     }
 }
 

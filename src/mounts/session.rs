@@ -48,7 +48,7 @@ impl Mount {
     /// receives those signals no more, and the working directory becomes `/`.
     pub fn serve<T>(self, ready: impl FnOnce() -> io::Result<T>) -> Result<(), MountError> {
         // Before any thread starts, so that all of them leave the signals to the one that waits.
-        let signals = Signals::block().map_err(MountError::Background)?;
+        let signals = Signals::block(Signals::STOPPING).map_err(MountError::Background)?;
         let life = Arc::<Mutex<Life>>::default();
         let watched = life.clone();
         std::thread::Builder::new()

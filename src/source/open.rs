@@ -3,9 +3,9 @@
 use std::fs::File;
 use std::io::{self, BufReader};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
 
-use super::{Identity, PageCache, PartFile, Source, open_regular};
+use super::part::{Identity, PartFile, open_regular};
+use super::{PageCache, Source};
 use crate::gguf::{
     Header, HeaderError, ModelHeader, PartName, SplitError, SplitKeys, looks_like_raw_cut,
 };
@@ -179,14 +179,7 @@ fn join(parts: Vec<Opened>, given: usize) -> Result<(ModelHeader, Source), OpenE
     let mut files = Vec::with_capacity(parts.len());
     for part in parts {
         headers.push((part.header, part.identity.bytes));
-        files.push(PartFile {
-            path: part.path,
-            identity: part.identity,
-            file: part.file,
-            direct: None,
-            changed: AtomicBool::new(false),
-            missed: AtomicBool::new(false),
-        });
+        files.push(PartFile::new(part.path, part.identity, part.file));
     }
     let header = ModelHeader::join(headers).map_err(|(part, cause)| OpenError::Split {
         path: files[part].path.clone(),

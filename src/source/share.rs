@@ -5,7 +5,8 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 
-use super::{PartFile, ReadError, Source};
+use super::part::PartFile;
+use super::{ReadError, Source};
 use crate::sys::copy;
 
 /// The unit of `st_blocks`, whatever the file system allocates by.

@@ -198,12 +198,14 @@ pub unsafe fn close_inherited_descriptors() -> io::Result<()> {
 pub struct Signals(libc::sigset_t);
 
 impl Signals {
-    /// Blocks SIGINT, SIGTERM and SIGHUP for the calling thread, and for the threads that it starts
-    /// from now on. Those that the caller of this process has told it to ignore, as `nohup` does,
-    /// stay ignored.
-    pub fn block() -> io::Result<Self> {
+    /// Those by which users and service managers ask a program to end.
+    pub const STOPPING: &'static [i32] = &[libc::SIGINT, libc::SIGTERM, libc::SIGHUP];
+
+    /// Blocks signals for the calling thread, and for the threads that it starts from now on. Those
+    /// that the caller of this process has told it to ignore, as `nohup` does, stay ignored.
+    pub fn block(signals: &[i32]) -> io::Result<Self> {
         let mut set = empty_set()?;
-        for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+        for &signal in signals {
             if !is_ignored(signal)? {
                 // SAFETY: the pointer is to an initialised sigset_t.
                 check(unsafe { libc::sigaddset(&mut set, signal) })?;

@@ -70,20 +70,24 @@ pub use imp::{forget, is_cached, only_what_is_read, reopen_direct};
 
 #[cfg(target_os = "linux")]
 mod imp {
+    use std::io::IoSliceMut;
     use std::os::fd::AsRawFd;
     use std::os::unix::fs::OpenOptionsExt;
+
+    use rustix::fs::{Advice, fadvise};
+    use rustix::io::{ReadWriteFlags, preadv2};
 
     use super::*;
 
     pub fn read_uncached(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
-        let piece = libc::iovec {
-            iov_base: buffer.as_mut_ptr().cast(),
-            iov_len: buffer.len(),
-        };
-        let (fd, flags) = (file.as_raw_fd(), libc::RWF_DONTCACHE);
-        // SAFETY: the one iovec is the buffer, which nobody else uses meanwhile.
-        let read = unsafe { libc::preadv2(fd, &piece, 1, offset as libc::off_t, flags) };
-        usize::try_from(read).map_err(|_| io::Error::last_os_error())
+        // rustix has no name for it.
+        let flags = ReadWriteFlags::from_bits_retain(libc::RWF_DONTCACHE as u32);
+        Ok(preadv2(
+            file,
+            &mut [IoSliceMut::new(buffer)],
+            offset,
+            flags,
+        )?)
     }
 
     /// Opens a file once more, by its descriptor, to read past the page cache.
@@ -100,37 +104,30 @@ mod imp {
     /// Whether all pages of a range are in the page cache (`cachestat`, Linux 6.5). No, where the
     /// kernel does not tell: before, or of a file that is neither ours nor ours to write.
     pub fn is_cached(file: &File, offset: u64, len: u64) -> bool {
-        /// The same number on all architectures that matter here.
+        /// The same number on all architectures but Alpha; neither rustix nor libc has it for all.
         const SYS_CACHESTAT: libc::c_long = 451;
         let range = [offset, len];
         // Pages: in the cache, dirty, under writeback, evicted, recently evicted.
         let mut counts = [0_u64; 5];
-        // SAFETY: the kernel reads two and writes five 64-bit numbers there, by its structs
-        // cachestat_range and cachestat.
+        let (fd, no_flags) = (file.as_raw_fd(), 0);
+        // SAFETY: the kernel reads two 64-bit numbers from the first pointer and writes five to the
+        // second, by its structs cachestat_range and cachestat; both arrays live that long.
         let result = unsafe {
-            libc::syscall(
-                SYS_CACHESTAT,
-                file.as_raw_fd(),
-                range.as_ptr(),
-                counts.as_mut_ptr(),
-                0,
-            )
+            let (range, counts) = (range.as_ptr(), counts.as_mut_ptr());
+            libc::syscall(SYS_CACHESTAT, fd, range, counts, no_flags)
         };
-        // SAFETY: no memory is involved.
-        let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) }.max(1) as u64;
+        let page = rustix::param::page_size() as u64;
         result == 0 && counts[0] >= (offset + len).div_ceil(page) - offset / page
     }
 
-    /// Asks that reads of a file bring only their own pages into the cache. Only advice.
+    /// Asks that reads of a file bring no pages into the cache but their own. Only advice.
     pub fn only_what_is_read(file: &File) {
-        // SAFETY: no memory is involved.
-        unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_RANDOM) };
+        let _ = fadvise(file, 0, None, Advice::Random);
     }
 
     /// Asks that a file leave the page cache, so that it is next read from the disk. Only advice.
     pub fn forget(file: &File) {
-        // SAFETY: no memory is involved.
-        unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+        let _ = fadvise(file, 0, None, Advice::DontNeed);
     }
 }
 

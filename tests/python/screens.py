@@ -23,7 +23,7 @@ SCREENS = DATA / "screens"
 class Terminal:
     """A command on a terminal: `text()` is what the screen shows, `press` types."""
 
-    def __init__(self, command, columns, lines, environment, user):
+    def __init__(self, command, columns, lines, environment, user, controls):
         self.screen = pyte.Screen(columns, lines)
         self.raw = b""
         self._stream = pyte.ByteStream(self.screen)
@@ -31,10 +31,20 @@ class Terminal:
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
         environment = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "TERM": "xterm-256color"} | environment
         words = [str(word) for word in command]
-        self.process = subprocess.Popen(
-            words, stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True, **user.switch()
-        )
+        options = {"env": environment, "start_new_session": True, **user.switch()}
+        if controls:
+            # Sends signals for keys, and says which processes are in the foreground, as a shell needs it.
+            options["preexec_fn"] = lambda: fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+        self.process = subprocess.Popen(words, stdin=slave, stdout=slave, stderr=slave, **options)
         os.close(slave)
+
+    def modes(self):
+        """Echo, raw mode and so on."""
+        return termios.tcgetattr(self._master)
+
+    def is_given_back(self):
+        """Whether the screen shows what it showed before the command took it."""
+        return self.raw.count(b"\x1b[?1049h") == self.raw.count(b"\x1b[?1049l")
 
     def read(self, seconds):
         """Takes what comes within a time; says whether the command goes on."""
@@ -78,8 +88,8 @@ class Terminal:
 
 
 @contextlib.contextmanager
-def terminal(*command, columns=80, lines=24, user=ME, **environment):
-    shown = Terminal(command, columns, lines, environment, user)
+def terminal(*command, columns=80, lines=24, user=ME, controls=False, **environment):
+    shown = Terminal(command, columns, lines, environment, user, controls)
     try:
         yield shown
     finally:

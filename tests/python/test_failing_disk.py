@@ -3,6 +3,7 @@
 import concurrent.futures
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -131,6 +132,30 @@ def test_an_error_in_bytes_that_were_read_ahead_is_told_to_who_asks_for_them(sho
         read(shown.root / BROKEN, place, 4096)
     disk.fails()
     assert read(shown.root / BROKEN, place, 4096) == payload[place - start : place - start + 4096]
+
+
+@promises(
+    "The log names the file, the range and the part of a read that failed; of a part that goes on failing it tells every ten seconds at most."
+)
+@pytest.mark.parametrize("flags", [[], ["--stats"], ["--cache", "direct"]])
+def test_the_log_of_a_dying_disk_names_files_and_ranges_and_is_short(model, disk, tmp_path, flags):
+    log, reads = tmp_path / "log", 300
+    with mounted(disk.at / model.name, tmp_path / "mnt", *flags, "--log-file", log) as root:
+        offset, place = middle(Shown([model], root), BROKEN)
+        disk.fails(("eio", 0, 1 << 40))
+        for _ in range(reads):
+            with pytest.raises(OSError, match="Input/output"):
+                read(root / BROKEN, place, 4096)
+        disk.fails()
+    errors = [line.split("ERROR ")[1] for line in log.read_text().splitlines() if " ERROR " in line]
+    request = rf'read "{BROKEN}": (\d+) bytes at (\d+)'
+    found = re.match(rf'{request}: "{disk.at / model.name}" cannot be read at byte \d+: Input/output error', errors[0])
+    length, start = int(found[1]), int(found[2])
+    assert start <= place < start + length
+    # One, one for each ten seconds that it took, and one at the end.
+    assert len(errors) < 30
+    told = sum(int(n) for line in errors for n in re.findall(r"(?<=\(and )\d+|\d+(?= more reads? ha)", line))
+    assert told + sum(line.startswith("read ") for line in errors) >= reads
 
 
 @promises("A read gives all bytes that it asks for, up to the end of the file, or an error; never a short answer.")

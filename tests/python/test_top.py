@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import pytest
 
@@ -65,6 +66,61 @@ def test_many_readers_lose_no_count(model, public):
         [reader.join() for reader in readers]
         heat = sample(root)["heat"][0]["experts"]
         assert sorted(heat) == [[n, 200, 200, 200_000] for n in range(4)]
+
+
+def test_counters_that_are_read_while_readers_count_are_never_more_than_they_counted(model, public, times):
+    """Base files are not touched here, so that every count of them would be made up."""
+    is_over = threading.Event()
+
+    def read(number):
+        while not is_over.is_set():
+            with expert(root, number).open("rb", buffering=0) as file:
+                file.read(1000)
+
+    with mounted(model, public / "mnt", "--stats", "--cache", "direct") as root:
+        readers = [threading.Thread(target=read, args=(n,)) for n in range(8)]
+        [reader.start() for reader in readers]
+        try:
+            for _ in range(times(2000, long=20_000)):
+                stats = json.loads(os.getxattr(root, "user.odmoe.stats"))
+                assert stats["base"] == {"opens": 0, "reads": 0, "bytes": 0}
+                used, requests = stats["experts"], stats["requests"]
+                assert used["opens"] <= requests["open"] and used["reads"] <= requests["read"]
+        finally:
+            is_over.set()
+            [reader.join() for reader in readers]
+        said = sample(root)
+        assert said["stats"]["experts"]["opens"] == said["stats"]["requests"]["open"]
+        assert sum(opens for _, opens, _, _ in said["heat"][0]["experts"]) == said["stats"]["experts"]["opens"]
+
+
+def numbered(folder, numbers):
+    """A model whose experts, of one layer, have these numbers."""
+    kv = {"general.architecture": "moe", "moe.block_count": 1, "moe.expert_count": len(numbers)}
+    names = [f"blk.0.ffn_{matrix}.{number}.weight" for number in numbers for matrix in ("gate", "down", "up")]
+    table = folder / "numbered.json"
+    table.write_text(json.dumps({"kv": kv, "tensors": [[name, [32, 32], "F32"] for name in names]}))
+    return sparse_gguf(table, folder / "numbered.gguf")[0]
+
+
+@pytest.mark.parametrize("numbers", [[0, 2, 4], [3], [1, 2, 9], [0, 1, 2, 40], [0, 100_000]])
+def test_experts_are_shown_whatever_their_numbers(public, numbers):
+    last = numbers[-1]
+    with mounted(numbered(public, numbers), public / "mnt", "--stats") as root:
+        use(root, {last: 3})
+        said = sample(root)
+        assert said["stats"]["layers"] == [[0, len(numbers)]]
+        runs = said["stats"]["numbers"][0][1]
+        assert [number for first, end in runs for number in range(first, end + 1)] == numbers
+        printed = succeed("top", root, "--once")
+        row = next(line for line in printed.splitlines() if line.startswith("        0 "))[10:]
+        cells = {number * len(row) // (last + 1) for number in numbers}
+        assert row == "".join("█" if n == len(row) - 1 else "·" if n in cells else " " for n in range(len(row)))
+        assert f"experts 0 to {last}" in printed and f"expert {last}" in printed
+        drawing = public / "heat.svg"
+        succeed("top", root, "--export", drawing)
+        titles = [e[0].text for e in ET.parse(drawing).iter() if e.get("class") == "cell"]
+        assert len(titles) == len(numbers) and titles[-1].endswith(f"{last}: 3 opens")
 
 
 def test_reads_that_fail_are_counted_as_errors(model, public):
@@ -177,6 +233,100 @@ def test_the_live_view_ends_with_a_reason_when_the_mount_does(end, model, public
             assert "error: " in shown.text() and "hint: " in shown.text()
 
 
+def state(process):
+    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+ENDING = ["SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGPROF", "SIGXCPU", "SIGPWR"]
+
+
+@pytest.mark.parametrize("name", ENDING)
+def test_a_signal_that_ends_the_live_view_leaves_the_terminal_as_it_was(name, model, public):
+    number = getattr(signal, name)
+    with mounted(model, public / "mnt", "--stats") as root:
+        # The one who runs the tests may have it ignored.
+        with terminal("env", f"--default-signal={name.removeprefix('SIG')}", ME.binary, "top", root) as shown:
+            before = shown.modes()
+            shown.wait_for(lambda: "q ends" in shown.text())
+            assert shown.modes() != before and not shown.is_given_back()
+            shown.process.send_signal(number)
+            assert shown.wait() == 128 + number
+            assert shown.modes() == before and shown.is_given_back()
+
+
+def test_a_live_view_that_waits_for_its_mount_obeys_a_signal(model, public):
+    with mounted(model, public / "mnt", "--stats") as root, terminal(ME.binary, "top", root) as shown:
+        before = shown.modes()
+        shown.wait_for(lambda: "q ends" in shown.text())
+        os.kill(daemon_of(root), signal.SIGSTOP)
+        try:
+            shown.process.send_signal(signal.SIGTERM)
+            assert shown.wait() in (1, 128 + signal.SIGTERM)
+        finally:
+            os.kill(daemon_of(root), signal.SIGCONT)
+        assert shown.modes() == before and shown.is_given_back()
+
+
+def test_a_time_limit_ends_the_live_view_and_leaves_the_terminal_as_it_was(model, public):
+    with mounted(model, public / "mnt", "--stats") as root:
+        with terminal("timeout", "3", ME.binary, "top", root) as shown:
+            before = shown.modes()
+            assert shown.wait() == 124
+            assert shown.modes() == before and shown.is_given_back()
+
+
+def test_a_live_view_that_is_stopped_gives_the_terminal_back_and_goes_on_later(model, public):
+    with mounted(model, public / "mnt", "--stats") as root, terminal(ME.binary, "top", root) as shown:
+        before = shown.modes()
+        for last in (False, False, True):
+            shown.wait_for(lambda: "q ends" in shown.text())
+            shown.process.send_signal(signal.SIGTSTP)
+            shown.wait_for(lambda: state(shown.process) == "T")
+            shown.wait_for(shown.is_given_back)
+            assert shown.modes() == before
+            shown.screen.reset()
+            if last:
+                shown.process.terminate()
+            shown.process.send_signal(signal.SIGCONT)
+        assert shown.wait() == 128 + signal.SIGTERM
+        assert shown.modes() == before and shown.is_given_back()
+
+
+def test_ctrl_z_gives_the_terminal_back_to_the_shell_and_fg_goes_on(model, public):
+    with mounted(model, public / "mnt", "--stats") as root:
+        with terminal("bash", "--norc", "-i", columns=120, controls=True, PS1="ready$ ", HISTFILE="") as shown:
+            shown.wait_for(lambda: "ready$" in shown.text())
+            shown.press(f"{ME.binary} top {root}\n")
+            for _ in range(2):
+                shown.wait_for(lambda: "q ends" in shown.text())
+                shown.press("\x1a")
+                shown.wait_for(lambda: "Stopped" in shown.text())
+                shown.wait_for(shown.is_given_back)
+                shown.press("clear; echo still $((6 * 7))\n")
+                shown.wait_for(lambda: "still 42" in shown.text())
+                shown.press("fg\n")
+                shown.wait_for(lambda: "still 42" not in shown.text())
+            shown.press("q")
+            shown.wait_for(shown.is_given_back)
+            shown.press("exit $?\n")
+            assert shown.wait() == 0
+
+
+def test_a_live_view_in_the_background_leaves_the_terminal_alone(model, public):
+    with mounted(model, public / "mnt", "--stats") as root:
+        with terminal("bash", "--norc", "-i", columns=120, controls=True, PS1="ready$ ", HISTFILE="") as shown:
+            shown.wait_for(lambda: "ready$" in shown.text())
+            shown.press(f"{ME.binary} top {root} &\n")
+            shown.wait_for(lambda: "[1]+  Stopped" in shown.text() or shown.press("\n"))
+            assert b"\x1b[?1049h" not in shown.raw
+            shown.press("fg\n")
+            shown.wait_for(lambda: "q ends" in shown.text())
+            shown.press("q")
+            shown.wait_for(shown.is_given_back)
+            shown.press("exit $?\n")
+            assert shown.wait() == 0
+
+
 # --- pictures -------------------------------------------------------------------------------------------------------
 
 
@@ -192,6 +342,18 @@ def test_the_exported_map_is_xml_with_a_cell_for_each_expert(model, public):
     titles = [cell[0].text for cell in cells]
     assert titles[1] == "layer 0, expert 1: 30 opens" and titles[5] == "layer 0, expert 5: 1 open"
     assert cells[0].get("fill") == cells[2].get("fill") != cells[1].get("fill")
+
+
+def test_experts_that_share_a_cell_of_the_exported_map_are_named_together(public):
+    drawing = public / "heat.svg"
+    model = expert_gguf(public, "--alignment", 32, experts=601, rows=256)
+    with mounted(model, public / "mnt", "--stats") as root:
+        use(root, {0: 2, 1: 3, 600: 1})
+        succeed("top", root, "--export", drawing)
+    titles = [e[0].text for e in ET.parse(drawing).iter() if e.get("class") == "cell"]
+    assert len(titles) == 301
+    assert (titles[0], titles[300]) == ("layer 0, experts 0-1: 5 opens", "layer 0, expert 600: 1 open")
+    assert "the darkest cell (2 experts) is 5 opens" in drawing.read_text()
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------

@@ -1,6 +1,9 @@
-//! Experts as a map: a row for each layer, a column for each expert, and as many of them in one cell as it takes to fit.
+//! Experts as a map: a row for each layer, a column for each number of an expert. Where there are
+//! more of either than fit, neighbours share a cell, which shows their sum.
 
 use std::collections::HashMap;
+
+use odmoe_fs::stats::Run;
 
 use super::super::text;
 use super::Sample;
@@ -46,8 +49,8 @@ impl Measure {
 /// How hot each expert is.
 #[derive(Debug, Clone, Default)]
 pub struct Heat {
-    /// The number of experts of each layer.
-    layers: Vec<(u32, u32)>,
+    /// The layers that have experts, and the numbers of these.
+    layers: Vec<(u32, Vec<Run>)>,
     /// By layer and expert; those that were not used are not in it.
     values: HashMap<(u32, u32), u64>,
 }
@@ -65,7 +68,7 @@ impl Heat {
             })
         });
         Self {
-            layers: sample.stats.layers.clone(),
+            layers: numbers(sample),
             values: experts.filter(|(_, value)| *value > 0).collect(),
         }
     }
@@ -99,14 +102,42 @@ impl Heat {
     }
 }
 
+/// The numbers of the experts of each layer. A mount may not list all of them; those that were used
+/// are there in any case.
+fn numbers(sample: &Sample) -> Vec<(u32, Vec<Run>)> {
+    let stats = &sample.stats;
+    let listed: HashMap<_, _> = stats.numbers.iter().map(|(l, runs)| (*l, runs)).collect();
+    let used: HashMap<_, _> = sample.heat.iter().map(|l| (l.layer, &l.experts)).collect();
+    let layers = stats.layers.iter().map(|&(layer, count)| {
+        let mut runs = match listed.get(&layer) {
+            Some(runs) => (*runs).clone(),
+            None => vec![(0, count.saturating_sub(1))],
+        };
+        let used = used.get(&layer).into_iter().copied().flatten();
+        let unlisted: Vec<Run> = used
+            .map(|&(expert, ..)| expert)
+            .filter(|expert| {
+                let run = runs.get(runs.partition_point(|run| run.1 < *expert));
+                run.is_none_or(|run| *expert < run.0)
+            })
+            .map(|expert| (expert, expert))
+            .collect();
+        runs.extend(unlisted);
+        (layer, runs)
+    });
+    layers.collect()
+}
+
 /// A map that fits.
 pub struct Grid {
     pub rows: Vec<Row>,
-    /// The experts that share a column.
+    /// The numbers of experts that share a column.
     pub experts_per_cell: usize,
-    /// The hottest cell.
+    /// The layers that share a row.
+    pub layers_per_row: usize,
+    /// The sum of the hottest cell.
     pub hottest: u64,
-    /// The highest number of experts of a layer.
+    /// One more than the highest number of an expert.
     pub experts: usize,
 }
 
@@ -118,24 +149,25 @@ pub struct Row {
     pub cells: Vec<Option<u64>>,
 }
 
+/// `3`, or `3-7`
+fn numbers_in_words(first: usize, last: usize) -> String {
+    if first == last {
+        first.to_string()
+    } else {
+        format!("{first}-{last}")
+    }
+}
+
 impl Row {
     pub fn label(&self) -> String {
-        if self.first == self.last {
-            self.first.to_string()
-        } else {
-            format!("{}-{}", self.first, self.last)
-        }
+        numbers_in_words(self.first as usize, self.last as usize)
     }
 }
 
 impl Grid {
     pub fn of(heat: &Heat, max_rows: usize, max_columns: usize) -> Self {
-        let experts = heat
-            .layers
-            .iter()
-            .map(|layer| layer.1 as usize)
-            .max()
-            .unwrap_or(0);
+        let highest = heat.layers.iter().flat_map(|layer| &layer.1);
+        let experts = highest.map(|run| run.1 as usize + 1).max().unwrap_or(0);
         let experts_per_cell = experts.div_ceil(max_columns.max(1)).max(1);
         let layers_per_row = heat.layers.len().div_ceil(max_rows.max(1)).max(1);
         let rows: Vec<Row> = heat
@@ -156,6 +188,7 @@ impl Grid {
         Self {
             rows,
             experts_per_cell,
+            layers_per_row,
             hottest: hottest.unwrap_or(0),
             experts,
         }
@@ -187,15 +220,54 @@ impl Grid {
             n => format!("experts 0 to {last}, {n} in each column"),
         }
     }
+
+    /// What the columns are, and how hot the hottest cell is, in one line of a terminal.
+    pub fn caption(&self, measure: Measure) -> String {
+        let last = self.experts.saturating_sub(1);
+        let hottest = measure.text(self.hottest);
+        match self.shared() {
+            None => format!("experts 0 to {last}; the hottest has {hottest}"),
+            Some(shared) => format!("experts 0 to {last}; hottest cell ({shared}): {hottest}"),
+        }
+    }
+
+    /// What a cell holds unless that is one expert: `6 experts of 4 layers`.
+    pub fn shared(&self) -> Option<String> {
+        match (self.experts_per_cell, self.layers_per_row) {
+            (1, 1) => None,
+            (1, layers) => Some(format!("{layers} layers")),
+            (experts, 1) => Some(format!("{experts} experts")),
+            (experts, layers) => Some(format!("{experts} experts of {layers} layers")),
+        }
+    }
+
+    /// Which layers and experts a cell holds: `layer 3, expert 17`.
+    pub fn cell_in_words(&self, row: &Row, column: usize) -> String {
+        let noun = |noun: &str, is_one| format!("{noun}{}", if is_one { "" } else { "s" });
+        let first = column * self.experts_per_cell;
+        let last = (first + self.experts_per_cell).min(self.experts) - 1;
+        format!(
+            "{} {}, {} {}",
+            noun("layer", row.first == row.last),
+            row.label(),
+            noun("expert", first == last),
+            numbers_in_words(first, last)
+        )
+    }
 }
 
-fn cells(heat: &Heat, layers: &[(u32, u32)], experts: usize, per_cell: usize) -> Vec<Option<u64>> {
+fn cells(
+    heat: &Heat,
+    layers: &[(u32, Vec<Run>)],
+    experts: usize,
+    per_cell: usize,
+) -> Vec<Option<u64>> {
     let columns = experts.div_ceil(per_cell);
     let mut cells = vec![None; columns];
-    for &(layer, count) in layers {
-        for expert in 0..count {
+    for (layer, runs) in layers {
+        for expert in runs.iter().flat_map(|run| run.0..=run.1) {
             let cell = &mut cells[expert as usize / per_cell];
-            let value = heat.values.get(&(layer, expert)).copied().unwrap_or(0);
+            let value = heat.values.get(&(*layer, expert)).copied().unwrap_or(0);
             *cell = Some(cell.unwrap_or(0) + value);
         }
     }
@@ -204,11 +276,14 @@ fn cells(heat: &Heat, layers: &[(u32, u32)], experts: usize, per_cell: usize) ->
 
 #[cfg(test)]
 mod tests {
+    use odmoe_fs::stats::Snapshot;
+
+    use super::super::LayerHeat;
     use super::*;
 
     fn heat() -> Heat {
         Heat {
-            layers: vec![(1, 8), (2, 8), (3, 4)],
+            layers: vec![(1, vec![(0, 7)]), (2, vec![(0, 7)]), (3, vec![(0, 3)])],
             values: [((1, 0), 100), ((2, 7), 1), ((3, 3), 25)].into(),
         }
     }
@@ -224,6 +299,82 @@ mod tests {
         let grid = Grid::of(&heat(), 2, 4);
         assert_eq!(grid.rows[0].label(), "1-2");
         assert_eq!(grid.rows[1].cells, [Some(0), Some(25), None, None]);
+    }
+
+    #[test]
+    fn a_cell_that_is_shared_is_not_called_an_expert() {
+        let caption = |rows, columns| Grid::of(&heat(), rows, columns).caption(Measure::Opens);
+        let own = "experts 0 to 7; the hottest has 100 opens";
+        assert_eq!(caption(3, 8), own);
+        assert_eq!(caption(30, 80), own);
+        for (rows, columns, cell) in [
+            (3, 3, "3 experts"),
+            (2, 8, "2 layers"),
+            (2, 4, "2 experts of 2 layers"),
+            (1, 1, "8 experts of 3 layers"),
+        ] {
+            let hottest = if columns == 1 { 126 } else { 100 };
+            let shared = format!("experts 0 to 7; hottest cell ({cell}): {hottest} opens");
+            assert_eq!(caption(rows, columns), shared);
+        }
+        let grid = Grid::of(&heat(), 2, 3);
+        assert_eq!(
+            grid.cell_in_words(&grid.rows[0], 1),
+            "layers 1-2, experts 3-5"
+        );
+        assert_eq!(grid.cell_in_words(&grid.rows[1], 2), "layer 3, experts 6-7");
+        let grid = Grid::of(&heat(), 3, 7);
+        assert_eq!(grid.cell_in_words(&grid.rows[0], 3), "layer 1, experts 6-7");
+        let grid = Grid::of(&heat(), 3, 8);
+        assert_eq!(grid.cell_in_words(&grid.rows[1], 7), "layer 2, expert 7");
+    }
+
+    /// What a mount with one layer says.
+    fn sample(count: u32, numbers: &[Run], used: &[u32]) -> Sample {
+        let stats = serde_json::json!({
+            "architecture": "x", "seconds": 1.0, "requests": {}, "errors": 0,
+            "latency": {"p50_us": 0, "p90_us": 0, "p99_us": 0, "max_us": 0},
+            "base": {"opens": 0, "reads": 0, "bytes": 0},
+            "experts": {"opens": 0, "reads": 0, "bytes": 0},
+            "layers": [[0, count]], "layers_cut": false, "numbers": [[0, numbers]],
+        });
+        let mut stats: Snapshot = serde_json::from_value(stats).unwrap();
+        stats.numbers.retain(|(_, numbers)| !numbers.is_empty());
+        let experts = used.iter().map(|&expert| (expert, 7, 0, 0)).collect();
+        let heat = vec![LayerHeat { layer: 0, experts }];
+        Sample { stats, heat }
+    }
+
+    #[test]
+    fn experts_are_shown_at_their_numbers_and_gaps_are_empty() {
+        let sparse = [(0, 0), (2, 2), (4, 4)];
+        // The last says nothing of its numbers, as a mount with very many gaps does.
+        for (numbers, used, cells) in [
+            (&sparse[..], &[4][..], "· · █"),
+            (&sparse, &[0, 2], "█ █ ·"),
+            (&[(3, 5)], &[5], "   ··█"),
+            (&[], &[], "···"),
+            (&[], &[4], "··· █"),
+        ] {
+            let heat = Heat::of(&sample(3, numbers, used), Measure::Opens);
+            let grid = Grid::of(&heat, 9, 9);
+            let shown: String = grid.rows[0].cells.iter().map(|c| grid.shade(*c)).collect();
+            assert_eq!(shown, cells, "{numbers:?} {used:?}");
+            let last = cells.chars().count() - 1;
+            assert_eq!(grid.scale(), format!("experts 0 to {last}"));
+            let sum: u64 = grid.rows[0].cells.iter().flatten().sum();
+            assert_eq!(sum, 7 * used.len() as u64);
+        }
+    }
+
+    #[test]
+    fn numbers_far_apart_share_cells() {
+        let numbers = [(0, 0), (1_000_000, 1_000_000), (u32::MAX, u32::MAX)];
+        let heat = Heat::of(&sample(3, &numbers, &[0, u32::MAX]), Measure::Opens);
+        let grid = Grid::of(&heat, 1, 10);
+        let cells = &grid.rows[0].cells;
+        assert_eq!((cells.len(), cells[0], cells[9]), (10, Some(7), Some(7)));
+        assert_eq!(cells[1..9], [None; 8]);
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 mod heat;
 mod svg;
+mod terminal;
 mod view;
 
 use std::fs::File;
@@ -14,7 +15,7 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use odmoe_fs::mounts::{State, odmoe_mount_of, state_of};
-use odmoe_fs::stats::{self, HEAT_ATTRIBUTE, STATS_ATTRIBUTE, Snapshot};
+use odmoe_fs::stats::{ExpertUse, HEAT_ATTRIBUTE, Latency, STATS_ATTRIBUTE, Snapshot};
 use serde::Serialize;
 
 use self::heat::{Grid, Heat, Measure};
@@ -57,7 +58,7 @@ struct Sample {
 #[derive(Serialize)]
 struct LayerHeat {
     layer: u32,
-    experts: Vec<stats::Heat>,
+    experts: Vec<ExpertUse>,
 }
 
 /// Why there is nothing to show.
@@ -184,7 +185,7 @@ fn in_words(sample: &Sample, root: &Path, measure: Measure) -> String {
     out
 }
 
-fn latencies(latency: &stats::Latency) -> String {
+fn latencies(latency: &Latency) -> String {
     let micros = |n: u64| match n {
         0..1000 => format!("{n} µs"),
         1000..1_000_000 => format!("{:.1} ms", n as f64 / 1e3),

@@ -28,15 +28,19 @@ pub fn draw(heat: &Heat, measure: Measure, title: &str, seconds: f64) -> String 
     let (map_width, map_height) = (cell * columns, CELL_HEIGHT * grid.rows.len());
     let width = (LEFT + map_width + RIGHT).max(500);
     let height = TOP + map_height + BELOW;
+    let seconds = seconds as u64;
+    let darkest = match grid.shared() {
+        None => format!("of each expert in {seconds} s; the darkest is"),
+        Some(shared) => format!("of experts in {seconds} s; the darkest cell ({shared}) is"),
+    };
     let mut out = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" viewBox=\"0 0 {width} {height}\" font-family=\"sans-serif\" font-size=\"12\">\n\
          <rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n\
          <text x=\"{LEFT}\" y=\"26\" font-size=\"18\">{}</text>\n\
-         <text x=\"{LEFT}\" y=\"46\">{} of each expert in {} s; the darkest is {}</text>\n\
+         <text x=\"{LEFT}\" y=\"46\">{} {darkest} {}</text>\n\
          <text x=\"{LEFT}\" y=\"64\">layer by row, {}</text>\n",
         escaped(title),
         measure.name(),
-        seconds as u64,
         escaped(&measure.text(grid.hottest)),
         grid.scale(),
     );
@@ -61,13 +65,12 @@ fn map(out: &mut String, grid: &Grid, cell: usize, measure: Measure) -> std::fmt
         }
         for (column, value) in row.cells.iter().enumerate() {
             let Some(value) = *value else { continue };
-            let first = column * grid.experts_per_cell;
             writeln!(
                 out,
-                "<rect class=\"cell\" x=\"{}\" y=\"{y}\" width=\"{cell}\" height=\"{CELL_HEIGHT}\" fill=\"{}\"><title>layer {}, expert {first}: {}</title></rect>",
+                "<rect class=\"cell\" x=\"{}\" y=\"{y}\" width=\"{cell}\" height=\"{CELL_HEIGHT}\" fill=\"{}\"><title>{}: {}</title></rect>",
                 LEFT + column * cell,
                 colour(grid.step(value, STEPS)),
-                row.label(),
+                grid.cell_in_words(row, column),
                 escaped(&measure.text(value)),
             )?;
         }

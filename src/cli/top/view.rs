@@ -1,18 +1,18 @@
 //! The live view: what was counted, drawn anew each time the mount is asked.
 
-use std::io::{self, IsTerminal};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::ensure;
+use odmoe_fs::stats::{Snapshot, Use};
 use ratatui::Frame;
-use ratatui::crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
+use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
 use ratatui::layout::{Constraint, Layout, Rect};
 use ratatui::style::{Color, Style};
 use ratatui::text::{Line, Span};
 
 use super::super::text;
 use super::heat::{Grid, Heat, Measure};
+use super::terminal::Screen;
 use super::{Sample, latencies};
 
 /// How far from grey to red there are colours: of the 256 that most terminals have.
@@ -38,10 +38,6 @@ pub fn run(
     measure: Measure,
     interval: Duration,
 ) -> anyhow::Result<()> {
-    ensure!(
-        io::stdout().is_terminal() && io::stdin().is_terminal(),
-        "there is no terminal to show the live view on; say --once, or --once --json"
-    );
     let mut view = View {
         root,
         sample,
@@ -50,37 +46,34 @@ pub fn run(
         recent: false,
         colours: text::may_be_coloured(),
     };
-    // Also restores the terminal if there is a panic.
-    let mut terminal = ratatui::try_init()?;
-    let ended = view.show(&mut terminal, interval);
-    ratatui::restore();
-    ended
+    view.show(&mut Screen::take()?, interval)
 }
 
 impl View<'_> {
-    fn show(
-        &mut self,
-        terminal: &mut ratatui::DefaultTerminal,
-        interval: Duration,
-    ) -> anyhow::Result<()> {
+    fn show(&mut self, screen: &mut Screen, interval: Duration) -> anyhow::Result<()> {
         let mut next = Instant::now() + interval;
         loop {
-            terminal.draw(|frame| self.draw(frame))?;
-            let left = next.saturating_duration_since(Instant::now());
-            if event::poll(left)? {
-                if let Event::Key(key) = event::read()?
-                    && key.kind == KeyEventKind::Press
-                    && self.ends(key)
-                {
+            screen.draw(|frame| self.draw(frame))?;
+            if let Some(key) = screen.key(next)? {
+                if self.ends(key) {
                     return Ok(());
                 }
                 continue;
             }
-            let sample = Sample::of(self.root)?;
-            let seconds = sample.stats.seconds - self.sample.stats.seconds;
-            self.before = Some((std::mem::replace(&mut self.sample, sample), seconds));
+            if Instant::now() < next {
+                continue;
+            }
+            self.add(Sample::of(self.root)?);
             next = Instant::now() + interval;
         }
+    }
+
+    /// Goes on to a newer sample.
+    fn add(&mut self, sample: Sample) {
+        let seconds = sample.stats.seconds - self.sample.stats.seconds;
+        let before = std::mem::replace(&mut self.sample, sample);
+        // Another mount, in the place of the one before, counts from 0.
+        self.before = (seconds > 0.0).then_some((before, seconds));
     }
 
     /// Obeys a key; says whether it ends the view.
@@ -112,26 +105,12 @@ impl View<'_> {
 
     fn head(&self) -> [String; 4] {
         let stats = &self.sample.stats;
-        let (reads, bytes, opens) = match &self.before {
-            Some((before, seconds)) if *seconds > 0.0 => {
-                let rate = |now: u64, before: u64| now.saturating_sub(before) as f64 / seconds;
-                let before = &before.stats;
-                (
-                    rate(
-                        stats.experts.reads + stats.base.reads,
-                        before.experts.reads + before.base.reads,
-                    ),
-                    rate(
-                        stats.experts.bytes + stats.base.bytes,
-                        before.experts.bytes + before.base.bytes,
-                    ),
-                    rate(
-                        stats.experts.opens + stats.base.opens,
-                        before.experts.opens + before.base.opens,
-                    ),
-                )
-            }
-            _ => (0.0, 0.0, 0.0),
+        let before = self.before.as_ref();
+        let rate = |of: fn(&Use) -> u64| {
+            let of = |stats: &Snapshot| of(&stats.experts) + of(&stats.base);
+            before.map_or(0.0, |(before, seconds)| {
+                of(stats).saturating_sub(of(&before.stats)) as f64 / seconds
+            })
         };
         let what = if self.recent {
             "in the last interval"
@@ -146,9 +125,9 @@ impl View<'_> {
             ),
             format!(
                 "{} reads/s   {}/s   {} opens/s   {} errors",
-                text::count(reads as u64),
-                text::size(bytes as u64),
-                text::count(opens as u64),
+                text::count(rate(|used| used.reads) as u64),
+                text::size(rate(|used| used.bytes) as u64),
+                text::count(rate(|used| used.opens) as u64),
                 text::count(stats.errors)
             ),
             latencies(&stats.latency),
@@ -178,9 +157,8 @@ impl View<'_> {
             frame.render_widget(Line::from(spans), place);
         }
         if let Some(place) = rows.next() {
-            let hottest = self.measure.text(grid.hottest);
-            let scale = format!("{:>9} {}; the hottest has {hottest}", "", grid.scale());
-            frame.render_widget(Line::from(scale), place);
+            let caption = format!("{:>9} {}", "", grid.caption(self.measure));
+            frame.render_widget(Line::from(caption), place);
         }
     }
 

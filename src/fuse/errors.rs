@@ -1,0 +1,246 @@
+//! Read errors as the log tells them.
+//!
+//! The problem: the reader learns an errno and nothing more, so the log must say which file of the
+//! tree, which part of the model and which range it was. And a dying disk, of which thousands of
+//! reads fail, must not drown in that all else that the log tells.
+//!
+//! The plan: of each part the first error is told at once, and then one every [`PAUSE`] at most,
+//! with the number of those between. That a part has changed, or is gone, is told once: it stays so.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use crate::source::ReadError;
+
+/// Short enough to see that a disk goes on failing, and 8,640 lines a day.
+const PAUSE: Duration = Duration::from_secs(10);
+
+/// What was told of each part.
+#[derive(Debug, Default)]
+pub struct ErrorLog {
+    parts: Mutex<Vec<Part>>,
+    /// Whether there is something untold, so that readers need not look.
+    has_untold: AtomicBool,
+}
+
+#[derive(Debug)]
+struct Part {
+    path: PathBuf,
+    /// When a failed read was told last.
+    told: Option<Instant>,
+    /// Failed reads since then.
+    untold: u64,
+    /// Whether it was told that this part has changed.
+    told_changed: bool,
+    /// Whether it was told that this part cannot be opened again.
+    told_missing: bool,
+}
+
+impl ErrorLog {
+    /// Logs an error that a reader gets for `request`, if it is time to.
+    pub fn tell(&self, request: impl fmt::Display, error: &ReadError) {
+        if let Some(line) = self.line(request, error, Instant::now()) {
+            tracing::error!("{line}");
+        }
+    }
+
+    /// Logs how many errors went untold, if it is time to. It costs next to nothing if there are none.
+    pub fn tell_overdue(&self) {
+        if self.has_untold.load(Ordering::Relaxed) {
+            tell_all(&self.untold(Instant::now(), PAUSE));
+        }
+    }
+
+    /// Logs how many errors went untold, at the end.
+    pub fn tell_rest(&self) {
+        tell_all(&self.untold(Instant::now(), Duration::ZERO));
+    }
+
+    fn line(&self, request: impl fmt::Display, error: &ReadError, now: Instant) -> Option<String> {
+        let mut parts = self.parts.lock();
+        let part = part(&mut parts, error.path());
+        match error {
+            ReadError::Changed { .. } => {
+                let is_told = std::mem::replace(&mut part.told_changed, true);
+                (!is_told).then(|| format!("{request}: {error}; reads of it fail from now on"))
+            }
+            ReadError::Reopen { .. } => {
+                let is_told = std::mem::replace(&mut part.told_missing, true);
+                (!is_told).then(|| format!("{request}: {error}"))
+            }
+            ReadError::Read { .. } => {
+                if part.told.is_some_and(|told| now < told + PAUSE) {
+                    part.untold += 1;
+                    self.has_untold.store(true, Ordering::Relaxed);
+                    return None;
+                }
+                part.told = Some(now);
+                Some(match std::mem::take(&mut part.untold) {
+                    0 => format!("{request}: {error}"),
+                    more => format!("{request}: {error} (and {more} more since the last message)"),
+                })
+            }
+        }
+    }
+
+    /// A line for each part of which errors went untold, if its last message is as old as `pause`.
+    fn untold(&self, now: Instant, pause: Duration) -> Vec<String> {
+        let mut parts = self.parts.lock();
+        let mut lines = Vec::new();
+        for part in parts.iter_mut().filter(|part| part.untold > 0) {
+            if part.told.is_none_or(|told| now >= told + pause) {
+                let more = std::mem::take(&mut part.untold);
+                part.told = Some(now);
+                let reads = if more == 1 { "read has" } else { "reads have" };
+                lines.push(format!("{:?}: {more} more {reads} failed", part.path));
+            }
+        }
+        let has_untold = parts.iter().any(|part| part.untold > 0);
+        self.has_untold.store(has_untold, Ordering::Relaxed);
+        lines
+    }
+}
+
+fn tell_all(lines: &[String]) {
+    lines.iter().for_each(|line| tracing::error!("{line}"));
+}
+
+fn part<'a>(parts: &'a mut Vec<Part>, path: &Path) -> &'a mut Part {
+    let place = parts.iter().position(|part| part.path == path);
+    let place = place.unwrap_or_else(|| {
+        parts.push(Part {
+            path: path.to_owned(),
+            told: None,
+            untold: 0,
+            told_changed: false,
+            told_missing: false,
+        });
+        parts.len() - 1
+    });
+    &mut parts[place]
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn failed(part: &str, offset: u64) -> ReadError {
+        ReadError::Read {
+            path: part.into(),
+            offset,
+            cause: io::Error::from_raw_os_error(libc::EIO),
+        }
+    }
+
+    #[test]
+    fn the_first_error_is_told_at_once_with_file_range_and_part() {
+        let log = ErrorLog::default();
+        let request = "read \"experts/a\": 100 bytes at 7";
+        let line = log.line(request, &failed("/m.gguf", 4096), Instant::now());
+        let expected = "read \"experts/a\": 100 bytes at 7: \"/m.gguf\" cannot be read at byte 4096: Input/output error (os error 5)";
+        assert_eq!(line.as_deref(), Some(expected));
+    }
+
+    #[test]
+    fn a_dying_disk_is_told_of_once_in_a_while_with_a_number() {
+        let (log, start) = (ErrorLog::default(), Instant::now());
+        let at = |seconds: u32| log.line("x", &failed("/m", 0), start + seconds * SECOND);
+        assert!(at(0).is_some());
+        for second in 1..10 {
+            assert_eq!(at(second), None, "{second}");
+        }
+        assert!(
+            at(10)
+                .unwrap()
+                .ends_with("(and 9 more since the last message)")
+        );
+        assert_eq!(at(19), None);
+        assert!(
+            at(25)
+                .unwrap()
+                .ends_with("(and 1 more since the last message)")
+        );
+        assert!(at(35).unwrap().ends_with("(os error 5)"));
+    }
+
+    #[test]
+    fn each_part_has_its_own_first_error() {
+        let (log, now) = (ErrorLog::default(), Instant::now());
+        for part in ["/1", "/2", "/3"] {
+            assert!(log.line("x", &failed(part, 0), now).is_some());
+            assert!(log.line("x", &failed(part, 0), now).is_none());
+        }
+    }
+
+    #[test]
+    fn errors_that_stop_are_told_all_the_same_and_none_of_them_twice() {
+        let (log, start) = (ErrorLog::default(), Instant::now());
+        for _ in 0..5 {
+            log.line("x", &failed("/1", 0), start);
+        }
+        log.line("x", &failed("/2", 0), start);
+        assert_eq!(log.untold(start + 9 * SECOND, PAUSE), [""; 0]);
+        let line = "\"/1\": 4 more reads have failed";
+        assert_eq!(log.untold(start + 10 * SECOND, PAUSE), [line]);
+        assert_eq!(log.untold(start + 99 * SECOND, PAUSE), [""; 0]);
+        assert!(!log.has_untold.load(Ordering::Relaxed));
+        // That was a message like any other.
+        assert_eq!(log.line("x", &failed("/1", 0), start + 11 * SECOND), None);
+        let line = "\"/1\": 1 more read has failed";
+        assert_eq!(log.untold(start + 11 * SECOND, Duration::ZERO), [line]);
+    }
+
+    #[test]
+    fn every_error_is_in_some_message() {
+        let (log, start) = (ErrorLog::default(), Instant::now());
+        let mut told = 0;
+        let number = |line: &str| {
+            let mut words = line
+                .split(' ')
+                .filter_map(|w| w.trim_start_matches('(').parse().ok());
+            words.next_back().unwrap_or(0)
+        };
+        for n in 0..1000_u64 {
+            let now = start + Duration::from_millis(n * n % 997 + n * 37);
+            if let Some(line) = log.line("x", &failed("/1", 0), now) {
+                let more = line.split_once("(and ").map_or(0, |(_, rest)| number(rest));
+                told += 1 + more;
+            }
+            let overdue = log.untold(now, PAUSE);
+            told += overdue.iter().map(|line| number(line)).sum::<u64>();
+        }
+        let rest = log.untold(start + 3600 * SECOND, Duration::ZERO);
+        told += rest.iter().map(|line| number(line)).sum::<u64>();
+        assert_eq!(told, 1000);
+    }
+
+    #[test]
+    fn a_change_is_told_once_whatever_else_fails() {
+        let (log, start) = (ErrorLog::default(), Instant::now());
+        let changed = ReadError::Changed { path: "/m".into() };
+        let gone = |path: &str| ReadError::Reopen {
+            path: path.into(),
+            cause: io::ErrorKind::NotFound.into(),
+        };
+        assert!(log.line("x", &failed("/m", 0), start).is_some());
+        let line = log.line("x", &changed, start).unwrap();
+        assert!(line.starts_with("x: \"/m\" has changed"), "{line}");
+        assert!(line.ends_with("; reads of it fail from now on"), "{line}");
+        assert!(log.line("x", &gone("/m"), start).is_some());
+        for hours in 0..100 {
+            let now = start + hours * 3600 * SECOND;
+            assert_eq!(log.line("x", &changed, now), None);
+            assert_eq!(log.line("x", &gone("/m"), now), None);
+        }
+        assert!(log.line("x", &gone("/other"), start).is_some());
+        assert_eq!(log.untold(start + 3600 * SECOND, PAUSE), [""; 0]);
+    }
+}
