@@ -176,11 +176,18 @@ impl Served {
         }
     }
 
-    /// The attributes of the child of a directory with this name.
+    /// The attributes of the child of a directory with this name. `.` is any node itself and `..` its
+    /// directory, as whoever has only a file's handle asks for them (NFS exports).
     pub fn lookup(&self, directory: Ino, name: &[u8]) -> Result<Attributes, Refusal> {
         self.counted(Operation::Lookup);
-        match self.model.tree().lookup(directory, name) {
-            Some(child) => self.attributes_of(child),
+        let tree = self.model.tree();
+        let found = match name {
+            b"." => Some(directory),
+            b".." => tree.parent(directory),
+            _ => tree.lookup(directory, name),
+        };
+        match found {
+            Some(found) => self.attributes_of(found),
             None if name.len() > MAX_NAME_BYTES as usize => Err(Refusal::NameTooLong),
             None => Err(Refusal::NotFound),
         }
@@ -290,6 +297,14 @@ impl Served {
             nodes: tree.len(),
             name_bytes: MAX_NAME_BYTES,
         }
+    }
+
+    /// How many parts of the model are not as they were when it was opened, so that reads of them
+    /// fail. Looks at each.
+    pub fn changed_parts(&self) -> u64 {
+        let source = self.model.source();
+        let parts = 0..source.paths().len() as u32;
+        parts.filter(|&part| source.check(part).is_err()).count() as u64
     }
 
     /// The value of an extended attribute.

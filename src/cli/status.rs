@@ -7,9 +7,10 @@ use super::{print, print_json, text};
 
 /// List the mounts of odmoe-fs on this machine, and whether each answers
 ///
-/// A mount is alive; not answering, when its process is stopped or waits for the disk; stale, when its
-/// process is dead (`umount` removes it, and so does the next `mount` there); or not readable, when it
-/// is another user's.
+/// A mount is alive; changed, when a part of its model has been written to since it was mounted, so
+/// that reads of that fail; not answering, when its process is stopped or waits for the disk; stale,
+/// when its process is dead (`umount` removes it, and so does the next `mount` there); or not
+/// readable, when it is another user's.
 #[derive(clap::Args)]
 pub struct StatusArgs {
     /// Print a JSON array of {"directory", "model", "pid", "state"}

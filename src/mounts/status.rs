@@ -37,6 +37,8 @@ pub struct MountStatus {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
     Alive,
+    /// It answers, but parts of its model have changed since it was mounted, and reads of them fail.
+    Changed,
     /// Its process is stopped, or waits for something.
     NotAnswering,
     /// Its process is dead.
@@ -50,6 +52,7 @@ impl State {
     pub fn name(self) -> &'static str {
         match self {
             Self::Alive => "alive",
+            Self::Changed => "changed",
             Self::NotAnswering => "not answering",
             Self::Stale => "stale",
             Self::NotReadable => "not readable",
@@ -60,6 +63,7 @@ impl State {
         match answer {
             None => Self::NotAnswering,
             Some(Answer::Alive) => Self::Alive,
+            Some(Answer::Changed) => Self::Changed,
             // The second if somebody has aborted the connection.
             Some(Answer::Error(libc::ENOTCONN | libc::ECONNABORTED)) => Self::Stale,
             // Most often EACCES.

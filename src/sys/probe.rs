@@ -25,10 +25,16 @@ pub struct Probe {
     answer: Option<Answer>,
 }
 
+/// The ioctl by which a mount of ours is asked how many parts of its model have changed: `_IOR('o', 1,
+/// uint64_t)`, as asm-generic/ioctl.h makes such numbers.
+pub const CHANGED_PARTS: u32 = 2 << 30 | 8 << 16 | (b'o' as u32) << 8 | 1;
+
 /// What a file system answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Answer {
     Alive,
+    /// Parts of the model are not what they were.
+    Changed,
     /// An errno.
     Error(i32),
 }
@@ -61,10 +67,15 @@ impl Probe {
     /// it is from the answer on.
     pub fn answer(&mut self) -> Answer {
         *self.answer.get_or_insert_with(|| {
-            let mut errno = [0; 4];
-            match self.pipe.read_exact(&mut errno).map(|()| errno) {
-                Ok([0, 0, 0, 0]) => Answer::Alive,
-                Ok(errno) => Answer::Error(i32::from_ne_bytes(errno)),
+            let mut told = [0; 4];
+            match self
+                .pipe
+                .read_exact(&mut told)
+                .map(|()| i32::from_ne_bytes(told))
+            {
+                Ok(0) => Answer::Alive,
+                Ok(CHANGED) => Answer::Changed,
+                Ok(errno) => Answer::Error(errno),
                 Err(_) => Answer::Error(libc::EINTR), // somebody has killed the child
             }
         })
@@ -123,11 +134,15 @@ unsafe fn ask_and_exit(path: &CString, teller: RawFd, gate: RawFd) -> ! {
     unsafe { close_all_but(teller, gate) };
     // SAFETY: the buffer is one byte long. At the end of the pipe nothing is written to it.
     unsafe { libc::read(gate, (&raw mut byte).cast(), 1) };
-    let errno = ask(path).err().and_then(|e| e.raw_os_error());
-    let errno = errno.unwrap_or(0).to_ne_bytes();
+    let told = match ask(path) {
+        Ok(0) => 0,
+        Ok(_) => CHANGED,
+        Err(e) => e.raw_os_error().unwrap_or(libc::EINVAL),
+    };
+    let told = told.to_ne_bytes();
     // SAFETY: the buffer is four bytes long; `_exit` runs nothing of the parent's.
     unsafe {
-        libc::write(teller, errno.as_ptr().cast(), errno.len());
+        libc::write(teller, told.as_ptr().cast(), told.len());
         libc::_exit(0)
     }
 }
@@ -163,14 +178,24 @@ unsafe fn close_all_but(a: RawFd, b: RawFd) {
     }
 }
 
+/// What a child tells instead of an errno where parts have changed.
+const CHANGED: i32 = -1;
+
 /// Asks with `stat` first, which tells who may not enter: to those, `statfs` answers with zeros. And
-/// with `statfs`, since the kernel knows everything else by itself.
-fn ask(path: &CString) -> io::Result<()> {
+/// with `statfs`, since the kernel knows everything else by itself. Then for the number of changed
+/// parts, which older daemons of ours do not know.
+fn ask(path: &CString) -> io::Result<u64> {
     // SAFETY: both are plain data, for which zeros are a value.
     let (mut stat, mut statfs): (libc::stat, libc::statfs) = unsafe { std::mem::zeroed() };
     // SAFETY: the path ends with NUL and the buffer is a stat.
     check(unsafe { libc::stat(path.as_ptr(), &mut stat) })?;
     // SAFETY: the path ends with NUL and the buffer is a statfs.
     check(unsafe { libc::statfs(path.as_ptr(), &mut statfs) })?;
-    Ok(())
+    let flags = libc::O_RDONLY | libc::O_DIRECTORY | libc::O_CLOEXEC;
+    // SAFETY: the path ends with NUL.
+    let root = check(unsafe { libc::open(path.as_ptr(), flags) })?;
+    let mut changed = 0_u64;
+    // SAFETY: by its number, the call writes a u64 there, or nothing.
+    let asked = check(unsafe { libc::ioctl(root, CHANGED_PARTS.into(), &mut changed) });
+    Ok(asked.map_or(0, |_| changed))
 }

@@ -112,6 +112,53 @@ def test_names_cannot_break_the_table(model, public):
         assert str(where) in [line["directory"] for line in json.loads(succeed("status", "--json"))]
 
 
+def touched(part):
+    os.utime(part)
+
+
+def truncated(part):
+    os.truncate(part, part.stat().st_size - 1)
+
+
+def appended(part):
+    with part.open("ab") as file:
+        file.write(b"more")
+
+
+def renamed(part):
+    part.rename(part.with_name("renamed.gguf"))
+
+
+def replaced(part):
+    shutil.copy(part, part.with_name("new"))
+    os.replace(part.with_name("new"), part)
+
+
+CHANGED = "`status` calls a mount changed when a part of its model has been written to since it was mounted."
+
+
+@promises(CHANGED)
+@pytest.mark.parametrize("change", [touched, truncated, appended])
+@pytest.mark.parametrize("flags", [[], ["--cache", "direct"], ["--stats"]], ids=str)
+def test_a_mount_whose_model_has_changed_is_not_called_alive(change, flags, person, public, folder):
+    parts = models.write_small(public, split_max_tensors=4)
+    with mounted(parts[0], folder, *flags, user=person):
+        assert status(folder, person)["state"] == "alive"
+        change(parts[-1])
+        assert status(folder, person)["state"] == "changed"
+        if change != truncated:  # which is no model any more
+            fail("mount", parts[0], folder, user=person, naming=["already mounted"])
+
+
+@promises(CHANGED)
+@pytest.mark.parametrize("change", [renamed, replaced])
+def test_a_mount_whose_model_has_another_name_is_alive(change, person, public, folder):
+    parts = models.write_small(public, split_max_tensors=4)
+    with mounted(parts[0], folder, user=person):
+        change(parts[-1])
+        assert status(folder, person)["state"] == "alive"
+
+
 def test_paths_that_lead_out_of_a_mount_are_those_of_the_caller(person, model, folder, public):
     """The working directory lies in a mount, which need not answer."""
     other = public / "other"

@@ -105,7 +105,7 @@ impl Sample {
     fn of(root: &Path) -> anyhow::Result<Self> {
         let fail = |error: fn(PathBuf) -> TopError| Err(error(root.to_owned()));
         match state_of(root) {
-            State::Alive => {}
+            State::Alive | State::Changed => {}
             State::NotAnswering => fail(TopError::NotAnswering)?,
             State::Stale => fail(TopError::Stale)?,
             State::NotReadable => fail(TopError::NotReadable)?,
