@@ -61,6 +61,7 @@ compile_error!("odmoe-fs is for 64-bit machines");
 
 mod ahead;
 pub mod doctor;
+pub mod explain;
 pub mod fuse;
 pub mod gguf;
 pub mod layout;

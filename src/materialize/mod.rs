@@ -27,6 +27,7 @@ pub use ways::{Cost, Reflink};
 use self::compare::{State, is_folder};
 use self::ways::Ways;
 
+use crate::explain::{Explain, Hint, written};
 use crate::layout::{
     BASE_DIRECTORY, Doc, EXPERTS_DIRECTORY, FileKind, METADATA_GGUF_PATH, METADATA_PATH,
     REGISTRY_PATH,
@@ -98,6 +99,23 @@ pub enum MaterializeError {
     Stopped,
     #[error(transparent)]
     Source(#[from] ReadError),
+}
+
+impl Explain for MaterializeError {
+    fn code(&self) -> &'static str {
+        match self {
+            Self::Source(cause) => cause.code(),
+            _ => self.into(),
+        }
+    }
+
+    fn hint(&self) -> Option<Hint> {
+        written(self).or_else(|| match self {
+            Self::Io { cause, .. } => cause.hint(),
+            Self::Source(cause) => cause.hint(),
+            _ => None,
+        })
+    }
 }
 
 fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> MaterializeError {

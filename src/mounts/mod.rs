@@ -33,6 +33,7 @@ pub use table::{MountEntry, mount_of, mount_table, odmoe_mount_of};
 pub(crate) use unmount::fusermount;
 pub use unmount::{UnmountError, unmount};
 
+use crate::explain::{ASK_DOCTOR, Explain, Hint, written};
 pub use crate::fuse::Cache;
 use crate::fuse::{OdmoeFs, Owner};
 use crate::model::Model;
@@ -155,6 +156,25 @@ pub enum MountError {
         "the background process ended before the mount was ready ({0}); if memory is short, use fewer --threads, else say the same with -f to see why"
     )]
     DaemonDied(String),
+}
+
+impl Explain for MountError {
+    fn code(&self) -> &'static str {
+        match self {
+            Self::Repair { cause, .. } => cause.code(),
+            _ => self.into(),
+        }
+    }
+
+    fn hint(&self) -> Option<Hint> {
+        written(self).or_else(|| match self {
+            Self::Repair { cause, .. } => cause.hint(),
+            Self::Directory { cause, .. } => cause.hint(),
+            Self::Session { cause, .. } | Self::Background(cause) => cause.hint(),
+            Self::Device(_) | Self::UserAllowOther | Self::Refused { .. } => Some(ASK_DOCTOR),
+            _ => None,
+        })
+    }
 }
 
 fn process(pid: Option<u32>) -> String {

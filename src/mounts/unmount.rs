@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use super::holders::{Holder, holders};
 use super::{State, status, table};
+use crate::explain::{Explain, Hint, written};
 use crate::sys;
 use crate::sys::process::Watched;
 
@@ -34,6 +35,16 @@ pub enum UnmountError {
     NoFusermount,
     #[error("{directory:?} cannot be unmounted: {reason}")]
     Refused { directory: PathBuf, reason: String },
+}
+
+impl Explain for UnmountError {
+    fn code(&self) -> &'static str {
+        self.into()
+    }
+
+    fn hint(&self) -> Option<Hint> {
+        written(self)
+    }
 }
 
 /// The first of those who use a mount, and how many more there are.
