@@ -59,9 +59,9 @@ pub(crate) fn written(error: &dyn Error) -> Option<Hint> {
     split(&text).1.map(|hint| Cow::Owned(hint.to_owned()))
 }
 
-/// What is before the first `; ` outside of quotes, and what is behind it. Quoted are paths and names
-/// from models, in which nothing separates.
-fn split(text: &str) -> (&str, Option<&str>) {
+/// What is before the first `; ` outside of quotes, and what is behind it: what is wrong, and what to
+/// do. Quoted are paths and names from models, in which nothing separates.
+pub fn split(text: &str) -> (&str, Option<&str>) {
     let (mut quoted, mut escaped) = (false, false);
     for (at, c) in text.char_indices() {
         match c {

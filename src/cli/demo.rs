@@ -9,12 +9,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Context, bail, ensure};
 use odmoe_fs::gguf::GgmlType;
 use odmoe_fs::model::Model;
 use odmoe_fs::mounts::{UnmountError, unmount};
 use serde_json::Value;
 
+use super::failure::{Context, Failure, Result, ensure};
 use super::toy::{ToyArgs, Watch, write_toy};
 use super::{Stop, print, text};
 
@@ -29,12 +29,12 @@ const EXPERT_FILE: &str = "layer_01_expert_002";
 const LAYER: u64 = 1;
 const EXPERT: u64 = 2;
 
-pub fn run(_: &DemoArgs) -> anyhow::Result<()> {
+pub fn run(_: &DemoArgs) -> Result<()> {
     let stop = Stop::on_signals()?;
     stop.explain(demo(&stop.flag))
 }
 
-fn demo(stop: &AtomicBool) -> anyhow::Result<()> {
+fn demo(stop: &AtomicBool) -> Result<()> {
     let folder = tempfile::Builder::new()
         .prefix("odmoe-demo-")
         .tempdir()
@@ -69,7 +69,7 @@ fn demo(stop: &AtomicBool) -> anyhow::Result<()> {
             let out = folder.path().join("out");
             run_self(&["materialize".as_ref(), toy.out.as_ref(), out.as_ref()])?;
             show(&toy.out, &out)?;
-            bail!("mounting failed, so the same tree was shown as real files: {e:#}");
+            return Err(e.context("mounting failed, so the same tree was shown as real files"));
         }
     }
     folder
@@ -83,7 +83,7 @@ fn demo(stop: &AtomicBool) -> anyhow::Result<()> {
     print("Everything was removed again. Next: odmoe-fs mount YOUR-MODEL.gguf DIRECTORY\n")
 }
 
-fn show(toy: &Path, root: &Path) -> anyhow::Result<()> {
+fn show(toy: &Path, root: &Path) -> Result<()> {
     show_tree(root)?;
     check_expert(toy, root)
 }
@@ -94,7 +94,7 @@ pub struct Mounted {
 }
 
 impl Mounted {
-    pub fn new(model: &Path, directory: &Path) -> anyhow::Result<Self> {
+    pub fn new(model: &Path, directory: &Path) -> Result<Self> {
         let mounted = Self {
             directory: directory.to_owned(),
         };
@@ -102,7 +102,7 @@ impl Mounted {
         Ok(mounted)
     }
 
-    pub fn unmount(self) -> anyhow::Result<()> {
+    pub fn unmount(self) -> Result<()> {
         run_self(&["umount".as_ref(), self.directory.as_ref()])
     }
 }
@@ -118,18 +118,16 @@ impl Drop for Mounted {
 }
 
 /// Runs this program with other arguments, and fails with what it said.
-fn run_self(arguments: &[&std::ffi::OsStr]) -> anyhow::Result<()> {
+fn run_self(arguments: &[&std::ffi::OsStr]) -> Result<()> {
     let program = std::env::current_exe().context("cannot find this program itself")?;
     let output = Command::new(program).args(arguments).output()?;
     if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr);
-        let said = said.trim();
-        bail!("{}", said.strip_prefix("error: ").unwrap_or(said));
+        return Err(Failure::told(&String::from_utf8_lossy(&output.stderr)));
     }
     Ok(())
 }
 
-fn show_tree(root: &Path) -> anyhow::Result<()> {
+fn show_tree(root: &Path) -> Result<()> {
     let root_name = root.file_name().unwrap_or_default().to_string_lossy();
     let mut out = format!("{root_name}/\n");
     for directory in sorted(root)? {
@@ -143,7 +141,7 @@ fn show_tree(root: &Path) -> anyhow::Result<()> {
     print(&out)
 }
 
-fn sorted(directory: &Path) -> anyhow::Result<Vec<PathBuf>> {
+fn sorted(directory: &Path) -> Result<Vec<PathBuf>> {
     let entries = fs::read_dir(directory)?.map(|entry| Ok(entry?.path()));
     let mut paths = entries.collect::<std::io::Result<Vec<_>>>()?;
     paths.sort();
@@ -157,7 +155,7 @@ fn name_of(path: &Path) -> String {
 
 /// Reads an expert as a loader does, and compares every tensor with where the GGUF's own header
 /// says that the expert's slice of it lies.
-fn check_expert(toy: &Path, root: &Path) -> anyhow::Result<()> {
+fn check_expert(toy: &Path, root: &Path) -> Result<()> {
     let file = fs::read(root.join(format!("experts/{EXPERT_FILE}.safetensors")))?;
     let (length, rest) = file
         .split_first_chunk::<8>()
@@ -165,9 +163,10 @@ fn check_expert(toy: &Path, root: &Path) -> anyhow::Result<()> {
     let (json, payload) = rest
         .split_at_checked(u64::from_le_bytes(*length) as usize)
         .context("the header is cut short")?;
-    let header: Value = serde_json::from_slice(json)?;
+    let header: Value = serde_json::from_slice(json).map_err(|e| Failure::unknown(&e))?;
     let sources = header["__metadata__"]["odmoe.tensors"].as_str();
-    let sources: Value = serde_json::from_str(sources.context("there is no odmoe.tensors")?)?;
+    let sources = sources.context("there is no odmoe.tensors")?;
+    let sources: Value = serde_json::from_str(sources).map_err(|e| Failure::unknown(&e))?;
 
     let model = Model::open(toy)?;
     let gguf = fs::File::open(toy)?;

@@ -3,13 +3,12 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, bail};
 use clap::{Command, CommandFactory};
 use clap_complete::Shell;
 use clap_mangen::Man;
 use clap_mangen::roff::{Roff, bold, roman};
 
-use super::failure::EXIT_STATUSES;
+use super::failure::{Context, EXIT_STATUSES, Failure, Result};
 use super::{Cli, print};
 
 /// Print the manual page of odmoe-fs, or of one of its commands
@@ -35,15 +34,15 @@ pub struct CompletionsArgs {
     shell: Shell,
 }
 
-pub fn complete(args: &CompletionsArgs) -> anyhow::Result<()> {
+pub fn complete(args: &CompletionsArgs) -> Result<()> {
     let mut out = Vec::new();
     clap_complete::generate(args.shell, &mut Cli::command(), "odmoe-fs", &mut out);
     // For bash, clap_complete 4.6 names the commands of a program with a hyphen in two ways, so that none of
     // their options would be found.
-    print(&String::from_utf8(out)?.replace("odmoe__subcmd__fs", "odmoe__fs"))
+    print(&text(out)?.replace("odmoe__subcmd__fs", "odmoe__fs"))
 }
 
-pub fn man(args: &ManArgs) -> anyhow::Result<()> {
+pub fn man(args: &ManArgs) -> Result<()> {
     let mut program = Cli::command();
     program.build(); // so that commands know their full names
     if let Some(folder) = &args.all {
@@ -53,13 +52,16 @@ pub fn man(args: &ManArgs) -> anyhow::Result<()> {
         None => page(&program)?,
         Some(name) => match program.get_subcommands().find(|c| c.get_name() == name) {
             Some(command) => page(command)?,
-            None => bail!("there is no command {name:?}; say one of those that --help lists"),
+            None => {
+                let failure = Failure::new(format!("there is no command {name:?}"));
+                return Err(failure.hint("choose one of those that `odmoe-fs --help` lists"));
+            }
         },
     };
     print(&page)
 }
 
-fn write_all(program: &Command, folder: &Path) -> anyhow::Result<()> {
+fn write_all(program: &Command, folder: &Path) -> Result<()> {
     fs::create_dir_all(folder).with_context(|| format!("cannot make {folder:?}"))?;
     let commands = program.get_subcommands().filter(|c| c.get_name() != "help");
     for command in std::iter::once(program).chain(commands) {
@@ -74,7 +76,7 @@ fn name(command: &Command) -> &str {
     command.get_display_name().unwrap_or(command.get_name())
 }
 
-fn page(command: &Command) -> anyhow::Result<String> {
+fn page(command: &Command) -> Result<String> {
     let page = Man::new(command.clone()).source(concat!("odmoe-fs ", env!("CARGO_PKG_VERSION")));
     let mut out = Vec::new();
     page.render(&mut out)?;
@@ -88,7 +90,11 @@ fn page(command: &Command) -> anyhow::Result<String> {
         roff.text([roman("mount(8), fstab(5), fuse(8), fusermount3(1)")]);
     }
     roff.to_writer(&mut out)?;
-    Ok(String::from_utf8(out)?)
+    text(out)
+}
+
+fn text(bytes: Vec<u8>) -> Result<String> {
+    String::from_utf8(bytes).map_err(|e| Failure::unknown(&e))
 }
 
 fn section(roff: &mut Roff, title: &str, entries: &[(&str, &str)]) {

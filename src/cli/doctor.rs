@@ -1,5 +1,6 @@
 //! `doctor`: whether mounts work on this machine, and what to do if not.
 
+use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::fs;
 use std::sync::atomic::AtomicBool;
@@ -8,6 +9,7 @@ use odmoe_fs::doctor::{Check, Verdict, examine};
 use serde::Serialize;
 
 use super::demo::Mounted;
+use super::failure::Result;
 use super::toy::{ToyArgs, Watch, write_toy};
 use super::{print, print_json, text};
 
@@ -30,7 +32,7 @@ struct Report {
 }
 
 /// Runs the command; says whether a mount will work.
-pub fn run(args: &DoctorArgs) -> anyhow::Result<bool> {
+pub fn run(args: &DoctorArgs) -> Result<bool> {
     let mut checks = examine();
     checks.push(trial());
     let works = checks.iter().all(|check| check.verdict != Verdict::Failure);
@@ -62,22 +64,23 @@ pub fn complaints() -> String {
 
 /// Mounts a toy model and reads of it: what no look at the machine can replace.
 fn trial() -> Check {
-    let (verdict, found) = match mount_and_read() {
+    let (verdict, found, cure) = match mount_and_read() {
         Ok(()) => (
             Verdict::Good,
             "a toy model was mounted, read and unmounted".to_owned(),
+            None,
         ),
-        Err(e) => (Verdict::Failure, format!("{e:#}")),
+        Err(e) => (Verdict::Failure, e.message, e.hint.map(Cow::into_owned)),
     };
     Check {
         name: "trial mount",
         verdict,
         found,
-        cure: None, // the other checks, or the error itself, name it
+        cure,
     }
 }
 
-fn mount_and_read() -> anyhow::Result<()> {
+fn mount_and_read() -> Result<()> {
     let folder = tempfile::Builder::new().prefix("odmoe-doctor-").tempdir()?;
     let toy = ToyArgs {
         layers: 1,

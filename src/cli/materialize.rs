@@ -4,7 +4,6 @@ use std::io::Write;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
-use anyhow::{bail, ensure};
 use odmoe_fs::materialize::ignore_file_size_signal;
 use odmoe_fs::materialize::{Numbers, Options, Plan, Reflink, Selection};
 use odmoe_fs::model::Model;
@@ -13,6 +12,7 @@ use odmoe_fs::source::PageCache;
 use odmoe_fs::verify::{Comparison, Depth, What};
 use odmoe_fs::work::default_jobs;
 
+use super::failure::{Result, bail, ensure};
 use super::progress::Meter;
 use super::{Diagnostics, ModelArg, Stop, print, say, text};
 
@@ -77,7 +77,7 @@ impl From<When> for Reflink {
     }
 }
 
-pub fn run(args: &MaterializeArgs, quiet: bool) -> anyhow::Result<()> {
+pub fn run(args: &MaterializeArgs, quiet: bool) -> Result<()> {
     // Beyond `ulimit -f`, writing shall be an error and not the end.
     ignore_file_size_signal();
     let mut model = Model::open(&args.model.model)?;
@@ -155,7 +155,7 @@ fn read_back(
     jobs: NonZeroUsize,
     stop: &Stop,
     quiet: bool,
-) -> anyhow::Result<()> {
+) -> Result<()> {
     let comparison = Comparison::new(model, directory, Depth::Whole)?;
     let meter = Meter::new(comparison.bytes(), quiet);
     let result = comparison.run(jobs, &stop.flag, &|progress| meter.add(progress));
@@ -198,7 +198,7 @@ fn costs(plan: &Plan) -> String {
 }
 
 /// A mounted tree is there already, and cannot be written to.
-fn refuse_mounts(directory: &Path) -> anyhow::Result<()> {
+fn refuse_mounts(directory: &Path) -> Result<()> {
     if let Some(mount) = odmoe_mount_of(directory) {
         bail!(
             "{directory:?} lies in the odmoe-fs mount on {:?}, which is read-only; choose another directory",

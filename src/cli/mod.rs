@@ -23,13 +23,12 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Context;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand};
 use odmoe_fs::mounts::no_new_privileges;
 
 use self::diagnostics::{Diagnostics, LogFormat, Volume};
-use self::failure::{FOUND_SOMETHING, Failure, WRONG_USAGE, exit_code, is_broken_pipe};
+use self::failure::{FOUND_SOMETHING, Failure, Result, WRONG_USAGE, exit_code};
 use self::fstab::HelperCall;
 use self::stop::Stop;
 
@@ -112,7 +111,7 @@ pub fn run() -> ExitCode {
 }
 
 /// Parses a command line, and what its `-o` options stand for.
-fn parse(arguments: &[OsString]) -> Result<Cli, clap::Error> {
+fn parse(arguments: &[OsString]) -> std::result::Result<Cli, clap::Error> {
     let cli = Cli::try_parse_from(arguments)?;
     let Command::Mount(args) = &cli.command else {
         return Ok(cli);
@@ -125,7 +124,7 @@ fn parse(arguments: &[OsString]) -> Result<Cli, clap::Error> {
 }
 
 /// Mounts for mount(8), in whose exit statuses 1 is a wrong call and 32 a mount that failed.
-fn help_mount(call: Result<HelperCall, String>) -> ExitCode {
+fn help_mount(call: std::result::Result<HelperCall, String>) -> ExitCode {
     const WRONG_CALL: u8 = 1;
     const NOT_MOUNTED: u8 = 32;
     let call = match call {
@@ -192,7 +191,7 @@ fn execute(cli: &Cli) -> ExitCode {
 }
 
 /// The exit status of a command that looks whether all is well.
-fn found(is_well: anyhow::Result<bool>, json: bool) -> ExitCode {
+fn found(is_well: Result<bool>, json: bool) -> ExitCode {
     match is_well {
         Ok(false) => ExitCode::from(FOUND_SOMETHING),
         result => exit_code(result.map(drop), json),
@@ -216,35 +215,31 @@ fn usage(error: &clap::Error) -> ExitCode {
         let lines = text.lines().map(str::trim);
         let lines: Vec<_> = lines.take_while(|line| !line.is_empty()).collect();
         let message = lines.join(" ");
-        let failure = Failure {
-            code: "usage",
-            message: message.trim_start_matches("error: ").to_owned(),
-            hint: "see --help".to_owned(),
-        };
-        failure.print_json();
+        Failure::usage(message.trim_start_matches("error: ")).print_json();
     }
     ExitCode::from(WRONG_USAGE)
 }
 
 /// Prints a result.
-fn print(text: &str) -> anyhow::Result<()> {
+fn print(text: &str) -> Result<()> {
     let mut stdout = io::stdout();
     stdout
         .write_all(text.as_bytes())
         .and_then(|()| stdout.flush())
-        .context("cannot write to the standard output")
+        .map_err(|e| Failure::output(&e))
 }
 
 /// Prints a result for programs.
-fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
-    print(&(serde_json::to_string_pretty(value)? + "\n"))
+fn print_json(value: &impl serde::Serialize) -> Result<()> {
+    let json = serde_json::to_string_pretty(value).map_err(|e| Failure::unknown(&e))?;
+    print(&(json + "\n"))
 }
 
 /// Says what was done. It is done even if nobody can be told.
 fn say(text: &str) {
     if let Err(e) = print(text)
-        && !is_broken_pipe(&e)
+        && !e.is_closed_output()
     {
-        tracing::warn!("{e:#}");
+        tracing::warn!("{}", e.message);
     }
 }

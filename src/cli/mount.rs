@@ -4,14 +4,12 @@ use std::fs::File;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, anyhow, ensure};
 use odmoe_fs::model::Model;
-use odmoe_fs::mounts::{
-    Cache, Mount, MountError, Options, close_inherited_descriptors, set_read_ahead,
-};
+use odmoe_fs::mounts::{Cache, Mount, Options, close_inherited_descriptors, set_read_ahead};
 
 use super::diagnostics::{self, LogFormat};
 use super::doctor::complaints;
+use super::failure::{Context, Failure, Result, ensure};
 use super::{ModelArg, say, text};
 
 /// Show a model as base_model/ and experts/ on a directory
@@ -103,7 +101,7 @@ pub struct MountArgs {
 
 impl MountArgs {
     /// A daemon must not hold what it inherited. To be called before anything is opened.
-    pub fn leave_what_was_inherited(&self) -> anyhow::Result<()> {
+    pub fn leave_what_was_inherited(&self) -> Result<()> {
         if !self.foreground {
             close_inherited_descriptors().context("cannot close inherited descriptors")?;
         }
@@ -131,7 +129,7 @@ enum ReadAheadArg {
     Bytes(u64),
 }
 
-fn read_ahead(text: &str) -> Result<ReadAheadArg, String> {
+fn read_ahead(text: &str) -> std::result::Result<ReadAheadArg, String> {
     const SMALLEST: u64 = 4 << 10;
     const LARGEST: u64 = 16 << 20;
     if text == "auto" {
@@ -143,20 +141,17 @@ fn read_ahead(text: &str) -> Result<ReadAheadArg, String> {
         .ok_or_else(|| "it must be auto, or a size from 4K to 16M".to_owned())
 }
 
-pub fn run(args: &MountArgs) -> anyhow::Result<()> {
+pub fn run(args: &MountArgs) -> Result<()> {
     mount(args).inspect_err(|e| {
         // What keeps this one from working may not be what its error says.
-        if matches!(
-            e.downcast_ref(),
-            Some(MountError::Refused { .. } | MountError::DaemonDied(_) | MountError::Daemon(_))
-        ) {
+        if ["mount.refused", "mount.daemon_died", "mount.daemon"].contains(&e.code) {
             let complaints = complaints();
             complaints.lines().for_each(|line| tracing::warn!("{line}"));
         }
     })
 }
 
-fn mount(args: &MountArgs) -> anyhow::Result<()> {
+fn mount(args: &MountArgs) -> Result<()> {
     let model = Model::open(&args.model.model)?;
     if model.layout().experts().is_empty() {
         tracing::warn!(
@@ -226,7 +221,7 @@ fn tune(directory: &Path, read_ahead: ReadAheadArg) {
 }
 
 /// Opens the log for appending, and makes it if it is not there.
-fn open_log(path: &Path, mount: &Mount) -> anyhow::Result<File> {
+fn open_log(path: &Path, mount: &Mount) -> Result<File> {
     let folder = std::path::absolute(path)?;
     let folder = folder
         .parent()
@@ -242,12 +237,13 @@ fn open_log(path: &Path, mount: &Mount) -> anyhow::Result<File> {
         .custom_flags(libc::O_NONBLOCK) // else a pipe that nobody reads would hold us up
         .open(path)
         .map_err(|e| match e.raw_os_error() {
-            Some(libc::ENXIO | libc::EISDIR) => anyhow!(irregular()),
-            _ => anyhow!(e).context(format!("cannot open the log {path:?}")),
+            Some(libc::ENXIO | libc::EISDIR) => Failure::written(&irregular()),
+            _ => Failure::from(e).context(&format!("cannot open the log {path:?}")),
         })?;
     let metadata = log.metadata()?;
     ensure!(
         metadata.is_file() || metadata.file_type().is_char_device(),
+        "{}",
         irregular()
     );
     let is_part = |part: &Path| {

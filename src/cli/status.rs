@@ -3,7 +3,7 @@
 use odmoe_fs::mounts::{MountStatus, status};
 use serde::Serialize;
 
-use super::{print, print_json, text};
+use super::{Result, print, print_json, text};
 
 /// List the mounts of odmoe-fs on this machine, and whether each answers
 ///
@@ -38,7 +38,7 @@ impl Line {
     }
 }
 
-pub fn run(args: &StatusArgs) -> anyhow::Result<()> {
+pub fn run(args: &StatusArgs) -> Result<()> {
     let lines: Vec<Line> = status().into_iter().map(Line::of).collect();
     if args.json {
         return print_json(&lines);

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use odmoe_fs::mounts::unmount;
 
-use super::failure::Failure;
+use super::failure::{Failure, Result};
 use super::{say, text};
 
 /// Unmount directories that odmoe-fs has mounted, also those whose process is dead
@@ -19,15 +19,15 @@ pub struct UmountArgs {
     lazy: bool,
 }
 
-pub fn run(args: &UmountArgs) -> anyhow::Result<()> {
+pub fn run(args: &UmountArgs) -> Result<()> {
     let mut failed = None;
     for directory in &args.directories {
         match unmount(directory, args.lazy) {
             Ok(directory) => say(&format!("unmounted {}\n", text::path(&directory))),
             // The others are tried all the same.
             Err(e) => {
-                if let Some(earlier) = failed.replace(anyhow::Error::from(e)) {
-                    Failure::of(&earlier).tell(false);
+                if let Some(earlier) = failed.replace(Failure::from(e)) {
+                    earlier.tell(false);
                 }
             }
         }

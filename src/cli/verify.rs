@@ -3,7 +3,6 @@
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
-use anyhow::ensure;
 use odmoe_fs::layout::Layout;
 use odmoe_fs::model::Model;
 use odmoe_fs::mounts::{State, odmoe_mount_of, state_of};
@@ -12,6 +11,7 @@ use odmoe_fs::verify::{Comparison, Depth, Difference, Report};
 use odmoe_fs::work::default_jobs;
 use serde::Serialize;
 
+use super::failure::{Result, ensure};
 use super::progress::Meter;
 use super::{ModelArg, Stop, print, print_json, text};
 
@@ -40,7 +40,7 @@ pub struct VerifyArgs {
 }
 
 /// Runs the command; says whether all is as it should be.
-pub fn run(args: &VerifyArgs, quiet: bool) -> anyhow::Result<bool> {
+pub fn run(args: &VerifyArgs, quiet: bool) -> Result<bool> {
     let mut model = Model::open(&args.model.model)?;
     let Some(directory) = &args.directory else {
         let sound = Sound::of(&model);

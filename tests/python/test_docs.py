@@ -85,11 +85,11 @@ def test_the_exit_statuses_of_the_manual_page_are_those_of_the_program(tmp_path)
     succeed("materialize", toy, tmp_path / "out")
     (tmp_path / "out/experts/registry.json").unlink()
     statuses.add(odmoe("verify", toy, tmp_path / "out").returncode)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         big = tmp_path / number.name / "big.gguf"
         big.parent.mkdir()
-        # Who runs these tests in the background may have it ignored.
-        heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+        # It is ignored where these tests run in the background, or under nohup.
+        heard = {"preexec_fn": lambda number=number: signal.signal(number, signal.SIG_DFL)}
         process = subprocess.Popen([BINARY, "-q", "toy", big, "--layers", "60"], stderr=subprocess.DEVNULL, **heard)
         wait_for(lambda folder=big.parent: os.listdir(folder))
         process.send_signal(number)

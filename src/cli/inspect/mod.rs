@@ -10,12 +10,12 @@ mod tables;
 
 use std::str::FromStr;
 
-use anyhow::bail;
 use odmoe_fs::model::Model;
 
 use self::picture::Screen;
 use self::report::Report;
 use self::tables::ExpertReport;
+use super::failure::{Failure, Result};
 use super::{ModelArg, print, print_json, text};
 
 /// Say what is in a model, and what mounting it would show
@@ -46,7 +46,7 @@ struct ExpertName {
 impl FromStr for ExpertName {
     type Err = String;
 
-    fn from_str(text: &str) -> Result<Self, String> {
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
         let parse = || {
             let (layer, expert) = text.split_once(',')?;
             Some(Self {
@@ -58,7 +58,7 @@ impl FromStr for ExpertName {
     }
 }
 
-pub fn run(args: &InspectArgs) -> anyhow::Result<()> {
+pub fn run(args: &InspectArgs) -> Result<()> {
     let model = Model::open(&args.model.model)?;
     let screen = Screen::of_stdout();
     if let Some(name) = args.expert {
@@ -81,27 +81,24 @@ pub fn run(args: &InspectArgs) -> anyhow::Result<()> {
     print(&text)
 }
 
-fn expert(model: &Model, name: ExpertName) -> anyhow::Result<ExpertReport<'_>> {
+fn expert(model: &Model, name: ExpertName) -> Result<ExpertReport<'_>> {
     let layout = model.layout();
     if let Some(file) = layout.expert(name.layer, name.expert) {
         return Ok(ExpertReport::new(model, file));
     }
     let layers: Vec<u32> = layout.moe_layers().collect();
     if layers.is_empty() {
-        bail!("the model has no routed experts; see what it has without --expert");
+        let failure = Failure::new("the model has no routed experts");
+        return Err(failure.hint("leave out --expert to see what it has"));
     }
     if !layers.contains(&name.layer) {
-        bail!(
-            "layer {} has no experts; choose one of the layers {}",
-            name.layer,
-            text::ranges(&layers)
-        );
+        let failure = Failure::new(format!("layer {} has no experts", name.layer));
+        return Err(failure.hint(format!("choose from layers {}", text::ranges(&layers))));
     }
     let experts: Vec<u32> = layout.experts_of(name.layer).collect();
-    bail!(
-        "layer {} has no expert {}; choose one of the experts {}",
-        name.layer,
-        name.expert,
-        text::ranges(&experts)
-    )
+    let failure = Failure::new(format!(
+        "layer {} has no expert {}",
+        name.layer, name.expert
+    ));
+    Err(failure.hint(format!("choose from experts {}", text::ranges(&experts))))
 }

@@ -12,12 +12,13 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, ensure};
+use odmoe_fs::explain::{Explain, Hint, split};
 use odmoe_fs::mounts::{State, odmoe_mount_of, state_of};
 use odmoe_fs::stats::{self, HEAT_ATTRIBUTE, STATS_ATTRIBUTE, Snapshot};
 use serde::Serialize;
 
 use self::heat::{Grid, Heat, Measure};
+use super::failure::{Context, Failure, Result, ensure};
 use super::{print, print_json, say, text};
 
 /// Show which experts of a mount are hot, and how fast it is read
@@ -82,7 +83,19 @@ pub enum TopError {
     NotReadable(PathBuf),
 }
 
-pub fn run(args: &TopArgs) -> anyhow::Result<()> {
+impl Explain for TopError {
+    fn code(&self) -> &'static str {
+        self.into()
+    }
+
+    fn hint(&self) -> Option<Hint> {
+        split(&self.to_string())
+            .1
+            .map(|hint| hint.to_owned().into())
+    }
+}
+
+pub fn run(args: &TopArgs) -> Result<()> {
     let mount =
         odmoe_mount_of(&args.directory).ok_or_else(|| TopError::NotOurs(args.directory.clone()))?;
     let root = mount.directory;
@@ -101,7 +114,7 @@ pub fn run(args: &TopArgs) -> anyhow::Result<()> {
 
 impl Sample {
     /// Asks a mount, unless it does not answer.
-    fn of(root: &Path) -> anyhow::Result<Self> {
+    fn of(root: &Path) -> Result<Self> {
         let fail = |error: fn(PathBuf) -> TopError| Err(error(root.to_owned()));
         match state_of(root) {
             State::Alive => {}
@@ -111,21 +124,25 @@ impl Sample {
         }
         let stats = attribute(root, STATS_ATTRIBUTE)?;
         let stats = stats.ok_or_else(|| TopError::NotCounted(root.to_owned()))?;
-        let stats: Snapshot = serde_json::from_slice(&stats)?;
+        let stats: Snapshot = parsed(&stats)?;
         let heat = stats.layers.iter().map(|&(layer, _)| {
             let value = attribute(root, &format!("{HEAT_ATTRIBUTE}{layer}"))?;
-            let experts = serde_json::from_slice(&value.unwrap_or_default())?;
+            let experts = parsed(&value.unwrap_or_default())?;
             Ok(LayerHeat { layer, experts })
         });
         Ok(Self {
-            heat: heat.collect::<anyhow::Result<_>>()?,
+            heat: heat.collect::<Result<_>>()?,
             stats,
         })
     }
 }
 
+fn parsed<T: serde::de::DeserializeOwned>(json: &[u8]) -> Result<T> {
+    serde_json::from_slice(json).map_err(|e| Failure::unknown(&e))
+}
+
 /// An extended attribute; `None` if the file has no such.
-fn attribute(path: &Path, name: &str) -> anyhow::Result<Option<Vec<u8>>> {
+fn attribute(path: &Path, name: &str) -> Result<Option<Vec<u8>>> {
     let mut value = vec![0; 64 << 10]; // as long as they can be
     match rustix::fs::getxattr(path, name, &mut value) {
         Ok(length) => {
@@ -199,7 +216,7 @@ fn latencies(latency: &stats::Latency) -> String {
     )
 }
 
-fn export(sample: &Sample, root: &Path, measure: Measure, path: &Path) -> anyhow::Result<()> {
+fn export(sample: &Sample, root: &Path, measure: Measure, path: &Path) -> Result<()> {
     ensure!(
         path.extension()
             .is_some_and(|extension| extension.eq_ignore_ascii_case("svg")),

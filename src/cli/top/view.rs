@@ -4,13 +4,13 @@ use std::io::{self, IsTerminal};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::ensure;
 use ratatui::Frame;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
 use ratatui::layout::{Constraint, Layout, Rect};
 use ratatui::style::{Color, Style};
 use ratatui::text::{Line, Span};
 
+use super::super::failure::{Result, ensure};
 use super::super::text;
 use super::heat::{Grid, Heat, Measure};
 use super::{Sample, latencies};
@@ -32,12 +32,7 @@ struct View<'a> {
 }
 
 /// Shows a mount until the user ends it, or until it does not answer any more.
-pub fn run(
-    root: &Path,
-    sample: Sample,
-    measure: Measure,
-    interval: Duration,
-) -> anyhow::Result<()> {
+pub fn run(root: &Path, sample: Sample, measure: Measure, interval: Duration) -> Result<()> {
     ensure!(
         io::stdout().is_terminal() && io::stdin().is_terminal(),
         "there is no terminal to show the live view on; say --once, or --once --json"
@@ -58,11 +53,7 @@ pub fn run(
 }
 
 impl View<'_> {
-    fn show(
-        &mut self,
-        terminal: &mut ratatui::DefaultTerminal,
-        interval: Duration,
-    ) -> anyhow::Result<()> {
+    fn show(&mut self, terminal: &mut ratatui::DefaultTerminal, interval: Duration) -> Result<()> {
         let mut next = Instant::now() + interval;
         loop {
             terminal.draw(|frame| self.draw(frame))?;

@@ -5,6 +5,7 @@
 //! streams each tensor's data ([`weights`]) from a random sequence of its own. So the bytes of a tensor depend
 //! on the seed, its name and its type, and on nothing else.
 
+mod error;
 mod plan;
 #[cfg(test)]
 mod tests;
@@ -16,15 +17,16 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
-use anyhow::{Context, ensure};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, FromArgMatches};
 use odmoe_fs::gguf::{GGML_TYPES, GgmlType, MAX_TENSORS, PartName};
 use odmoe_fs::materialize::ignore_file_size_signal;
 use odmoe_fs::work::Progress;
 
-use self::plan::Plan;
+pub use self::error::ToyError;
+use self::plan::{Halt, Plan};
 use self::weights::Elements;
+use super::failure::Result;
 use super::progress::Meter;
 use super::{Stop, say, text};
 
@@ -111,7 +113,7 @@ fn type_parser() -> impl TypedValueParser<Value = &'static GgmlType> {
         .map(|name| GgmlType::from_name(&name).expect("the name is one of the table"))
 }
 
-pub fn run(args: &ToyArgs, quiet: bool) -> anyhow::Result<()> {
+pub fn run(args: &ToyArgs, quiet: bool) -> Result<()> {
     // Beyond `ulimit -f`, writing shall be an error and not the end.
     ignore_file_size_signal();
     let stop = Stop::on_signals()?;
@@ -164,29 +166,36 @@ impl<'a> Watch<'a> {
 ///
 /// Either all of them appear, or none; no existing file is overwritten. Once it is told to stop, it ends
 /// early and leaves nothing behind.
-pub fn write_toy(args: &ToyArgs, watch: Watch) -> anyhow::Result<Vec<PathBuf>> {
+pub fn write_toy(args: &ToyArgs, watch: Watch) -> std::result::Result<Vec<PathBuf>, ToyError> {
     let plan = Plan::new(args)?;
     let count = usize::from(args.split);
     let tensors = plan.tensors.len();
-    ensure!(
-        count <= tensors,
-        "cannot split {tensors} tensors into {count} parts; use --split {tensors} or less"
-    );
-    ensure!(
-        tensors as u64 <= MAX_TENSORS,
-        "{tensors} tensors are more than a model may have ({MAX_TENSORS}); use fewer --layers or --experts"
-    );
+    if count > tensors {
+        return Err(ToyError::TooManyParts {
+            tensors,
+            parts: count,
+        });
+    }
+    if tensors as u64 > MAX_TENSORS {
+        return Err(ToyError::TooManyTensors(tensors));
+    }
     let paths = part_paths(&args.out, args.split);
     for path in &paths {
         if path.symlink_metadata().is_ok() {
-            return Err(already_exists(path));
+            return Err(ToyError::Exists(path.clone()));
         }
     }
     let mut written = Vec::with_capacity(count);
     for ((no, range), path) in (0..).zip(plan.parts(count)).zip(&paths) {
         let part = plan
             .write_part(no, args.split, range, args.seed, path, watch)
-            .with_context(|| format!("cannot write {path:?}"))?;
+            .map_err(|halt| match halt {
+                Halt::Io(cause) => ToyError::Io {
+                    path: path.clone(),
+                    cause,
+                },
+                Halt::Stopped => ToyError::Stopped,
+            })?;
         written.push(part);
         (watch.progress)(Progress { bytes: 0, files: 1 });
     }
@@ -196,16 +205,15 @@ pub fn write_toy(args: &ToyArgs, watch: Watch) -> anyhow::Result<Vec<PathBuf>> {
                 let _ = fs::remove_file(path); // the error that matters is the first one
             }
             return Err(match e.error.kind() {
-                io::ErrorKind::AlreadyExists => already_exists(path),
-                _ => anyhow::Error::new(e.error).context(format!("cannot create {path:?}")),
+                io::ErrorKind::AlreadyExists => ToyError::Exists(path.clone()),
+                _ => ToyError::Io {
+                    path: path.clone(),
+                    cause: e.error,
+                },
             });
         }
     }
     Ok(paths)
-}
-
-fn already_exists(path: &Path) -> anyhow::Error {
-    anyhow::anyhow!("{path:?} exists already; remove it, or write to another name")
 }
 
 /// The file itself, or the parts that are named after it.

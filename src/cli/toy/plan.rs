@@ -6,14 +6,13 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::Ordering;
 
-use anyhow::bail;
 use odmoe_fs::gguf::write::{Writer, Written};
 use odmoe_fs::gguf::{GgmlType, Value, ValueType};
 use odmoe_fs::work::Progress;
 use tempfile::TempPath;
 
 use super::weights::{Elements, SplitMix64};
-use super::{Naming, ToyArgs, Watch};
+use super::{Naming, ToyArgs, ToyError, Watch};
 
 /// How often progress is told.
 const PROGRESS_BYTES: u64 = 1 << 20;
@@ -31,12 +30,21 @@ pub(super) struct Tensor {
     pub(super) ggml_type: &'static GgmlType,
 }
 
+/// What ends the writing of a part early.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Halt {
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    #[error("stopped")]
+    Stopped,
+}
+
 /// A width of the model, and the option that sets it.
 #[derive(Clone, Copy)]
 struct Width(u64, &'static str);
 
 impl Plan {
-    pub(super) fn new(args: &ToyArgs) -> anyhow::Result<Self> {
+    pub(super) fn new(args: &ToyArgs) -> Result<Self, ToyError> {
         let mut tensors = Tensors {
             args,
             list: Vec::new(),
@@ -91,7 +99,7 @@ impl Plan {
         seed: u64,
         path: &Path,
         watch: Watch,
-    ) -> anyhow::Result<TempPath> {
+    ) -> Result<TempPath, Halt> {
         let tensors = &self.tensors[tensors];
         let header = self.header(no, count, tensors);
         let folder = match path.parent() {
@@ -164,15 +172,16 @@ impl Tensors<'_> {
     }
 
     /// Adds a matrix of the chosen type: rows of `row` elements, and the other dimensions.
-    fn matrix(&mut self, name: &str, row: Width, others: &[u64]) -> anyhow::Result<()> {
+    fn matrix(&mut self, name: &str, row: Width, others: &[u64]) -> Result<(), ToyError> {
         let Width(elements, option) = row;
         let ggml_type = self.args.ggml_type;
         if ggml_type.row_bytes(elements).is_none() {
-            let block = ggml_type.block_size;
-            bail!(
-                "{name}.weight: a row of {elements} elements is no whole number of {ggml_type} blocks of \
-                 {block}; make {option} a multiple of {block}"
-            );
+            return Err(ToyError::BrokenRow {
+                tensor: format!("{name}.weight"),
+                elements,
+                ggml_type,
+                option,
+            });
         }
         self.add(name, &[&[elements], others].concat(), ggml_type);
         Ok(())
@@ -193,7 +202,10 @@ impl Tensors<'_> {
     }
 
     /// A model with llama.cpp's names and shapes; `experts` adds those of a layer.
-    fn llama(&mut self, experts: fn(&mut Self, u32) -> anyhow::Result<()>) -> anyhow::Result<()> {
+    fn llama(
+        &mut self,
+        experts: fn(&mut Self, u32) -> Result<(), ToyError>,
+    ) -> Result<(), ToyError> {
         let (dim, vocab) = (self.dim(), self.vocab());
         self.matrix("token_embd", dim, &[vocab.0])?;
         self.f32("output_norm", &[dim.0]);
@@ -208,7 +220,7 @@ impl Tensors<'_> {
         Ok(())
     }
 
-    fn stacked(&mut self, layer: u32) -> anyhow::Result<()> {
+    fn stacked(&mut self, layer: u32) -> Result<(), ToyError> {
         let (dim, ffn, experts) = (self.dim(), self.ffn(), self.experts());
         let blk = format!("blk.{layer}.ffn");
         self.matrix(&format!("{blk}_gate_exps"), dim, &[ffn.0, experts])?;
@@ -216,14 +228,14 @@ impl Tensors<'_> {
         self.matrix(&format!("{blk}_up_exps"), dim, &[ffn.0, experts])
     }
 
-    fn fused(&mut self, layer: u32) -> anyhow::Result<()> {
+    fn fused(&mut self, layer: u32) -> Result<(), ToyError> {
         let (dim, ffn, experts) = (self.dim(), self.ffn(), self.experts());
         let blk = format!("blk.{layer}.ffn");
         self.matrix(&format!("{blk}_gate_up_exps"), dim, &[2 * ffn.0, experts])?;
         self.matrix(&format!("{blk}_down_exps"), ffn, &[dim.0, experts])
     }
 
-    fn per_expert(&mut self, layer: u32) -> anyhow::Result<()> {
+    fn per_expert(&mut self, layer: u32) -> Result<(), ToyError> {
         let (dim, ffn) = (self.dim(), self.ffn());
         let blk = format!("blk.{layer}.ffn");
         for expert in 0..self.experts() {
@@ -236,7 +248,7 @@ impl Tensors<'_> {
 
     /// What `create_toy_model.py` of mlx-od-moe writes. Its numpy arrays are (in, out), so the
     /// dimensions of all but the embeddings are the other way round than llama.cpp's.
-    fn reference(&mut self) -> anyhow::Result<()> {
+    fn reference(&mut self) -> Result<(), ToyError> {
         let (dim, ffn, vocab, experts) = (self.dim(), self.ffn(), self.vocab(), self.experts());
         self.matrix("token_embd", dim, &[vocab.0])?;
         self.matrix("output", vocab, &[dim.0])?;
@@ -254,7 +266,7 @@ impl Tensors<'_> {
         Ok(())
     }
 
-    fn attention(&mut self, layer: u32) -> anyhow::Result<()> {
+    fn attention(&mut self, layer: u32) -> Result<(), ToyError> {
         let dim = self.dim();
         self.f32(&format!("blk.{layer}.attn_norm"), &[dim.0]);
         for matrix in ["q", "k", "v", "output"] {
@@ -338,7 +350,7 @@ impl Tensor {
         row_bytes.expect("rows are whole blocks") * rows
     }
 
-    fn write_data(&self, seed: u64, out: &mut impl Write, watch: Watch) -> io::Result<()> {
+    fn write_data(&self, seed: u64, out: &mut impl Write, watch: Watch) -> Result<(), Halt> {
         let elements = Elements::of(self.ggml_type).expect("a toy is made of such types");
         // Norms scale what passes through them, so they are about 1.
         let mean = if self.name.contains("norm") { 1.0 } else { 0.0 };
@@ -347,9 +359,7 @@ impl Tensor {
         let mut told = 0;
         for n in 1..=self.bytes() / block.len() as u64 {
             if watch.stop.load(Ordering::Relaxed) {
-                return Err(io::Error::other(
-                    "stopped, and nothing was kept; the same command begins anew",
-                ));
+                return Err(Halt::Stopped);
             }
             elements.fill(&mut block, mean, &mut random);
             out.write_all(&block)?;

@@ -1,13 +1,14 @@
 use std::fs::File;
 use std::io::BufReader;
 
+use odmoe_fs::explain::Explain;
 use odmoe_fs::gguf::{Header, ModelHeader};
 
 use super::plan::Tensor;
 use super::weights::{SplitMix64, f16_bits};
 use super::*;
 
-fn write_toy(args: &ToyArgs) -> anyhow::Result<Vec<PathBuf>> {
+fn write_toy(args: &ToyArgs) -> std::result::Result<Vec<PathBuf>, ToyError> {
     super::write_toy(args, super::Watch::silent(&AtomicBool::new(false)))
 }
 
@@ -162,8 +163,8 @@ fn parts_have_the_right_names_and_make_a_model() {
         split: tensors + 1,
         ..args
     };
-    let error = write_toy(&too_many).unwrap_err().to_string();
-    assert!(error.contains(&format!("--split {tensors}")), "{error}");
+    let hint = write_toy(&too_many).unwrap_err().hint().unwrap();
+    assert!(hint.contains(&format!("--split {tensors}")), "{hint}");
 }
 
 #[test]
@@ -201,9 +202,14 @@ fn rows_of_broken_blocks_are_refused_with_the_tensor_and_the_option() {
             ["output.weight", "--vocab"],
         ),
     ] {
-        let error = write_toy(&args).unwrap_err().to_string();
-        assert!(words.iter().all(|word| error.contains(word)), "{error}");
-        assert!(error.contains("Q4_0 blocks of 32"), "{error}");
+        let error = write_toy(&args).unwrap_err();
+        let [tensor, option] = words;
+        let message = error.to_string();
+        assert!(message.starts_with(tensor) && message.ends_with("Q4_0 blocks of 32"));
+        assert_eq!(
+            error.hint().unwrap(),
+            format!("make {option} a multiple of 32")
+        );
     }
 }
 
