@@ -72,6 +72,7 @@ pub mod safetensors;
 pub mod source;
 pub mod stats;
 mod sys;
+pub mod toy;
 pub mod tree;
 pub mod verify;
 pub mod work;

@@ -12,10 +12,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use odmoe_fs::gguf::GgmlType;
 use odmoe_fs::model::Model;
 use odmoe_fs::mounts::{UnmountError, unmount};
+use odmoe_fs::toy::Toy;
 use serde_json::Value;
 
 use super::failure::{Context, Failure, Result, ensure};
-use super::toy::{ToyArgs, Watch, write_toy};
 use super::{Stop, print, text};
 
 /// Show the whole way on a toy model: mount, list, read one expert, check it, unmount
@@ -39,17 +39,18 @@ fn demo(stop: &AtomicBool) -> Result<()> {
         .prefix("odmoe-demo-")
         .tempdir()
         .context("cannot make a temporary folder")?;
-    let toy = ToyArgs {
+    let model = folder.path().join("toy.gguf");
+    let toy = Toy {
         layers: 2,
         experts: 4,
         dim: 256,
         ffn_dim: 512,
         vocab: 500,
         ggml_type: GgmlType::from_name("Q4_K").context("Q4_K is a type")?,
-        ..ToyArgs::new(&folder.path().join("toy.gguf"))
+        ..Toy::default()
     };
-    write_toy(&toy, Watch::silent(stop))?;
-    let bytes = toy.out.metadata()?.len();
+    toy.write(&model, stop, &|_| {})?;
+    let bytes = model.metadata()?.len();
     print(&format!(
         "A toy model of 2 layers with 4 experts each, in Q4_K: toy.gguf, {}\n\n",
         text::size(bytes)
@@ -58,17 +59,17 @@ fn demo(stop: &AtomicBool) -> Result<()> {
     let directory = folder.path().join("mnt");
     fs::create_dir(&directory)?;
     print("$ odmoe-fs mount toy.gguf mnt\n")?;
-    match Mounted::new(&toy.out, &directory) {
+    match Mounted::new(&model, &directory) {
         Ok(mounted) => {
-            show(&toy.out, &directory)?;
+            show(&model, &directory)?;
             print("\n$ odmoe-fs umount mnt\n")?;
             mounted.unmount()?;
         }
         Err(e) => {
             print("\n$ odmoe-fs materialize toy.gguf out\n")?;
-            let out = folder.path().join("out");
-            run_self(&["materialize".as_ref(), toy.out.as_ref(), out.as_ref()])?;
-            show(&toy.out, &out)?;
+            let files = folder.path().join("out");
+            run_self(&["materialize".as_ref(), model.as_ref(), files.as_ref()])?;
+            show(&model, &files)?;
             return Err(e.context("mounting failed, so the same tree was shown as real files"));
         }
     }

@@ -6,11 +6,11 @@ use std::fs;
 use std::sync::atomic::AtomicBool;
 
 use odmoe_fs::doctor::{Check, Verdict, examine};
+use odmoe_fs::toy::Toy;
 use serde::Serialize;
 
 use super::demo::Mounted;
 use super::failure::Result;
-use super::toy::{ToyArgs, Watch, write_toy};
 use super::{print, print_json, text};
 
 /// Check whether this machine can mount, and name the cure of what is missing
@@ -82,18 +82,19 @@ fn trial() -> Check {
 
 fn mount_and_read() -> Result<()> {
     let folder = tempfile::Builder::new().prefix("odmoe-doctor-").tempdir()?;
-    let toy = ToyArgs {
+    let model = folder.path().join("toy.gguf");
+    let toy = Toy {
         layers: 1,
         experts: 2,
         dim: 64,
         ffn_dim: 64,
         vocab: 64,
-        ..ToyArgs::new(&folder.path().join("toy.gguf"))
+        ..Toy::default()
     };
-    write_toy(&toy, Watch::silent(&AtomicBool::new(false)))?;
+    toy.write(&model, &AtomicBool::new(false), &|_| {})?;
     let directory = folder.path().join("mnt");
     fs::create_dir(&directory)?;
-    let mounted = Mounted::new(&toy.out, &directory)?;
+    let mounted = Mounted::new(&model, &directory)?;
     fs::read(directory.join("experts/layer_00_expert_001.safetensors"))?;
     mounted.unmount()
 }

@@ -4,15 +4,15 @@ use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::ops::Range;
 use std::path::Path;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use odmoe_fs::gguf::write::{Writer, Written};
-use odmoe_fs::gguf::{GgmlType, Value, ValueType};
-use odmoe_fs::work::Progress;
 use tempfile::TempPath;
 
 use super::weights::{Elements, SplitMix64};
-use super::{Naming, ToyArgs, ToyError, Watch};
+use super::{Naming, Toy, ToyError};
+use crate::gguf::write::{Writer, Written};
+use crate::gguf::{GgmlType, Value, ValueType};
+use crate::work::Progress;
 
 /// How often progress is told.
 const PROGRESS_BYTES: u64 = 1 << 20;
@@ -44,21 +44,21 @@ pub(super) enum Halt {
 struct Width(u64, &'static str);
 
 impl Plan {
-    pub(super) fn new(args: &ToyArgs) -> Result<Self, ToyError> {
+    pub(super) fn new(toy: &Toy) -> Result<Self, ToyError> {
         let mut tensors = Tensors {
-            args,
+            toy,
             list: Vec::new(),
         };
-        match args.naming {
+        match toy.naming {
             Naming::Stacked => tensors.llama(Tensors::stacked),
             Naming::Fused => tensors.llama(Tensors::fused),
             Naming::PerExpert => tensors.llama(Tensors::per_expert),
             Naming::Reference => tensors.reference(),
         }?;
         Ok(Self {
-            key_values: match args.naming {
-                Naming::Reference => reference_key_values(args),
-                _ => llama_key_values(args),
+            key_values: match toy.naming {
+                Naming::Reference => reference_key_values(toy),
+                _ => llama_key_values(toy),
             },
             tensors: tensors.list,
         })
@@ -90,38 +90,13 @@ impl Plan {
         (1..=count).map(part).collect()
     }
 
-    /// Writes part `no` (0-based) of `count` into a temporary file beside `path`.
-    pub(super) fn write_part(
-        &self,
-        no: u16,
-        count: u16,
-        tensors: Range<usize>,
-        seed: u64,
-        path: &Path,
-        watch: Watch,
-    ) -> Result<TempPath, Halt> {
+    /// Part `no` (0-based) of `count`, which holds some of the tensors.
+    pub(super) fn part(&self, no: u16, count: u16, tensors: Range<usize>) -> Part<'_> {
         let tensors = &self.tensors[tensors];
-        let header = self.header(no, count, tensors);
-        let folder = match path.parent() {
-            Some(folder) if !folder.as_os_str().is_empty() => folder,
-            _ => Path::new("."),
-        };
-        // With the rights of any new file, and errors that do not tell its name.
-        let (file, unnamed) = tempfile::Builder::new()
-            .prefix(".toy-")
-            .make_in(folder, |path| File::create_new(path))?
-            .into_parts();
-        let mut out = BufWriter::with_capacity(1 << 20, file);
-        out.write_all(&header.bytes)?;
-        let mut at = header.bytes.len() as u64;
-        for (tensor, &(offset, bytes)) in tensors.iter().zip(&header.data) {
-            pad(&mut out, offset - at)?;
-            tensor.write_data(seed, &mut out, watch)?;
-            at = offset + bytes;
+        Part {
+            tensors,
+            header: self.header(no, count, tensors),
         }
-        pad(&mut out, header.file_bytes - at)?;
-        out.flush()?;
-        Ok(unnamed) // and closed: there may be more parts than descriptors
     }
 
     fn header(&self, no: u16, count: u16, tensors: &[Tensor]) -> Written {
@@ -144,37 +119,76 @@ impl Plan {
     }
 }
 
+/// One file of the model.
+pub(super) struct Part<'a> {
+    tensors: &'a [Tensor],
+    header: Written,
+}
+
+impl Part<'_> {
+    /// Writes it into a temporary file beside `path`.
+    pub(super) fn write(
+        &self,
+        seed: u64,
+        path: &Path,
+        stop: &AtomicBool,
+        progress: &dyn Fn(Progress),
+    ) -> Result<TempPath, Halt> {
+        let header = &self.header;
+        let folder = match path.parent() {
+            Some(folder) if !folder.as_os_str().is_empty() => folder,
+            _ => Path::new("."),
+        };
+        // With the rights of any new file, and errors that do not tell its name.
+        let (file, unnamed) = tempfile::Builder::new()
+            .prefix(".toy-")
+            .make_in(folder, |path| File::create_new(path))?
+            .into_parts();
+        let mut out = BufWriter::with_capacity(1 << 20, file);
+        out.write_all(&header.bytes)?;
+        let mut at = header.bytes.len() as u64;
+        for (tensor, &(offset, bytes)) in self.tensors.iter().zip(&header.data) {
+            pad(&mut out, offset - at)?;
+            tensor.write_data(seed, &mut out, stop, progress)?;
+            at = offset + bytes;
+        }
+        pad(&mut out, header.file_bytes - at)?;
+        out.flush()?;
+        Ok(unnamed) // and closed: there may be more parts than descriptors
+    }
+}
+
 fn pad(out: &mut impl Write, bytes: u64) -> io::Result<u64> {
     io::copy(&mut io::Read::take(io::repeat(0), bytes), out)
 }
 
 /// The tensors of a model, as they are listed.
 struct Tensors<'a> {
-    args: &'a ToyArgs,
+    toy: &'a Toy,
     list: Vec<Tensor>,
 }
 
 impl Tensors<'_> {
     fn dim(&self) -> Width {
-        Width(self.args.dim.into(), "--dim")
+        Width(self.toy.dim.into(), "--dim")
     }
 
     fn ffn(&self) -> Width {
-        Width(self.args.ffn_dim.into(), "--ffn-dim")
+        Width(self.toy.ffn_dim.into(), "--ffn-dim")
     }
 
     fn vocab(&self) -> Width {
-        Width(self.args.vocab.into(), "--vocab")
+        Width(self.toy.vocab.into(), "--vocab")
     }
 
     fn experts(&self) -> u64 {
-        self.args.experts.into()
+        self.toy.experts.into()
     }
 
     /// Adds a matrix of the chosen type: rows of `row` elements, and the other dimensions.
     fn matrix(&mut self, name: &str, row: Width, others: &[u64]) -> Result<(), ToyError> {
         let Width(elements, option) = row;
-        let ggml_type = self.args.ggml_type;
+        let ggml_type = self.toy.ggml_type;
         if ggml_type.row_bytes(elements).is_none() {
             return Err(ToyError::BrokenRow {
                 tensor: format!("{name}.weight"),
@@ -210,7 +224,7 @@ impl Tensors<'_> {
         self.matrix("token_embd", dim, &[vocab.0])?;
         self.f32("output_norm", &[dim.0]);
         self.matrix("output", dim, &[vocab.0])?;
-        for layer in 0..self.args.layers {
+        for layer in 0..self.toy.layers {
             self.attention(layer)?;
             self.f32(&format!("blk.{layer}.ffn_norm"), &[dim.0]);
             let router = [dim.0, self.experts()];
@@ -252,7 +266,7 @@ impl Tensors<'_> {
         let (dim, ffn, vocab, experts) = (self.dim(), self.ffn(), self.vocab(), self.experts());
         self.matrix("token_embd", dim, &[vocab.0])?;
         self.matrix("output", vocab, &[dim.0])?;
-        for layer in 0..self.args.layers {
+        for layer in 0..self.toy.layers {
             self.attention(layer)?;
             self.f32(&format!("blk.{layer}.ffn_norm"), &[dim.0]);
             self.f32(&format!("blk.{layer}.ffn.gate"), &[experts, dim.0]);
@@ -278,7 +292,7 @@ impl Tensors<'_> {
 
 const CONTEXT_LENGTH: u32 = 4096;
 
-impl ToyArgs {
+impl Toy {
     fn experts_used(&self) -> u32 {
         self.experts.min(2)
     }
@@ -289,7 +303,7 @@ impl ToyArgs {
     }
 }
 
-fn llama_key_values(args: &ToyArgs) -> Vec<(String, Value)> {
+fn llama_key_values(toy: &Toy) -> Vec<(String, Value)> {
     let string = |text: &str| Value::String(text.to_owned());
     let general = [
         ("general.architecture", string("toy-moe")),
@@ -297,18 +311,18 @@ fn llama_key_values(args: &ToyArgs) -> Vec<(String, Value)> {
         ("general.quantization_version", Value::U32(2)), // GGML_QNT_VERSION
     ];
     let architecture = [
-        ("toy-moe.block_count", args.layers),
+        ("toy-moe.block_count", toy.layers),
         ("toy-moe.context_length", CONTEXT_LENGTH),
-        ("toy-moe.embedding_length", args.dim),
-        ("toy-moe.feed_forward_length", args.ffn_dim),
-        ("toy-moe.expert_feed_forward_length", args.ffn_dim),
-        ("toy-moe.expert_count", args.experts),
-        ("toy-moe.expert_used_count", args.experts_used()),
-        ("toy-moe.attention.head_count", args.heads()),
-        ("toy-moe.vocab_size", args.vocab),
+        ("toy-moe.embedding_length", toy.dim),
+        ("toy-moe.feed_forward_length", toy.ffn_dim),
+        ("toy-moe.expert_feed_forward_length", toy.ffn_dim),
+        ("toy-moe.expert_count", toy.experts),
+        ("toy-moe.expert_used_count", toy.experts_used()),
+        ("toy-moe.attention.head_count", toy.heads()),
+        ("toy-moe.vocab_size", toy.vocab),
     ];
-    let tokens = (0..args.vocab).map(|n| string(&format!("token_{n}")));
-    let scores = (0..args.vocab).map(|n| Value::F32(-(n as f32)));
+    let tokens = (0..toy.vocab).map(|n| string(&format!("token_{n}")));
+    let scores = (0..toy.vocab).map(|n| Value::F32(-(n as f32)));
     let tokenizer = [
         ("tokenizer.ggml.model", string("llama")),
         (
@@ -325,19 +339,19 @@ fn llama_key_values(args: &ToyArgs) -> Vec<(String, Value)> {
     pairs.map(|(key, value)| (key.to_owned(), value)).collect()
 }
 
-fn reference_key_values(args: &ToyArgs) -> Vec<(String, Value)> {
+fn reference_key_values(toy: &Toy) -> Vec<(String, Value)> {
     let mut pairs = vec![(
         "general.architecture".to_owned(),
         Value::String("kimi-moe".to_owned()),
     )];
     let numbers = [
-        ("kimi-moe.block_count", args.layers),
+        ("kimi-moe.block_count", toy.layers),
         ("kimi-moe.context_length", CONTEXT_LENGTH),
-        ("kimi-moe.embedding_length", args.dim),
-        ("kimi-moe.attention.head_count", args.heads()),
-        ("kimi-moe.feed_forward_length", args.ffn_dim),
-        ("kimi.num_experts_per_layer", args.experts),
-        ("kimi.num_active_experts", args.experts_used()),
+        ("kimi-moe.embedding_length", toy.dim),
+        ("kimi-moe.attention.head_count", toy.heads()),
+        ("kimi-moe.feed_forward_length", toy.ffn_dim),
+        ("kimi.num_experts_per_layer", toy.experts),
+        ("kimi.num_active_experts", toy.experts_used()),
     ];
     pairs.extend(numbers.map(|(key, n)| (key.to_owned(), Value::U32(n))));
     pairs
@@ -350,7 +364,13 @@ impl Tensor {
         row_bytes.expect("rows are whole blocks") * rows
     }
 
-    fn write_data(&self, seed: u64, out: &mut impl Write, watch: Watch) -> Result<(), Halt> {
+    fn write_data(
+        &self,
+        seed: u64,
+        out: &mut impl Write,
+        stop: &AtomicBool,
+        progress: &dyn Fn(Progress),
+    ) -> Result<(), Halt> {
         let elements = Elements::of(self.ggml_type).expect("a toy is made of such types");
         // Norms scale what passes through them, so they are about 1.
         let mean = if self.name.contains("norm") { 1.0 } else { 0.0 };
@@ -358,14 +378,14 @@ impl Tensor {
         let mut block = vec![0; self.ggml_type.block_bytes as usize];
         let mut told = 0;
         for n in 1..=self.bytes() / block.len() as u64 {
-            if watch.stop.load(Ordering::Relaxed) {
+            if stop.load(Ordering::Relaxed) {
                 return Err(Halt::Stopped);
             }
             elements.fill(&mut block, mean, &mut random);
             out.write_all(&block)?;
             let bytes = n * block.len() as u64;
             if bytes - told >= PROGRESS_BYTES || bytes == self.bytes() {
-                (watch.progress)(Progress {
+                progress(Progress {
                     bytes: bytes - told,
                     files: 0,
                 });

@@ -1,10 +1,11 @@
 //! Why a toy cannot be written.
 
 use std::io;
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
-use odmoe_fs::explain::{Explain, Hint};
-use odmoe_fs::gguf::{GgmlType, MAX_TENSORS};
+use crate::explain::{Explain, Hint};
+use crate::gguf::{GgmlType, MAX_TENSORS};
 
 /// Why a toy cannot be written. Nothing is left of it.
 #[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
@@ -14,6 +15,15 @@ pub enum ToyError {
     Exists(PathBuf),
     #[error("cannot write {path:?}: {cause}")]
     Io { path: PathBuf, cause: io::Error },
+    #[error("{option} {value} is out of range")]
+    OutOfRange {
+        /// The option of the command line that sets the value.
+        option: &'static str,
+        value: u32,
+        range: RangeInclusive<u32>,
+    },
+    #[error("a toy cannot be made of {0}")]
+    Type(&'static GgmlType),
     #[error(
         "{tensor}: a row of {elements} elements is not a whole number of {ggml_type} blocks of {}",
         ggml_type.block_size
@@ -22,7 +32,7 @@ pub enum ToyError {
         tensor: String,
         elements: u64,
         ggml_type: &'static GgmlType,
-        /// What sets the width of a row.
+        /// The option of the command line that sets the width of a row.
         option: &'static str,
     },
     #[error("cannot split {tensors} tensors into {parts} parts")]
@@ -46,6 +56,10 @@ impl Explain for ToyError {
         Some(match self {
             Self::Exists(_) => "remove it, or write to another name".into(),
             Self::Io { cause, .. } => return cause.hint(),
+            Self::OutOfRange { range, .. } => {
+                format!("choose from {} to {}", range.start(), range.end()).into()
+            }
+            Self::Type(_) => "choose a type that `odmoe-fs toy --help` lists".into(),
             Self::BrokenRow {
                 ggml_type, option, ..
             } => format!("make {option} a multiple of {}", ggml_type.block_size).into(),
