@@ -64,6 +64,7 @@ pub mod doctor;
 pub mod explain;
 pub mod fuse;
 pub mod gguf;
+pub mod inspect;
 pub mod layout;
 pub mod materialize;
 pub mod model;

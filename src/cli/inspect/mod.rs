@@ -1,20 +1,17 @@
 //! `inspect`: what is in a model, and what the mount would show.
 //!
-//! [`report`] has the numbers, which `--json` prints; [`picture`] shows them to a person, and [`tables`] lists
-//! tensors, of the whole model or of one expert.
+//! The library has the numbers, which `--json` prints; [`picture`] shows them to a person, and
+//! [`tables`] lists tensors, of the whole model or of one expert.
 
-mod memory;
 mod picture;
-mod report;
 mod tables;
 
 use std::str::FromStr;
 
+use odmoe_fs::inspect::{ExpertReport, Report};
 use odmoe_fs::model::Model;
 
 use self::picture::Screen;
-use self::report::Report;
-use self::tables::ExpertReport;
 use super::failure::{Failure, Result};
 use super::{ModelArg, print, print_json, text};
 
@@ -66,10 +63,13 @@ pub fn run(args: &InspectArgs) -> Result<()> {
         return if args.json {
             print_json(&report)
         } else {
-            print(&report.text(&screen))
+            print(&tables::expert(&report, &screen))
         };
     }
-    let report = Report::new(&model, args.tensors);
+    let mut report = Report::new(&model);
+    if args.tensors {
+        report = report.with_tensors(&model);
+    }
     if args.json {
         return print_json(&report);
     }

@@ -6,11 +6,11 @@ use std::fmt::Write as _;
 use std::io::{self, IsTerminal};
 use std::path::Path;
 
+use odmoe_fs::inspect::{Amount, LayerReport, MATRICES, Report};
 use ratatui::crossterm::style::{Color, Stylize};
 use ratatui::crossterm::terminal;
 
 use super::super::text;
-use super::report::{Amount, LayerReport, MATRICES, Report};
 
 /// What is written to.
 pub struct Screen {
