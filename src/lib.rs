@@ -13,6 +13,8 @@
 //! `gguf`, `safetensors`, `layout` and `tree` are pure: bytes or values in, values out.
 //! [`model::Model`] puts the steps together.
 //!
+//! As a dependency, leave out the command line: `odmoe-fs = { version = "0.1", default-features = false }`.
+//!
 //! # Without FUSE
 //!
 //! Find an expert in a model, and get its matrices without a copy:
@@ -75,5 +77,6 @@ pub mod stats;
 mod sys;
 pub mod toy;
 pub mod tree;
+pub mod units;
 pub mod verify;
 pub mod work;

@@ -2,11 +2,12 @@
 
 use std::path::Path;
 
-use indicatif::{HumanBytes, HumanCount};
+use indicatif::HumanCount;
+use odmoe_fs::units::Size;
 
 /// `1.50 GiB`
 pub fn size(bytes: u64) -> String {
-    HumanBytes(bytes).to_string()
+    Size(bytes).to_string()
 }
 
 /// The bytes of `4096`, `512K`, `1M` or `2GiB`: units are powers of 1024.

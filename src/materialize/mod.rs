@@ -20,7 +20,6 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
-use indicatif::HumanBytes;
 pub use selection::{NotNumbers, Numbers, Selection};
 pub use ways::{Cost, Reflink};
 
@@ -36,6 +35,7 @@ use crate::model::Model;
 use crate::source::ReadError;
 pub use crate::sys::process::ignore_file_size_signal;
 use crate::tree::Ino;
+use crate::units::Size;
 pub use crate::work::Progress;
 
 /// Why a tree cannot be written. What is complete stays, and the same command goes on from there.
@@ -70,7 +70,7 @@ pub enum MaterializeError {
     Locked(PathBuf),
     #[error(
         "{target:?} has room for {}, but {} are needed{}; free some, or choose fewer files with --layers, --experts, --base-only or --experts-only",
-        HumanBytes(*available), HumanBytes(*needed),
+        Size(*available), Size(*needed),
         if *replacing { ", since with --force files that are replaced stay until the new ones are complete" } else { "" }
     )]
     NoRoom {

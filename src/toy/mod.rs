@@ -1,8 +1,8 @@
 //! A small Mixture-of-Experts GGUF with made-up weights, to try things on.
 //!
-//! The plan: [`plan`] lists keys and tensors as a converter would write them, with llama.cpp's
+//! The plan: `plan` lists keys and tensors as a converter would write them, with llama.cpp's
 //! names or the reference converter's; [`Toy::write`] deals the tensors out to the parts and
-//! streams each tensor's data ([`weights`]) from a random sequence of its own. So the bytes of a
+//! streams each tensor's data (`weights`) from a random sequence of its own. So the bytes of a
 //! tensor depend on the seed, its name and its type, and on nothing else.
 
 mod error;
