@@ -82,7 +82,7 @@ impl Failure {
     }
 
     /// A wrong command line.
-    pub fn usage(message: &str) -> Self {
+    pub fn usage(message: impl Into<String>) -> Self {
         Self {
             code: "usage",
             ..Self::new(message).hint("see --help")

@@ -23,8 +23,7 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::error::ErrorKind;
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{Parser, Subcommand};
 use odmoe_fs::mounts::no_new_privileges;
 
 use self::diagnostics::{Diagnostics, LogFormat, Volume};
@@ -110,33 +109,41 @@ pub fn run() -> ExitCode {
     }
 }
 
+/// Why a command line cannot be obeyed.
+enum Wrong {
+    /// Or a call for help.
+    Line(clap::Error),
+    /// An option of `-o`.
+    Option(Failure),
+}
+
 /// Parses a command line, and what its `-o` options stand for.
-fn parse(arguments: &[OsString]) -> std::result::Result<Cli, clap::Error> {
-    let cli = Cli::try_parse_from(arguments)?;
+fn parse(arguments: &[OsString]) -> std::result::Result<Cli, Wrong> {
+    let cli = Cli::try_parse_from(arguments).map_err(Wrong::Line)?;
     let Command::Mount(args) = &cli.command else {
         return Ok(cli);
     };
-    let flags = fstab::flags(args.options.iter().map(String::as_str), false)
-        .map_err(|e| Cli::command().error(ErrorKind::UnknownArgument, e))?;
+    let lists = args.options.iter().map(String::as_str);
+    let flags = fstab::flags(lists, false).map_err(Wrong::Option)?;
     let command = arguments.iter().position(|argument| argument == "mount");
     let (before, after) = arguments.split_at(command.map_or(1, |at| at + 1));
-    Cli::try_parse_from(before.iter().chain(&flags).chain(after))
+    Cli::try_parse_from(before.iter().chain(&flags).chain(after)).map_err(Wrong::Line)
 }
 
 /// Mounts for mount(8), in whose exit statuses 1 is a wrong call and 32 a mount that failed.
-fn help_mount(call: std::result::Result<HelperCall, String>) -> ExitCode {
+fn help_mount(call: Result<HelperCall>) -> ExitCode {
     const WRONG_CALL: u8 = 1;
     const NOT_MOUNTED: u8 = 32;
     let call = match call {
         Ok(call) => call,
         Err(e) => {
-            let _ = writeln!(Diagnostics, "error: {e}");
+            e.tell(false);
             return ExitCode::from(WRONG_CALL);
         }
     };
     match parse(&call.arguments) {
-        Err(e) => {
-            let _ = e.print();
+        Err(wrong) => {
+            usage(&wrong);
             ExitCode::from(WRONG_CALL)
         }
         Ok(mut cli) => {
@@ -199,7 +206,15 @@ fn found(is_well: Result<bool>, json: bool) -> ExitCode {
 }
 
 /// Tells what cannot be understood of a command line, or the help that it asks for.
-fn usage(error: &clap::Error) -> ExitCode {
+fn usage(wrong: &Wrong) -> ExitCode {
+    let json = std::env::args_os().any(|argument| argument == "--json");
+    let error = match wrong {
+        Wrong::Line(error) => error,
+        Wrong::Option(failure) => {
+            failure.tell(json);
+            return ExitCode::from(WRONG_USAGE);
+        }
+    };
     if let Err(e) = error.print() {
         // Help that nobody could read is no success.
         return match e.kind() {
@@ -210,7 +225,7 @@ fn usage(error: &clap::Error) -> ExitCode {
     if !error.use_stderr() {
         return ExitCode::SUCCESS;
     }
-    if std::env::args_os().any(|argument| argument == "--json") {
+    if json {
         let text = error.to_string();
         let lines = text.lines().map(str::trim);
         let lines: Vec<_> = lines.take_while(|line| !line.is_empty()).collect();

@@ -85,6 +85,9 @@ pub struct MountArgs {
         help_heading = "Messages"
     )]
     pub log_file: Option<PathBuf>,
+    /// Labels of SELinux for the mount, such as context=...; `-o` has them without this name
+    #[arg(long, value_name = "LABEL", hide = true)]
+    security_label: Vec<String>,
     /// Look at the model, and change nothing: mount(8) was told to fake.
     #[arg(skip)]
     pub is_fake: bool,
@@ -175,6 +178,7 @@ fn mount(args: &MountArgs) -> Result<()> {
             CacheArg::Direct => Cache::Model,
         },
         stats: args.stats,
+        security_labels: args.security_label.clone(),
     };
     let mount = Mount::prepare(model, &args.directory, &options)?;
     let log = match &args.log_file {

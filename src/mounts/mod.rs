@@ -48,7 +48,7 @@ pub const FS_TYPE: &str = "fuse.odmoe";
 const SUBTYPE: &str = "odmoe";
 
 /// What a user may choose of a mount.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Options {
     /// Mount over a directory that is not empty.
     pub nonempty: bool,
@@ -66,6 +66,9 @@ pub struct Options {
     pub cache: Cache,
     /// Count what is asked for, and show it as extended attributes of the root ([`crate::stats`]).
     pub stats: bool,
+    /// Labels that SELinux gives the mount, such as `context="..."`. Only root may set them, and a
+    /// kernel without SELinux refuses them.
+    pub security_labels: Vec<String>,
 }
 
 /// Why a mount cannot be made, or ended badly. Each says what to do.
@@ -171,7 +174,8 @@ impl Explain for MountError {
             Self::Repair { cause, .. } => cause.hint(),
             Self::Directory { cause, .. } => cause.hint(),
             Self::Session { cause, .. } | Self::Background(cause) => cause.hint(),
-            Self::Device(_) | Self::UserAllowOther | Self::Refused { .. } => Some(ASK_DOCTOR),
+            Self::Device(_) | Self::UserAllowOther => Some(ASK_DOCTOR),
+            Self::Refused { .. } | Self::Daemon(_) => Some(ASK_DOCTOR),
             _ => None,
         })
     }
@@ -393,6 +397,10 @@ fn config(model: &Model, options: &Options) -> Config {
         // Not `Subtype`, which fuser drops when it mounts as root.
         MountOption::CUSTOM(format!("subtype={SUBTYPE}")),
     ];
+    let labels = options.security_labels.iter();
+    config
+        .mount_options
+        .extend(labels.cloned().map(MountOption::CUSTOM));
     config.acl = if options.allow_other {
         SessionACL::All
     } else {
