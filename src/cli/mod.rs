@@ -12,6 +12,7 @@ mod mount;
 mod progress;
 mod status;
 mod stop;
+mod suggest;
 mod text;
 mod top;
 mod toy;
@@ -119,7 +120,10 @@ enum Wrong {
 
 /// Parses a command line, and what its `-o` options stand for.
 fn parse(arguments: &[OsString]) -> std::result::Result<Cli, Wrong> {
-    let cli = Cli::try_parse_from(arguments).map_err(Wrong::Line)?;
+    let cli = Cli::try_parse_from(arguments).map_err(|mut e| {
+        suggest::improve(&mut e, arguments);
+        Wrong::Line(e)
+    })?;
     let Command::Mount(args) = &cli.command else {
         return Ok(cli);
     };
@@ -227,10 +231,15 @@ fn usage(wrong: &Wrong) -> ExitCode {
     }
     if json {
         let text = error.to_string();
-        let lines = text.lines().map(str::trim);
-        let lines: Vec<_> = lines.take_while(|line| !line.is_empty()).collect();
-        let message = lines.join(" ");
-        Failure::usage(message.trim_start_matches("error: ")).print_json();
+        let mut lines = text.lines().map(str::trim);
+        let message: Vec<_> = lines.by_ref().take_while(|line| !line.is_empty()).collect();
+        let failure = Failure::usage(message.join(" ").trim_start_matches("error: "));
+        let tip = lines.find_map(|line| line.strip_prefix("tip: "));
+        match tip {
+            Some(tip) => failure.hint(tip.to_owned()),
+            None => failure,
+        }
+        .print_json();
     }
     ExitCode::from(WRONG_USAGE)
 }
