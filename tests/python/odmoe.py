@@ -102,7 +102,10 @@ def fail(*arguments, status=1, naming=(), **options):
 
 
 # The errors that have no hint, since nobody can know the next step.
-WITHOUT_HINT = []
+WITHOUT_HINT = [
+    # What the mount helper or the kernel has against it, which may be anything.
+    "cannot be unmounted: ",
+]
 
 # What an error of a model says if it does not itself say what to do.
 DOWNLOAD = "; compare the file's checksum with the published one, and download it again if it differs"
