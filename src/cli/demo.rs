@@ -16,6 +16,7 @@ use odmoe_fs::toy::Toy;
 use serde_json::Value;
 
 use super::failure::{Context, Failure, Result, ensure};
+use super::screen::Screen;
 use super::{Stop, print, text};
 
 /// Show the whole way on a toy model: mount, list, read one expert, check it, unmount
@@ -51,10 +52,10 @@ fn demo(stop: &AtomicBool) -> Result<()> {
     };
     toy.write(&model, stop, &|_| {})?;
     let bytes = model.metadata()?.len();
-    print(&format!(
+    print(&Screen::of_stdout().fit(&format!(
         "A toy model of 2 layers with 4 experts each, in Q4_K: toy.gguf, {}\n\n",
         text::size(bytes)
-    ))?;
+    )))?;
 
     let directory = folder.path().join("mnt");
     fs::create_dir(&directory)?;
@@ -81,7 +82,7 @@ fn demo(stop: &AtomicBool) -> Result<()> {
         !stop.load(Ordering::Relaxed),
         "everything was removed again"
     );
-    print("Everything was removed again. Next: odmoe-fs mount YOUR-MODEL.gguf DIRECTORY\n")
+    print("Everything was removed again. Next:\n  odmoe-fs mount MODEL.gguf DIR\n")
 }
 
 fn show(toy: &Path, root: &Path) -> Result<()> {
@@ -133,11 +134,14 @@ fn show_tree(root: &Path) -> Result<()> {
     let mut out = format!("{root_name}/\n");
     for directory in sorted(root)? {
         out += &format!("  {}/\n", name_of(&directory));
-        for file in sorted(&directory)? {
-            let bytes = file.metadata()?.len();
-            let (name, size) = (name_of(&file), text::count(bytes));
-            out += &format!("    {name:<40} {size:>9} bytes\n");
-        }
+        let files = sorted(&directory)?.into_iter().map(|file| {
+            let size = text::count(file.metadata()?.len());
+            Ok([
+                format!("    {:<34}", name_of(&file)),
+                format!("{size:>9} bytes"),
+            ])
+        });
+        out += &Screen::of_stdout().whole_table(files.collect::<Result<_>>()?);
     }
     print(&out)
 }
@@ -190,12 +194,12 @@ fn check_expert(toy: &Path, root: &Path) -> Result<()> {
             "{name} differs from {gguf_name}; this is a bug in odmoe-fs"
         );
         out += &format!(
-            "  {name}  {} {:<11} {} bytes, the same as toy.gguf at byte {}\n",
+            "  {name}  {} {:<9}  {} bytes, the same as toy.gguf at {}\n",
             info.ggml_type,
             sources[&name]["shape"].to_string(),
             text::count(bytes),
             text::count(offset),
         );
     }
-    print(&out)
+    print(&Screen::of_stdout().fit(&out))
 }

@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use super::demo::Mounted;
 use super::failure::Result;
+use super::screen::Screen;
 use super::{print, print_json, text};
 
 /// Check whether this machine can mount, and name the cure of what is missing
@@ -40,7 +41,7 @@ pub fn run(args: &DoctorArgs) -> Result<bool> {
     if args.json {
         print_json(&report)?;
     } else {
-        print(&report.text())?;
+        print(&report.text(&Screen::of_stdout()))?;
     }
     Ok(works)
 }
@@ -100,7 +101,7 @@ fn mount_and_read() -> Result<()> {
 }
 
 impl Report {
-    fn text(&self) -> String {
+    fn text(&self, screen: &Screen) -> String {
         let width = self
             .checks
             .iter()
@@ -114,11 +115,13 @@ impl Report {
                 Verdict::Note => "note",
                 Verdict::Failure => "FAIL",
             };
-            // Writing to a String cannot fail.
-            let found = text::name(&check.found);
-            let _ = writeln!(out, "{mark}  {:width$}  {found}", check.name);
+            let label = format!("{mark}  {:width$}  ", check.name);
+            out += &screen.beside(&label, &text::name(&check.found));
+            out += "\n";
             if let Some(cure) = &check.cure {
-                let _ = writeln!(out, "      {:width$}  cure: {cure}", "");
+                // A command, which can be copied only if nothing breaks it.
+                // Writing to a String cannot fail.
+                let _ = writeln!(out, "      cure: {cure}");
             }
         }
         out += if self.works {

@@ -10,6 +10,7 @@ mod inspect;
 mod materialize;
 mod mount;
 mod progress;
+mod screen;
 mod status;
 mod stop;
 mod suggest;

@@ -3,6 +3,7 @@
 use odmoe_fs::mounts::{MountStatus, status};
 use serde::Serialize;
 
+use super::screen::Screen;
 use super::{Result, print, print_json, text};
 
 /// List the mounts of odmoe-fs on this machine, and whether each answers
@@ -56,5 +57,6 @@ pub fn run(args: &StatusArgs) -> Result<()> {
             line.model.as_deref().map_or("-".into(), text::name),
         ]
     });
-    print(&text::table(std::iter::once(head).chain(rows).collect()))
+    let rows = std::iter::once(head).chain(rows).collect();
+    print(&Screen::of_stdout().whole_table(rows))
 }

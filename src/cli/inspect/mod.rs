@@ -11,8 +11,8 @@ use std::str::FromStr;
 use odmoe_fs::inspect::{ExpertReport, Report};
 use odmoe_fs::model::Model;
 
-use self::picture::Screen;
 use super::failure::{Failure, Result};
+use super::screen::Screen;
 use super::{ModelArg, print, print_json, text};
 
 /// Say what is in a model, and what mounting it would show

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use odmoe_fs::inspect::{ExpertReport, TensorReport};
 
+use super::super::screen::Screen;
 use super::super::text;
-use super::picture::Screen;
 
 /// All tensors: on a terminal in human units and cut names, else in bytes.
 pub fn tensors(tensors: &[TensorReport], screen: &Screen) -> String {
@@ -47,12 +47,13 @@ pub fn expert(report: &ExpertReport, screen: &Screen) -> String {
         .iter()
         .map(|t| text::name(t.gguf_name))
         .collect();
-    format!(
-        "{}: {} bytes, of which {} are its header\n{}from {}\n",
+    let title = format!(
+        "{}: {} bytes, of which {} are its header\n",
         report.path,
         text::count(report.bytes),
         text::count(report.header_bytes),
-        screen.table(std::iter::once(head).chain(rows).collect()),
-        names.join(", "),
-    )
+    );
+    let table = screen.table(std::iter::once(head).chain(rows).collect());
+    let sources = format!("from {}\n", names.join(", "));
+    screen.fit(&title) + &table + &screen.fit(&sources)
 }

@@ -19,6 +19,7 @@ use serde::Serialize;
 
 use self::heat::{Grid, Heat, Measure};
 use super::failure::{Context, Failure, Result, ensure};
+use super::screen::Screen;
 use super::{print, print_json, say, text};
 
 /// Show which experts of a mount are hot, and how fast it is read
@@ -107,7 +108,9 @@ pub fn run(args: &TopArgs) -> Result<()> {
         return print_json(&sample);
     }
     if args.once {
-        return print(&in_words(&sample, &root, args.heat));
+        let screen = Screen::of_stdout();
+        let text = in_words(&sample, &root, args.heat, &screen);
+        return print(&screen.spell(screen.fit(&text)));
     }
     view::run(&root, sample, args.heat, Duration::from_secs(args.interval))
 }
@@ -158,9 +161,11 @@ fn attribute(path: &Path, name: &str) -> Result<Option<Vec<u8>>> {
 
 /// Widths of what is printed: a line of a terminal.
 const COLUMNS: usize = 64;
+/// What stands before a row of the map.
+const LABELS: usize = 10;
 const ROWS: usize = 128;
 
-fn in_words(sample: &Sample, root: &Path, measure: Measure) -> String {
+fn in_words(sample: &Sample, root: &Path, measure: Measure, screen: &Screen) -> String {
     let stats = &sample.stats;
     let heat = Heat::of(sample, measure);
     let mut out = format!(
@@ -185,7 +190,10 @@ fn in_words(sample: &Sample, root: &Path, measure: Measure) -> String {
         return out + "no expert was used yet\n";
     }
     out += &format!("\n{} of experts, by layer\n", measure.name());
-    let grid = Grid::of(&heat, ROWS, COLUMNS);
+    let columns = screen
+        .columns()
+        .map_or(COLUMNS, |all| all.saturating_sub(LABELS));
+    let grid = Grid::of(&heat, ROWS, columns.min(COLUMNS));
     for row in &grid.rows {
         let cells: String = row.cells.iter().map(|cell| grid.shade(*cell)).collect();
         out += &format!("{:>9} {}\n", row.label(), cells.trim_end());

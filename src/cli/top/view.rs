@@ -35,7 +35,11 @@ struct View<'a> {
 pub fn run(root: &Path, sample: Sample, measure: Measure, interval: Duration) -> Result<()> {
     ensure!(
         io::stdout().is_terminal() && io::stdin().is_terminal(),
-        "there is no terminal to show the live view on; say --once, or --once --json"
+        "there is no terminal to show the live view on; pass --once, or --once --json"
+    );
+    ensure!(
+        !text::is_dumb(),
+        "this terminal (TERM=dumb) cannot show the live view; pass --once, or --once --json"
     );
     let mut view = View {
         root,
