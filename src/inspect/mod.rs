@@ -20,6 +20,14 @@ use crate::safetensors::{Dtype, Shape};
 #[derive(Debug, Clone, Serialize)]
 pub struct Report<'a> {
     pub architecture: Option<&'a str>,
+    /// `ARCHITECTURE.block_count`: layers, those without experts included.
+    pub block_count: Option<u64>,
+    /// `ARCHITECTURE.embedding_length`: the width of the model.
+    pub embedding_length: Option<u64>,
+    /// Tokens, by the model's key, its tokenizer or its embeddings.
+    pub vocab_size: Option<u64>,
+    /// The most experts that a layer has.
+    pub expert_count: u64,
     pub gguf_version: u32,
     pub parts: Vec<PartReport<'a>>,
     /// Bytes of all parts.
@@ -166,6 +174,7 @@ impl<'a> Report<'a> {
             tensors,
         });
         let incongruent = |files: &[TensorFile]| files.iter().map(|f| f.incongruent_bytes).sum();
+        let number = |key| header.get_of_architecture(key)?.value.as_u64();
         let used = layout.expert_used_count().and_then(|value| value.as_u64());
         let expert_layers = expert_layers(layout);
         let payload: u64 = layout.files().iter().map(|file| file.payload_bytes).sum();
@@ -175,6 +184,10 @@ impl<'a> Report<'a> {
             active: ActiveReport::new(layout, &expert_layers, used),
             memory: Memory::of_this_machine(),
             architecture: header.architecture(),
+            block_count: number("block_count"),
+            embedding_length: number("embedding_length"),
+            vocab_size: layout.vocab_size(),
+            expert_count: layout.expert_count(),
             gguf_version: header.version,
             parts: parts.collect(),
             bytes: header.parts.iter().map(|part| part.file_bytes).sum(),
