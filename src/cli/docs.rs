@@ -43,14 +43,15 @@ pub fn complete(args: &CompletionsArgs) -> Result<()> {
 }
 
 pub fn man(args: &ManArgs) -> Result<()> {
-    let mut program = Cli::command();
+    // `help` has no page of its own: --help says the same.
+    let mut program = Cli::command().disable_help_subcommand(true);
     program.build(); // so that commands know their full names
     if let Some(folder) = &args.all {
         return write_all(&program, folder);
     }
     let page = match &args.command {
         None => page(&program)?,
-        Some(name) => match program.get_subcommands().find(|c| c.get_name() == name) {
+        Some(name) => match program.find_subcommand(name) {
             Some(command) => page(command)?,
             None => {
                 let failure = Failure::new(format!("there is no command {name:?}"));
@@ -63,10 +64,17 @@ pub fn man(args: &ManArgs) -> Result<()> {
 
 fn write_all(program: &Command, folder: &Path) -> Result<()> {
     fs::create_dir_all(folder).with_context(|| format!("cannot make {folder:?}"))?;
-    let commands = program.get_subcommands().filter(|c| c.get_name() != "help");
-    for command in std::iter::once(program).chain(commands) {
-        let path = folder.join(format!("{}.1", name(command)));
-        fs::write(&path, page(command)?).with_context(|| format!("cannot write {path:?}"))?;
+    let write = |name: &str, page: &str| {
+        let path = folder.join(format!("{name}.1"));
+        fs::write(&path, page).with_context(|| format!("cannot write {path:?}"))
+    };
+    for command in std::iter::once(program).chain(program.get_subcommands()) {
+        write(name(command), &page(command)?)?;
+        for alias in command.get_visible_aliases() {
+            // The page of an alias is that of its command.
+            let source = format!(".so man1/{}.1\n", name(command));
+            write(&format!("{}-{alias}", name(program)), &source)?;
+        }
     }
     Ok(())
 }
@@ -82,13 +90,17 @@ fn page(command: &Command) -> Result<String> {
     page.render(&mut out)?;
     let mut roff = Roff::new();
     section(&mut roff, "EXIT STATUS", &EXIT_STATUSES);
-    if command.get_name() == "odmoe-fs" {
+    let is_program = command.get_name() == "odmoe-fs";
+    if is_program {
         section(&mut roff, "FILES", &FILES);
         section(&mut roff, "ENVIRONMENT", &ENVIRONMENT);
         section(&mut roff, "EXAMPLES", &EXAMPLES);
-        roff.control("SH", ["SEE ALSO"]);
-        roff.text([roman("mount(8), fstab(5), fuse(8), fusermount3(1)")]);
     }
+    roff.control("SH", ["SEE ALSO"]);
+    roff.text([roman(match is_program {
+        true => "mount(8), fstab(5), fuse(8), fusermount3(1)",
+        false => "odmoe-fs(1)",
+    })]);
     roff.to_writer(&mut out)?;
     text(out)
 }
@@ -110,26 +122,30 @@ fn section(roff: &mut Roff, title: &str, entries: &[(&str, &str)]) {
 const FILES: [(&str, &str); 3] = [
     (
         "/dev/fuse",
-        "The FUSE device, which who mounts must be allowed to open.",
+        "The FUSE device. Mounting needs the right to open it.",
     ),
     (
         "/etc/fuse.conf",
-        "Holds the line user_allow_other, which lets users say --allow-other, and mount_max.",
+        "With the line user_allow_other, users may pass --allow-other; mount_max limits their mounts.",
     ),
     (
         "/sbin/mount.fuse.odmoe",
-        "A link to this program, for mount -t fuse.odmoe and lines of /etc/fstab.",
+        "A link to this program, for mount -t fuse.odmoe and for /etc/fstab.",
     ),
 ];
-const ENVIRONMENT: [(&str, &str); 3] = [
-    ("NO_COLOR", "If set, no colours."),
+const ENVIRONMENT: [(&str, &str); 4] = [
+    ("NO_COLOR", "If set, nothing is coloured."),
+    (
+        "TERM",
+        "If dumb, nothing is coloured, bars are ASCII, and top has no live view.",
+    ),
     (
         "FUSERMOUNT_PATH",
-        "The mount helper of users, instead of the fusermount3 that PATH leads to.",
+        "The mount helper for users, instead of the fusermount3 on PATH.",
     ),
     (
         "NOTIFY_SOCKET",
-        "Where mount -f tells systemd that it is ready.",
+        "The socket on which mount -f tells systemd that it is ready.",
     ),
 ];
 const EXAMPLES: [(&str, &str); 4] = [
@@ -139,7 +155,7 @@ const EXAMPLES: [(&str, &str); 4] = [
     ),
     (
         "mount -t fuse.odmoe -o allow_other /models/model.gguf /mnt/odmoe",
-        "The same by mount(8), for every user.",
+        "The same with mount(8), for every user.",
     ),
     (
         "/models/model.gguf /mnt/odmoe fuse.odmoe allow_other,nofail 0 0",
