@@ -1,11 +1,11 @@
-//! How an error is told: what is wrong, what to do about it, and a name for programs.
+//! What an error says to a person and to a program: what is wrong, what to do, and a code.
 //!
 //! The problem: an error passes through several layers. The outermost knows the file, the innermost
-//! knows what went wrong and so what to do next.
+//! knows what went wrong, and so what to do next.
 //!
-//! The plan: every error of this library is asked through one trait, and an error that wraps another
-//! passes the question on. There is a hint only where the next step is known: a general one would
-//! point many readers the wrong way.
+//! The plan: every error of this library implements one trait, and an error that wraps another
+//! forwards to it. There is a hint only where the next step is known: a general one would point
+//! many readers the wrong way.
 
 use std::borrow::Cow;
 use std::error::Error;
@@ -14,7 +14,7 @@ use std::io;
 /// What to do about an error, in a sentence without a full stop.
 pub type Hint = Cow<'static, str>;
 
-/// An error that can be told to a person and to a program.
+/// An error that explains itself to a person and to a program.
 pub trait Explain: Error {
     /// A name that stays the same when the words change, such as `model.missing`.
     fn code(&self) -> &'static str;
@@ -49,18 +49,18 @@ pub(crate) const DOWNLOAD_AGAIN: Hint = Cow::Borrowed(
     "compare the file's checksum with the published one, and download it again if it differs",
 );
 
-/// Where nothing but a look at the machine tells why it does not mount.
+/// For mounts that fail for a reason outside of this program.
 pub(crate) const ASK_DOCTOR: Hint =
     Cow::Borrowed("run `odmoe-fs doctor`, which checks this machine for mounting");
 
-/// What an error's own text says to do: the part after its first `; ` outside of quotes.
+/// The hint in an error's own text: the part after its first `; ` outside of quotes.
 pub(crate) fn written(error: &dyn Error) -> Option<Hint> {
     let text = error.to_string();
     split(&text).1.map(|hint| Cow::Owned(hint.to_owned()))
 }
 
-/// What is before the first `; ` outside of quotes, and what is behind it: what is wrong, and what to
-/// do. Quoted are paths and names from models, in which nothing separates.
+/// Splits a text into what is wrong and what to do, at its first `; ` outside of quotes. Paths and
+/// names from models are quoted, and may hold anything.
 pub fn split(text: &str) -> (&str, Option<&str>) {
     let (mut quoted, mut escaped) = (false, false);
     for (at, c) in text.char_indices() {
@@ -79,7 +79,7 @@ pub fn split(text: &str) -> (&str, Option<&str>) {
     (text, None)
 }
 
-/// What to do after an error number (errno(3)); `None` where the number alone does not tell.
+/// What to do about an error number (errno(3)); `None` if the number alone does not decide it.
 fn step(errno: i32) -> Option<&'static str> {
     Some(match errno {
         libc::ENOENT => "check the path; `namei PATH` shows where it ends",
@@ -91,10 +91,10 @@ fn step(errno: i32) -> Option<&'static str> {
         libc::ELOOP => "check the symbolic links on the path, with `namei PATH`",
         libc::ENAMETOOLONG => "choose a shorter name or path",
         libc::EROFS => {
-            "choose a directory elsewhere: this file system is mounted read-only (`findmnt -T PATH`)"
+            "choose another directory: this file system is mounted read-only (`findmnt -T PATH`)"
         }
         libc::EFBIG => {
-            "raise the limit on file sizes with `ulimit -f`, or choose a file system that takes larger files"
+            "raise the limit on file sizes with `ulimit -f`, or choose a file system for larger files"
         }
         libc::ENOSPC => {
             "make room, or choose another file system; `df -h` and `df -i` show which are full"
@@ -115,7 +115,7 @@ fn step(errno: i32) -> Option<&'static str> {
             "check the file server and the network to it, and run the command again"
         }
         libc::ENOTCONN => {
-            "unmount the directory with `umount`, and mount it again: the process of its mount is dead"
+            "unmount the directory and mount it again: the process of its mount is dead"
         }
         _ => return None,
     })

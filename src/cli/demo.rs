@@ -124,7 +124,7 @@ fn run_self(arguments: &[&std::ffi::OsStr]) -> Result<()> {
     let program = std::env::current_exe().context("cannot find this program itself")?;
     let output = Command::new(program).args(arguments).output()?;
     if !output.status.success() {
-        return Err(Failure::told(&String::from_utf8_lossy(&output.stderr)));
+        return Err(Failure::parsed(&String::from_utf8_lossy(&output.stderr)));
     }
     Ok(())
 }

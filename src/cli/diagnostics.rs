@@ -1,6 +1,7 @@
-//! Messages: on the standard error, and those of a daemon, which has none, in a file or in the journal.
+//! Messages: to the standard error, or from a daemon, which has none, to a file or the journal.
 //!
-//! Which of the two a process is, its number tells: the daemon is forked off after all this is set up.
+//! The daemon is forked off after all this is set up, so a process knows by its id which of the two
+//! it is.
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
@@ -15,14 +16,14 @@ use tracing_subscriber::{Layer, Registry};
 
 use super::text;
 
-/// How much is said.
+/// How much is printed.
 #[derive(Clone, Copy)]
 pub struct Volume {
     pub quiet: bool,
     pub verbose: u8,
 }
 
-/// How the messages of a mount are written.
+/// The form of a mount's messages.
 #[derive(Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum LogFormat {
     /// Lines for people
@@ -32,36 +33,39 @@ pub enum LogFormat {
     Json,
 }
 
-/// The module of the library that tells of changed and lost parts.
+/// The module of the library that reports changed and lost parts.
 const SOURCE: &str = "odmoe_fs::source";
 
 /// Where a daemon writes, once it is known.
 static LOG: OnceLock<File> = OnceLock::new();
 
-/// From here on a daemon's messages go to this file.
+/// Sends a daemon's messages to a file from now on.
 pub fn log_to(file: &File) -> io::Result<()> {
     let _ = LOG.set(file.try_clone()?);
     Ok(())
 }
 
-/// To be called once, before anything is said. The journal is for daemons that have no file.
-/// What a model's source says is for mounts, whose readers get an errno: other commands fail with the same words.
+/// Sets messages up, once and before the first of them. Daemons without a log file write to the
+/// journal.
+///
+/// Only mounts print what a model's source reports, since their readers get no more than an errno.
+/// Other commands fail with the same words.
 pub fn start(volume: Volume, format: LogFormat, to_journal: bool, is_mount: bool) {
-    let said = match (volume.quiet, volume.verbose) {
+    let printed = match (volume.quiet, volume.verbose) {
         (true, _) => Level::ERROR,
         (false, 0) => Level::WARN,
         (false, 1) => Level::INFO,
         (false, _) => Level::DEBUG,
     };
-    // A log that is asked for holds more than what a person must know.
+    // A log holds more than what a person must know at once.
     let logged = if volume.quiet {
-        said
+        printed
     } else {
-        said.max(Level::INFO)
+        printed.max(Level::INFO)
     };
     let caller = std::process::id();
     let here = dynamic_filter_fn(move |metadata, _| {
-        metadata.level() <= &said
+        metadata.level() <= &printed
             && std::process::id() == caller
             && (is_mount || metadata.target() != SOURCE)
     });
@@ -74,7 +78,7 @@ pub fn start(volume: Volume, format: LogFormat, to_journal: bool, is_mount: bool
     let colours = io::stderr().is_terminal() && text::may_be_coloured();
     let terminal = lines(format, || Diagnostics, colours, false);
     let file = lines(format, || Log, false, true);
-    let here = here.with_max_level_hint(LevelFilter::from_level(said));
+    let here = here.with_max_level_hint(LevelFilter::from_level(printed));
     let mut layers = vec![
         terminal.with_filter(here).boxed(),
         file.with_filter(in_daemon()).boxed(),
@@ -85,7 +89,7 @@ pub fn start(volume: Volume, format: LogFormat, to_journal: bool, is_mount: bool
     tracing_subscriber::registry().with(layers).init();
 }
 
-/// Messages as lines. Those of a log have their time; JSON has it always.
+/// Messages as lines, with the time in a log and in JSON.
 fn lines<W, O>(
     format: LogFormat,
     writer: W,
@@ -104,7 +108,7 @@ where
     }
 }
 
-/// The journal of systemd, where there is one.
+/// The journal of systemd, if there is one.
 #[cfg(target_os = "linux")]
 fn journal() -> Option<tracing_journald::Layer> {
     let journal = tracing_journald::layer().ok()?;
@@ -116,7 +120,7 @@ fn journal() -> Option<tracing_subscriber::layer::Identity> {
     None
 }
 
-/// The standard error, where a message that cannot be written is lost: it must not stop the work.
+/// The standard error. A message that cannot be written is lost: it must not stop the work.
 pub struct Diagnostics;
 
 impl Write for Diagnostics {

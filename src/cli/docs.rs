@@ -1,4 +1,4 @@
-//! `man` and `completions`: made from the command line's own definition.
+//! `man` and `completions`, generated from the definition of the command line.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,12 +19,12 @@ pub struct ManArgs {
     /// The command
     #[arg(value_name = "COMMAND")]
     command: Option<String>,
-    /// Write the pages of all commands into a directory instead
+    /// Write the pages of all commands to a directory instead
     #[arg(long, value_name = "DIR", conflicts_with = "command")]
     all: Option<PathBuf>,
 }
 
-/// Print what completes command lines in a shell
+/// Print a script that completes command lines in a shell
 ///
 /// For bash: odmoe-fs completions bash > ~/.local/share/bash-completion/completions/odmoe-fs
 #[derive(clap::Args)]
@@ -37,8 +37,8 @@ pub struct CompletionsArgs {
 pub fn complete(args: &CompletionsArgs) -> Result<()> {
     let mut out = Vec::new();
     clap_complete::generate(args.shell, &mut Cli::command(), "odmoe-fs", &mut out);
-    // For bash, clap_complete 4.6 names the commands of a program with a hyphen in two ways, so that none of
-    // their options would be found.
+    // For bash, clap_complete 4.6 names the commands of a program with a hyphen in two ways, so
+    // that their options would not be found.
     print(&text(out)?.replace("odmoe__subcmd__fs", "odmoe__fs"))
 }
 
@@ -79,7 +79,7 @@ fn write_all(program: &Command, folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// `odmoe-fs` or `odmoe-fs-mount`: what a built command is shown as.
+/// The name of a built command: `odmoe-fs` or `odmoe-fs-mount`.
 fn name(command: &Command) -> &str {
     command.get_display_name().unwrap_or(command.get_name())
 }
@@ -118,7 +118,7 @@ fn section(roff: &mut Roff, title: &str, entries: &[(&str, &str)]) {
     }
 }
 
-/// What is around the program.
+/// Files that the program uses.
 const FILES: [(&str, &str); 3] = [
     (
         "/dev/fuse",
@@ -126,7 +126,7 @@ const FILES: [(&str, &str); 3] = [
     ),
     (
         "/etc/fuse.conf",
-        "With the line user_allow_other, users may pass --allow-other; mount_max limits their mounts.",
+        "Its line user_allow_other lets users pass --allow-other; mount_max limits their mounts.",
     ),
     (
         "/sbin/mount.fuse.odmoe",

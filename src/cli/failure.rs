@@ -1,4 +1,4 @@
-//! How a command fails: what is wrong, what to do about it, a name for programs, and the exit status.
+//! How a command fails: what is wrong, what to do, a code for programs, and the exit status.
 //!
 //! Every error of the library becomes a [`Failure`] at `?`; commands add what they were doing with
 //! [`Context`].
@@ -13,8 +13,8 @@ use serde::Serialize;
 
 use super::{Diagnostics, print_json};
 
-/// The exit status of `verify` when a tree is not that of the model, and of `doctor` when a mount will
-/// not work.
+/// The exit status of `verify` when a tree is not that of the model, and of `doctor` when a mount
+/// will not work.
 pub const FOUND_SOMETHING: u8 = 3;
 /// That of a command line that cannot be understood.
 pub const WRONG_USAGE: u8 = 2;
@@ -39,7 +39,7 @@ pub const EXIT_STATUSES: [(&str, &str); 7] = [
 /// What a command returns.
 pub type Result<T> = std::result::Result<T, Failure>;
 
-/// An error as it is told.
+/// An error as it is printed.
 #[derive(Debug, Serialize)]
 pub struct Failure {
     /// A name that stays the same when the words change.
@@ -62,7 +62,7 @@ enum End {
 }
 
 impl Failure {
-    /// One that no library error stands behind.
+    /// A failure without an error of the library behind it.
     pub fn new(message: impl Into<String>) -> Self {
         Self {
             code: "failed",
@@ -72,7 +72,7 @@ impl Failure {
         }
     }
 
-    /// One whose text says what is wrong, and after a `; ` what to do.
+    /// A failure from a text that says what is wrong and, after a `; `, what to do.
     pub fn written(text: &str) -> Self {
         let (message, hint) = split(text);
         Self {
@@ -96,13 +96,13 @@ impl Failure {
         }
     }
 
-    /// An error of which nothing is known but its text.
+    /// An error of which only the text is known.
     pub fn unknown(error: &dyn Error) -> Self {
         Self::new(error.to_string())
     }
 
-    /// What another process of this program has told on its standard error.
-    pub fn told(stderr: &str) -> Self {
+    /// The failure that another process of this program has printed on its standard error.
+    pub fn parsed(stderr: &str) -> Self {
         let line = |name| stderr.lines().find_map(|line| line.strip_prefix(name));
         Self {
             hint: line("hint: ").map(|hint| Cow::Owned(hint.to_owned())),
@@ -146,9 +146,9 @@ impl Failure {
         matches!(self.end, End::OutputClosed)
     }
 
-    /// Tells it on the standard error, and with `json` also as `{"error": ...}` where the result
+    /// Prints it on the standard error, and with `json` also as `{"error": ...}` where the result
     /// would have been.
-    pub fn tell(&self, json: bool) {
+    pub fn report(&self, json: bool) {
         let mut text = format!("error: {}\n", self.message);
         if let Some(hint) = &self.hint {
             text += &format!("hint: {hint}\n");
@@ -160,7 +160,7 @@ impl Failure {
         }
     }
 
-    /// Nobody can be told if that fails, too.
+    /// Prints it as JSON, if that is still possible.
     pub fn print_json(&self) {
         let _ = print_json(&serde_json::json!({ "error": self }));
     }
@@ -184,7 +184,7 @@ impl<E: Explain> From<E> for Failure {
     }
 }
 
-/// Fails with a text that says what is wrong, and after a `; ` what to do.
+/// Fails with a text that says what is wrong and, after a `; `, what to do.
 macro_rules! bail {
     ($($text:tt)+) => {
         return Err($crate::cli::failure::Failure::written(&format!($($text)+)))
@@ -222,7 +222,7 @@ impl<T, E: Into<Failure>> Context<T> for std::result::Result<T, E> {
     }
 }
 
-/// Nothing is there, and the context says what is missing.
+/// The context of `None` says what is missing.
 impl<T> Context<T> for Option<T> {
     fn with_context(self, what: impl FnOnce() -> String) -> Result<T> {
         self.ok_or_else(|| Failure::new(what()))
@@ -234,7 +234,7 @@ pub fn exit_code(result: Result<()>, json: bool) -> ExitCode {
         return ExitCode::SUCCESS;
     };
     if !failure.is_closed_output() {
-        failure.tell(json);
+        failure.report(json);
     }
     ExitCode::from(failure.exit_status())
 }
@@ -288,10 +288,10 @@ mod tests {
 
     #[test]
     fn what_another_process_told_is_told_in_the_same_parts() {
-        let failure = Failure::told(" WARN x\nerror: no way\nhint: turn back\n");
+        let failure = Failure::parsed(" WARN x\nerror: no way\nhint: turn back\n");
         assert_eq!(failure.message, "no way");
         assert_eq!(failure.hint.unwrap(), "turn back");
-        let failure = Failure::told("Killed\n");
+        let failure = Failure::parsed("Killed\n");
         assert_eq!((&*failure.message, failure.hint), ("Killed", None));
     }
 }

@@ -1,4 +1,4 @@
-//! Options as mount(8) and /etc/fstab say them, and `mount.fuse.odmoe`, the name by which mount(8)
+//! Options as in mount(8) and /etc/fstab, and `mount.fuse.odmoe`, the name by which mount(8)
 //! calls this program: `mount.fuse.odmoe MODEL DIR [-sfnv] [-N NAMESPACE] [-o OPTIONS] [-t TYPE]`.
 
 use std::ffi::{OsStr, OsString};
@@ -67,9 +67,9 @@ const EVERY_FILE_SYSTEMS: &[&str] = &[
     "users",
 ];
 
-/// What SELinux takes as labels of a mount.
+/// Options that label a mount for SELinux.
 const SECURITY_LABELS: [&str; 4] = ["context", "defcontext", "fscontext", "rootcontext"];
-/// It is there where SELinux is on. Elsewhere its labels mean nothing, and mount(8) drops them.
+/// It exists where SELinux is on. Elsewhere its labels mean nothing, and mount(8) drops them, too.
 const SELINUX: &str = "/sys/fs/selinux/enforce";
 
 /// Options that users of other file systems know, and what to do instead.
@@ -119,7 +119,7 @@ const REFUSED: &[(&[&str], &str)] = &[
     ),
 ];
 
-/// One option of a list in the words of our command line; `None` if it says nothing to us.
+/// One option of a list as an argument of our command line; `None` if we can ignore it.
 fn flag(option: &str) -> Result<Option<OsString>> {
     let (name, value) = match option.split_once('=') {
         Some((name, value)) => (name, Some(value)),
@@ -161,7 +161,7 @@ fn unquoted(value: &str) -> &str {
     inner.unwrap_or(value)
 }
 
-/// The options of a list: between commas, but for those in double quotes, which labels may hold.
+/// The options of a list, which commas separate except in double quotes, as in labels.
 fn options(list: &str) -> impl Iterator<Item = &str> {
     let mut quoted = false;
     list.split(move |c| {
@@ -170,7 +170,7 @@ fn options(list: &str) -> impl Iterator<Item = &str> {
     })
 }
 
-/// All options of some lists; with `is_sloppy` those that do not exist are left out.
+/// All options of some lists; with `is_sloppy` unknown ones are dropped.
 pub fn flags<'a>(
     lists: impl IntoIterator<Item = &'a str>,
     is_sloppy: bool,
@@ -184,9 +184,9 @@ pub fn flags<'a>(
 
 /// A call by mount(8).
 pub struct HelperCall {
-    /// The same in the words of our command line.
+    /// The same as a command line of ours.
     pub arguments: Vec<OsString>,
-    /// To check all, and mount nothing (`mount -f`).
+    /// Whether to check everything and mount nothing (`mount -f`).
     pub is_fake: bool,
 }
 
@@ -204,7 +204,7 @@ impl HelperCall {
         while let Some(argument) = rest.next() {
             match argument.to_str() {
                 Some("-o") => lists.push(text(rest.next())?),
-                // The type is known, and a namespace is entered by mount(8) itself.
+                // The type is known, and mount(8) itself enters the namespace.
                 Some("-t" | "-N") => drop(rest.next()),
                 Some(letters) if letters.len() > 1 && letters.starts_with('-') => {
                     for letter in letters[1..].chars() {
@@ -254,7 +254,8 @@ mod tests {
 
     #[test]
     fn options_of_fstab_become_ours_and_those_of_others_are_left_out() {
-        let list = "rw,noauto,x-systemd.automount,user=me,,allow_other,uid=7,keep-source-cache,cache=direct";
+        let list = "rw,noauto,x-systemd.automount,user=me,,allow_other,uid=7,keep-source-cache,\
+            cache=direct";
         let ours = "--allow-other --uid=7 --keep-source-cache --cache=direct";
         assert_eq!(words(list), ours);
         let refused = flags(["frobnicate=1"], false).unwrap_err();
@@ -267,8 +268,8 @@ mod tests {
 
     #[test]
     fn every_option_that_mount_documents_for_all_file_systems_is_accepted() {
-        let list = "async,atime,noatime,auto,noauto,context=\"u:r:t:s0:c1,c2\",fscontext=a,defcontext=b,\
-            rootcontext=@target,defaults,dev,nodev,diratime,nodiratime,dirsync,exec,noexec,group,\
+        let list = "async,atime,noatime,auto,noauto,context=\"u:r:t:s0:c1,c2\",fscontext=a,\
+            defcontext=b,rootcontext=@target,defaults,dev,nodev,diratime,nodiratime,dirsync,exec,noexec,group,\
             iversion,noiversion,mand,nomand,_netdev,nofail,relatime,norelatime,strictatime,\
             nostrictatime,lazytime,nolazytime,suid,nosuid,silent,loud,owner,ro,rw,sync,user,nouser,\
             users,X-mount.mkdir=0755,X-mount.subdir=a,x-systemd.requires=b,nosymfollow,comment=c,\

@@ -38,10 +38,10 @@ use self::stop::Stop;
 #[derive(Parser)]
 #[command(name = "odmoe-fs", version, max_term_width = 100)]
 struct Cli {
-    /// Say more on stderr; said twice, a mount tells of each request of the kernel
+    /// Print more on stderr; given twice, a mount logs every request of the kernel
     #[arg(short, long, global = true, action = clap::ArgAction::Count, help_heading = "Messages")]
     verbose: u8,
-    /// Say only errors on stderr
+    /// Print only errors on stderr
     #[arg(
         short,
         long,
@@ -71,7 +71,7 @@ enum Command {
 }
 
 impl Command {
-    /// Whether it may need the set-user-id helper that mounts and unmounts for users.
+    /// Whether it may run the set-user-id helper that mounts and unmounts for users.
     fn mounts(&self) -> bool {
         matches!(
             self,
@@ -142,7 +142,7 @@ fn help_mount(call: Result<HelperCall>) -> ExitCode {
     let call = match call {
         Ok(call) => call,
         Err(e) => {
-            e.tell(false);
+            e.report(false);
             return ExitCode::from(WRONG_CALL);
         }
     };
@@ -179,7 +179,7 @@ fn execute(cli: &Cli) -> ExitCode {
     };
     let is_mount = matches!(cli.command, Command::Mount(_));
     diagnostics::start(volume, format, to_journal, is_mount);
-    // More parts of a split set can stay open. Where it is refused, fewer do.
+    // With a higher limit more parts of a split set stay open; without, fewer do.
     let _ = odmoe_fs::source::raise_descriptor_limit();
     if !cli.command.mounts() {
         no_new_privileges();
@@ -202,7 +202,7 @@ fn execute(cli: &Cli) -> ExitCode {
     exit_code(result, json)
 }
 
-/// The exit status of a command that looks whether all is well.
+/// The exit status of a command that checks something.
 fn found(is_well: Result<bool>, json: bool) -> ExitCode {
     match is_well {
         Ok(false) => ExitCode::from(FOUND_SOMETHING),
@@ -210,18 +210,18 @@ fn found(is_well: Result<bool>, json: bool) -> ExitCode {
     }
 }
 
-/// Tells what cannot be understood of a command line, or the help that it asks for.
+/// Prints what is wrong with a command line, or the help that it asks for.
 fn usage(wrong: &Wrong) -> ExitCode {
     let json = std::env::args_os().any(|argument| argument == "--json");
     let error = match wrong {
         Wrong::Line(error) => error,
         Wrong::Option(failure) => {
-            failure.tell(json);
+            failure.report(json);
             return ExitCode::from(WRONG_USAGE);
         }
     };
     if let Err(e) = error.print() {
-        // Help that nobody could read is no success.
+        // Help that could not be printed is a failure.
         return match e.kind() {
             io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
             _ => ExitCode::FAILURE,
@@ -260,7 +260,7 @@ fn print_json(value: &impl serde::Serialize) -> Result<()> {
     print(&(json + "\n"))
 }
 
-/// Says what was done. It is done even if nobody can be told.
+/// Prints what was done. That it cannot be printed does not undo it.
 fn say(text: &str) {
     if let Err(e) = print(text)
         && !e.is_closed_output()

@@ -1,6 +1,6 @@
-//! What fits a terminal: bars, tables and lines in its width, its colours and its characters.
+//! Bars, tables and lines that fit a terminal: its width, its colours and its characters.
 //!
-//! The same goes into a pipe without bars, colours and cuts, so that there is one text to keep
+//! A pipe gets the same text without bars, colours and cuts, so that there is only one to keep
 //! true.
 
 use std::io::{self, IsTerminal};
@@ -11,10 +11,10 @@ use unicode_width::{UnicodeWidthChar, UnicodeWidthStr};
 
 use super::text;
 
-/// What is written to.
+/// Where a command prints to.
 #[derive(Debug, Clone, Copy)]
 pub struct Screen {
-    /// `None` where nobody looks: then nothing is drawn, broken or cut.
+    /// `None` if it is not a terminal: then nothing is drawn, broken or cut.
     columns: Option<usize>,
     colours: bool,
     unicode: bool,
@@ -24,9 +24,9 @@ pub struct Screen {
 const USUAL_COLUMNS: usize = 80;
 /// A narrower terminal breaks lines by itself.
 const FEWEST_COLUMNS: usize = 20;
-/// Where a row of a table goes on.
+/// Where a row of a table continues.
 const FOLD_INDENT: usize = 4;
-/// The least of a name that tells something.
+/// Of a shorter name, nothing could be recognised.
 const FEWEST_NAME_COLUMNS: usize = 12;
 
 impl Screen {
@@ -96,7 +96,8 @@ impl Screen {
         lines.join("\n")
     }
 
-    /// A name in at most so many columns less than there are, without its middle if it is longer.
+    /// A name without its middle, if it needs more columns than the terminal has besides some that
+    /// are reserved.
     pub fn cut(&self, name: &str, reserved: usize) -> String {
         let dots = if self.unicode { "…" } else { "..." };
         match self.columns {
@@ -105,9 +106,8 @@ impl Screen {
         }
     }
 
-    /// Columns as wide as what is in them, numbers to the right. Names in the last column lose
-    /// their middle where the line would break; if there is no room even for that, each row goes on
-    /// in the next line.
+    /// Rows in aligned columns. Names in the last column lose their middle where a line would
+    /// break; if there is no room even for that, rows continue on the next line.
     pub fn table<const N: usize>(&self, rows: Vec<[String; N]>) -> String {
         let Some(columns) = self.columns else {
             return text::table(rows);
@@ -126,7 +126,7 @@ impl Screen {
         }
     }
 
-    /// The same, but nothing is cut: for paths, which are copied from a screen.
+    /// The same, but nothing is cut: for paths, which people copy from a screen.
     pub fn whole_table<const N: usize>(&self, rows: Vec<[String; N]>) -> String {
         let width = text::widths(&rows).iter().sum::<usize>() + 2 * (N - 1);
         match self.columns {
@@ -135,7 +135,7 @@ impl Screen {
         }
     }
 
-    /// Each row over several lines: as many cells in each as fit.
+    /// Each row on as many lines as its cells need.
     fn folded<const N: usize>(&self, rows: &[[String; N]]) -> String {
         let columns = self.columns.unwrap_or(usize::MAX);
         let mut out = String::new();
@@ -159,7 +159,7 @@ impl Screen {
         out
     }
 
-    /// Text whose lines that are too long go on in further ones, two columns further in.
+    /// Text whose long lines continue on further ones, indented by two more columns.
     pub fn fit(&self, text: &str) -> String {
         let lines = text.split_inclusive('\n').map(|line| {
             let (line, end) = match line.strip_suffix('\n') {
@@ -172,7 +172,7 @@ impl Screen {
         lines.collect()
     }
 
-    /// A text to the right of a label, or where that leaves little room, below it.
+    /// A text to the right of a label, or below it if that leaves little room.
     pub fn beside(&self, label: &str, text: &str) -> String {
         const FEWEST_TEXT_COLUMNS: usize = 30;
         const INDENT: usize = 6;
@@ -186,8 +186,8 @@ impl Screen {
         }
     }
 
-    /// A line that begins at a column, and goes on in further ones below `indent` where it is too
-    /// long. Words are not broken.
+    /// A line that begins at a column and, if it is too long, continues on further ones at
+    /// `indent`. Words are not broken.
     pub fn wrap(&self, line: &str, start: usize, indent: usize) -> String {
         let Some(columns) = self.columns.filter(|c| start + line.width() > *c) else {
             return line.to_owned();
@@ -215,7 +215,7 @@ impl Screen {
         out
     }
 
-    /// Text in the characters that the terminal has: shades and dots of ours in ASCII if need be.
+    /// Text in the characters of the terminal: our shades and dots become ASCII if need be.
     pub fn spell(&self, text: String) -> String {
         if self.unicode {
             return text;

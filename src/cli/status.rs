@@ -1,4 +1,4 @@
-//! `status`: our mounts, and whether they answer.
+//! `status`: our mounts, and whether each answers.
 
 use odmoe_fs::mounts::{MountStatus, status};
 use serde::Serialize;
@@ -8,9 +8,9 @@ use super::{Result, print, print_json, text};
 
 /// List the mounts of odmoe-fs on this machine, and whether each answers
 ///
-/// A mount is alive; not answering, when its process is stopped or waits for the disk; stale, when its
-/// process is dead (`umount` removes it, and so does the next `mount` there); or not readable, when it
-/// is another user's.
+/// A mount is alive; not answering, when its process is stopped or waits for the disk; stale, when
+/// its process is dead (`umount` removes it, and so does the next `mount` there); or not readable,
+/// when it belongs to another user.
 #[derive(clap::Args)]
 pub struct StatusArgs {
     /// Print a JSON array of {"directory", "model", "pid", "state"}

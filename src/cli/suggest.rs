@@ -18,8 +18,8 @@ const COMMANDS: &[(&[&str], &str)] = &[
     ),
     (
         &["chat", "generate", "run", "serve", "server"],
-        "odmoe-fs shows files and computes nothing: 'odmoe-fs mount MODEL.gguf DIR', then point the \
-         loader or server at DIR",
+        "odmoe-fs shows files and computes nothing: 'odmoe-fs mount MODEL.gguf DIR', then point \
+         the loader or server at DIR",
     ),
     (
         &["download", "fetch", "pull"],
@@ -30,7 +30,8 @@ const COMMANDS: &[(&[&str], &str)] = &[
         &[
             "cat", "dump", "info", "ls", "list", "metadata", "show", "tree",
         ],
-        "'odmoe-fs inspect MODEL.gguf' shows what is in a model, 'odmoe-fs status' which are mounted",
+        "'odmoe-fs inspect MODEL.gguf' shows what is in a model, 'odmoe-fs status' which are \
+         mounted",
     ),
     (
         &["df", "mounts", "ps"],

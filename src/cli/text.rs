@@ -36,7 +36,7 @@ pub fn counted(n: usize, noun: &str) -> String {
 }
 
 /// A name from a model, which may hold anything, made safe for a terminal: nothing in it moves the
-/// cursor, turns the direction of writing, or cannot be seen.
+/// cursor, turns the direction of writing, or is invisible.
 pub fn name(name: &str) -> String {
     let is_seen = |c: char| c.escape_debug().len() == 1 || "\"'\\".contains(c);
     if !name.chars().all(is_seen) {
@@ -51,12 +51,12 @@ pub fn path(path: &Path) -> String {
     name(&path.to_string_lossy())
 }
 
-/// Whether the user has nothing against colours (https://no-color.org), and the terminal has some.
+/// Whether the user wants colours (https://no-color.org) and the terminal has them.
 pub fn may_be_coloured() -> bool {
     std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty()) && !is_dumb()
 }
 
-/// Whether a terminal can only print one line after the other: no colours, no moving of the cursor.
+/// Whether a terminal only prints line after line: without colours or a cursor that moves.
 pub fn is_dumb() -> bool {
     std::env::var_os("TERM").is_none_or(|term| term.is_empty() || term == "dumb")
 }
@@ -98,7 +98,7 @@ pub fn right(text: &str, columns: usize) -> String {
     " ".repeat(columns.saturating_sub(text.width())) + text
 }
 
-/// A path as a shell takes it.
+/// A path, quoted for a shell if need be.
 pub fn shell(path: &Path) -> String {
     let text = self::path(path);
     let plain = |c: char| c.is_alphanumeric() || "/._-+@%,:=".contains(c);

@@ -15,27 +15,32 @@ use super::{Stop, say, text};
 
 /// Write a small Mixture-of-Experts GGUF with made-up weights
 ///
-/// It is a model for trying things out: its tensors have the names, shapes and types of a real
-/// one, its numbers mean nothing. The same options always give the same bytes.
+/// A model for trying things out: its tensors have the names, shapes and types of a real one, but
+/// its numbers mean nothing. The same options always give the same bytes.
 #[derive(Debug, Clone, clap::Args)]
 pub struct ToyArgs {
     /// The file to write; the parts of a split set get its name and their number
     #[arg(value_name = "OUT.gguf")]
     out: PathBuf,
     /// Layers, each with experts
-    #[arg(long, value_name = "N", default_value_t = Toy::default().layers, value_parser = within(toy::LAYERS))]
+    #[arg(long, value_name = "N", default_value_t = Toy::default().layers)]
+    #[arg(value_parser = within(toy::LAYERS))]
     layers: u32,
     /// Experts per layer
-    #[arg(long, value_name = "N", default_value_t = Toy::default().experts, value_parser = within(toy::EXPERTS))]
+    #[arg(long, value_name = "N", default_value_t = Toy::default().experts)]
+    #[arg(value_parser = within(toy::EXPERTS))]
     experts: u32,
     /// Width of the model (embedding length)
-    #[arg(long, value_name = "N", default_value_t = Toy::default().dim, value_parser = within(toy::WIDTHS))]
+    #[arg(long, value_name = "N", default_value_t = Toy::default().dim)]
+    #[arg(value_parser = within(toy::WIDTHS))]
     dim: u32,
     /// Width inside an expert (feed-forward length)
-    #[arg(long, value_name = "N", default_value_t = Toy::default().ffn_dim, value_parser = within(toy::EXPERT_WIDTHS))]
+    #[arg(long, value_name = "N", default_value_t = Toy::default().ffn_dim)]
+    #[arg(value_parser = within(toy::EXPERT_WIDTHS))]
     ffn_dim: u32,
     /// Tokens in the vocabulary
-    #[arg(long, value_name = "N", default_value_t = Toy::default().vocab, value_parser = within(toy::VOCABULARIES))]
+    #[arg(long, value_name = "N", default_value_t = Toy::default().vocab)]
+    #[arg(value_parser = within(toy::VOCABULARIES))]
     vocab: u32,
     /// GGML type of the matrices; norms and routers are always F32
     #[arg(
@@ -50,7 +55,8 @@ pub struct ToyArgs {
     #[arg(long, value_enum, default_value_t)]
     naming: Naming,
     /// Parts of about equal size to split the model into
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..))]
     split: u16,
     /// Other seeds give other weights
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -109,7 +115,7 @@ impl ToyArgs {
 }
 
 pub fn run(args: &ToyArgs, quiet: bool) -> Result<()> {
-    // Beyond `ulimit -f`, writing shall be an error and not the end.
+    // Beyond `ulimit -f`, writing must be an error instead of ending the process.
     ignore_file_size_signal();
     let stop = Stop::on_signals()?;
     let toy = args.toy();

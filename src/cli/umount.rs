@@ -27,7 +27,7 @@ pub fn run(args: &UmountArgs) -> Result<()> {
             // The others are tried all the same.
             Err(e) => {
                 if let Some(earlier) = failed.replace(Failure::from(e)) {
-                    earlier.tell(false);
+                    earlier.report(false);
                 }
             }
         }

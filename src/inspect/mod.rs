@@ -16,7 +16,8 @@ use crate::layout::{FileKind, Layout, TensorFile};
 use crate::model::Model;
 use crate::safetensors::{Dtype, Shape};
 
-/// What is in a model. Bytes are payload, what tensors hold without headers, unless it says otherwise.
+/// What is in a model. Bytes are payload, what tensors hold without headers, unless it says
+/// otherwise.
 #[derive(Debug, Clone, Serialize)]
 pub struct Report<'a> {
     pub architecture: Option<&'a str>,

@@ -1,4 +1,4 @@
-//! What a toy holds: keys and tensors as a converter would write them, and the parts they go to.
+//! The content of a toy: keys and tensors as a converter would write them, dealt out to parts.
 
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
@@ -14,7 +14,7 @@ use crate::gguf::write::{Writer, Written};
 use crate::gguf::{GgmlType, Value, ValueType};
 use crate::work::Progress;
 
-/// How often progress is told.
+/// How many bytes are written between two reports of progress.
 const PROGRESS_BYTES: u64 = 1 << 20;
 
 /// What the model holds.
@@ -30,7 +30,7 @@ pub(super) struct Tensor {
     pub(super) ggml_type: &'static GgmlType,
 }
 
-/// What ends the writing of a part early.
+/// Why the writing of a part ends early.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Halt {
     #[error(transparent)]
@@ -376,7 +376,7 @@ impl Tensor {
         let mean = if self.name.contains("norm") { 1.0 } else { 0.0 };
         let mut random = SplitMix64::of_tensor(seed, &self.name);
         let mut block = vec![0; self.ggml_type.block_bytes as usize];
-        let mut told = 0;
+        let mut reported = 0;
         for n in 1..=self.bytes() / block.len() as u64 {
             if stop.load(Ordering::Relaxed) {
                 return Err(Halt::Stopped);
@@ -384,12 +384,12 @@ impl Tensor {
             elements.fill(&mut block, mean, &mut random);
             out.write_all(&block)?;
             let bytes = n * block.len() as u64;
-            if bytes - told >= PROGRESS_BYTES || bytes == self.bytes() {
+            if bytes - reported >= PROGRESS_BYTES || bytes == self.bytes() {
                 progress(Progress {
-                    bytes: bytes - told,
+                    bytes: bytes - reported,
                     files: 0,
                 });
-                told = bytes;
+                reported = bytes;
             }
         }
         Ok(())

@@ -1,7 +1,7 @@
 //! `inspect`: what is in a model, and what the mount would show.
 //!
-//! The library has the numbers, which `--json` prints; [`picture`] shows them to a person, and
-//! [`tables`] lists tensors, of the whole model or of one expert.
+//! The library has the numbers, which `--json` prints; [`picture`] draws them, and [`tables`] lists
+//! the tensors of the whole model or of one expert.
 
 mod picture;
 mod tables;
@@ -15,9 +15,9 @@ use super::failure::{Failure, Result};
 use super::screen::Screen;
 use super::{ModelArg, print, print_json, text};
 
-/// Say what is in a model, and what mounting it would show
+/// Show what is in a model, and what mounting it would show
 ///
-/// On a terminal as a picture, else as plain text.
+/// A picture on a terminal, plain text elsewhere.
 #[derive(clap::Args)]
 pub struct InspectArgs {
     #[command(flatten)]
@@ -25,10 +25,10 @@ pub struct InspectArgs {
     /// List every tensor
     #[arg(long)]
     tensors: bool,
-    /// Show where one expert lies, such as 3,17: expert 17 of layer 3
+    /// Show where one expert lies: 3,17 is expert 17 of layer 3
     #[arg(long, value_name = "LAYER,EXPERT", conflicts_with = "tensors")]
     expert: Option<ExpertName>,
-    /// Print one JSON object
+    /// Print a JSON object
     #[arg(long)]
     pub json: bool,
 }

@@ -32,7 +32,7 @@ fn write(report: &Report, screen: &Screen, out: &mut String) -> std::fmt::Result
         "{}",
         screen.heading(&screen.cut(&text::name(&file_name.to_string_lossy()), 0))
     )?;
-    let mut said = format!(
+    let mut text = format!(
         "{}, GGUF v{}, {} in {}, {}\n",
         text::name(report.architecture.unwrap_or("unknown architecture")),
         report.gguf_version,
@@ -44,9 +44,9 @@ fn write(report: &Report, screen: &Screen, out: &mut String) -> std::fmt::Result
         let sizes = report.parts.iter().map(|part| part.bytes);
         let (least, most) = (sizes.clone().min().unwrap_or(0), sizes.max().unwrap_or(0));
         let (least, most) = (text::size(least), text::size(most));
-        writeln!(said, "parts of {least} to {most}")?;
+        writeln!(text, "parts of {least} to {most}")?;
     }
-    out.write_str(&screen.fit(&said))?;
+    out.write_str(&screen.fit(&text))?;
     chart(
         out,
         screen,
@@ -145,7 +145,7 @@ impl Bar {
 /// The widths of what stands beside a bar.
 const SIZE_COLUMNS: usize = 11;
 const MOST_BAR_COLUMNS: usize = 60;
-/// A shorter one tells nothing.
+/// A shorter bar shows nothing.
 const FEWEST_BAR_COLUMNS: usize = 5;
 
 fn chart(
@@ -203,7 +203,7 @@ fn experts(report: &Report, screen: &Screen, out: &mut String) -> std::fmt::Resu
         (Some(min), Some(max)) if min != max => format!("{min} to {max}"),
         (_, max) => max.unwrap_or(0).to_string(),
     };
-    let mut said = format!(
+    let mut text = format!(
         "  {} in {} ({}), {per_layer} per layer\n  {} each on average\n",
         text::count(experts.files as u64),
         text::counted(numbers.len(), "layer"),
@@ -219,7 +219,7 @@ fn experts(report: &Report, screen: &Screen, out: &mut String) -> std::fmt::Resu
         };
         let missing: Vec<_> = incomplete.missing.iter().filter_map(word).collect();
         writeln!(
-            said,
+            text,
             "  {} without {} matrix, the first in layer {}: {}",
             text::count(incomplete.experts as u64),
             missing.join(" and "),
@@ -230,17 +230,17 @@ fn experts(report: &Report, screen: &Screen, out: &mut String) -> std::fmt::Resu
     let active = &report.active;
     match (active.experts_per_layer, active.expert_bytes, active.bytes) {
         (Some(used), Some(bytes), Some(all)) => writeln!(
-            said,
+            text,
             "  {used} per layer for a token: {},\n  with the base {}",
             text::size(bytes),
             text::size(all)
         ),
         _ => writeln!(
-            said,
+            text,
             "  the model does not say how many of them a token uses"
         ),
     }?;
-    out.write_str(&screen.fit(&said))
+    out.write_str(&screen.fit(&text))
 }
 
 fn memory(report: &Report, screen: &Screen, out: &mut String) -> std::fmt::Result {
@@ -276,7 +276,7 @@ fn tree(report: &Report, screen: &Screen, out: &mut String) -> std::fmt::Result 
     writeln!(out, "\n{}", screen.heading("the mounted tree"))?;
     let base = report.components.len();
     let documents = tree.files - base - report.experts.files;
-    let said = format!(
+    let text = format!(
         "  {}, {}\n  {}, {}, {}\n\
          \x20 materialized on XFS or btrfs it shares {}\n  with the model, and {} are copied\n",
         text::counted(tree.files, "file"),
@@ -287,5 +287,5 @@ fn tree(report: &Report, screen: &Screen, out: &mut String) -> std::fmt::Result 
         text::size(tree.sharable_bytes),
         text::size(tree.incongruent_bytes),
     );
-    out.write_str(&screen.fit(&said))
+    out.write_str(&screen.fit(&text))
 }

@@ -1,4 +1,4 @@
-//! Tensors as tables: cut to the width of a terminal, whole where a program reads.
+//! Tensors as tables, cut to the width of a terminal and whole in a pipe.
 
 use std::path::Path;
 
