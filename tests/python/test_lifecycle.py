@@ -36,7 +36,7 @@ from odmoe import (
 )
 
 REPLACED = (
-    "`mount --replace` takes away what of ours is on the directory, in whatever state, once all else is known to work; "
+    "`mount --replace` removes our mount on the directory, whatever its state, once everything else is known to work; "
     "programs that have files of it open keep it."
 )
 EXPERT = "experts/layer_00_expert_000.safetensors"
