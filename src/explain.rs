@@ -94,7 +94,7 @@ fn step(errno: i32) -> Option<&'static str> {
             "choose another directory: this file system is mounted read-only (`findmnt -T PATH`)"
         }
         libc::EFBIG => {
-            "raise the limit on file sizes with `ulimit -f`, or choose a file system for larger files"
+            "raise the limit on file sizes (`ulimit -f`), or choose a file system for larger files"
         }
         libc::ENOSPC => {
             "make room, or choose another file system; `df -h` and `df -i` show which are full"

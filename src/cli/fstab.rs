@@ -269,8 +269,8 @@ mod tests {
     #[test]
     fn every_option_that_mount_documents_for_all_file_systems_is_accepted() {
         let list = "async,atime,noatime,auto,noauto,context=\"u:r:t:s0:c1,c2\",fscontext=a,\
-            defcontext=b,rootcontext=@target,defaults,dev,nodev,diratime,nodiratime,dirsync,exec,noexec,group,\
-            iversion,noiversion,mand,nomand,_netdev,nofail,relatime,norelatime,strictatime,\
+            defcontext=b,rootcontext=@target,defaults,dev,nodev,diratime,nodiratime,dirsync,exec,\
+            noexec,group,iversion,noiversion,mand,nomand,_netdev,nofail,relatime,norelatime,strictatime,\
             nostrictatime,lazytime,nolazytime,suid,nosuid,silent,loud,owner,ro,rw,sync,user,nouser,\
             users,X-mount.mkdir=0755,X-mount.subdir=a,x-systemd.requires=b,nosymfollow,comment=c,\
             user=me,uhelper=udisks2,helper=d,ro=recursive";
