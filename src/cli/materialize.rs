@@ -14,6 +14,7 @@ use odmoe_fs::work::default_jobs;
 
 use super::failure::{Result, bail, ensure};
 use super::progress::Meter;
+use super::screen::Screen;
 use super::{Diagnostics, ModelArg, Stop, print, say, text};
 
 /// Write the tree of a model as real files
@@ -103,7 +104,8 @@ pub fn run(args: &MaterializeArgs, quiet: bool) -> Result<()> {
     };
     let announcement = format!("{to_write}, {}{done}", text::size(plan.bytes()));
     if args.dry_run {
-        print(&format!("to write: {announcement}\n{}", costs(&plan)))?;
+        let text = format!("to write: {announcement}\n{}", costs(&plan));
+        print(&Screen::of_stdout().fit(&text))?;
         return Ok(plan.check_room()?);
     }
     plan.check_room()?;

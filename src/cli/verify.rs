@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use super::failure::{Result, ensure};
 use super::progress::Meter;
+use super::screen::Screen;
 use super::{ModelArg, Stop, print, print_json, text};
 
 /// Check a model, or compare a mounted or materialized tree with it, byte for byte
@@ -47,7 +48,7 @@ pub fn run(args: &VerifyArgs, quiet: bool) -> Result<bool> {
         if args.json {
             print_json(&sound)?;
         } else {
-            print(&sound.text(&args.model.model))?;
+            print(&Screen::of_stdout().fit(&sound.text(&args.model.model)))?;
         }
         return Ok(true);
     };
@@ -85,7 +86,8 @@ pub fn run(args: &VerifyArgs, quiet: bool) -> Result<bool> {
     if args.json {
         print_json(&TreeReport::of(&report, depth, model.layout()))?;
     } else {
-        print(&in_words(&report, depth, model.layout(), directory))?;
+        let text = in_words(&report, depth, model.layout(), directory);
+        print(&Screen::of_stdout().fit(&text))?;
     }
     Ok(report.differences.is_empty())
 }

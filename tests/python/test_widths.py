@@ -82,6 +82,18 @@ def test_demo_and_doctor_fit(columns):
 
 
 @pytest.mark.parametrize("columns", WIDTHS)
+def test_what_materialize_would_do_and_what_verify_has_done_fit(columns, tmp_path):
+    model, out = tmp_path / "toy.gguf", tmp_path / "out"
+    succeed("toy", model, "--dim", 64, "--ffn-dim", 64, "--vocab", 64)
+    assert_fits(shown("materialize", model, out, "--dry-run", columns=columns), columns)
+    succeed("materialize", model, out)
+    (out / "experts/layer_00_expert_001.safetensors").unlink()
+    for words, status in ([model], 0), ([model, out], 3):
+        text = shown("-q", "verify", *words, columns=columns, status=status)  # without the bar
+        assert_fits(text.replace(str(tmp_path), ""), columns)
+
+
+@pytest.mark.parametrize("columns", WIDTHS)
 def test_status_and_top_fit(columns, wide, tmp_path):
     directory = tmp_path / "模型"
     with mounted(wide, directory, "--stats") as root:
