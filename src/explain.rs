@@ -40,7 +40,8 @@ impl Explain for io::Error {
     }
 
     fn hint(&self) -> Option<Hint> {
-        self.raw_os_error().and_then(step).map(Cow::Borrowed)
+        let errno = self.raw_os_error().or_else(|| errno_of(self.kind()));
+        errno.and_then(step).map(Cow::Borrowed)
     }
 }
 
@@ -77,6 +78,26 @@ pub fn split(text: &str) -> (&str, Option<&str>) {
         }
     }
     (text, None)
+}
+
+/// The number that an error had before a library wrapped it, if its kind still tells.
+fn errno_of(kind: io::ErrorKind) -> Option<i32> {
+    Some(match kind {
+        io::ErrorKind::NotFound => libc::ENOENT,
+        io::ErrorKind::PermissionDenied => libc::EACCES,
+        io::ErrorKind::NotADirectory => libc::ENOTDIR,
+        io::ErrorKind::IsADirectory => libc::EISDIR,
+        io::ErrorKind::InvalidFilename => libc::ENAMETOOLONG,
+        io::ErrorKind::ReadOnlyFilesystem => libc::EROFS,
+        io::ErrorKind::FileTooLarge => libc::EFBIG,
+        io::ErrorKind::StorageFull => libc::ENOSPC,
+        io::ErrorKind::QuotaExceeded => libc::EDQUOT,
+        io::ErrorKind::OutOfMemory => libc::ENOMEM,
+        io::ErrorKind::StaleNetworkFileHandle => libc::ESTALE,
+        io::ErrorKind::TimedOut => libc::ETIMEDOUT,
+        io::ErrorKind::NotConnected => libc::ENOTCONN,
+        _ => return None,
+    })
 }
 
 /// What to do about an error number (errno(3)); `None` if the number alone does not decide it.
@@ -214,6 +235,15 @@ mod tests {
             let hint = wrapped(errno).hint().unwrap_or_default();
             assert!(hint.contains(words), "{errno}: {hint}");
             assert_eq!(system(errno).hint(), Some(hint));
+        }
+    }
+
+    #[test]
+    fn an_error_that_a_library_has_wrapped_has_the_hint_of_its_kind() {
+        for errno in [libc::ENOENT, libc::EACCES, libc::EROFS, libc::ENOSPC] {
+            let wrapped = io::Error::new(system(errno).kind(), "wrapped");
+            assert_eq!(wrapped.hint(), system(errno).hint());
+            assert!(wrapped.hint().is_some());
         }
     }
 

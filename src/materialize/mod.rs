@@ -53,7 +53,7 @@ pub enum MaterializeError {
     )]
     Foreign { path: PathBuf, reason: String },
     #[error(
-        "{0:?} was not chosen, but the registry would list it, and it holds other bytes: those of another model of the same shape. Remove it, or choose another directory"
+        "{0:?} was not chosen, but the registry would list it, and it holds other bytes: those of another model of the same shape; remove it, or choose another directory"
     )]
     OtherModel(PathBuf),
     #[error("{0:?} is not a directory; choose another place to write to")]

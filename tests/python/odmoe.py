@@ -105,6 +105,9 @@ def fail(*arguments, status=1, naming=(), **options):
 WITHOUT_HINT = [
     # What the mount helper or the kernel has against it, which may be anything.
     "cannot be unmounted: ",
+    # It may have been meant for anything.
+    "it is a directory, not a regular file",
+    "it is a device, pipe or socket, not a regular file",
 ]
 
 # What an error of a model says if it does not itself say what to do.
