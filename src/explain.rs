@@ -145,11 +145,13 @@ fn step(errno: i32) -> Option<&'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gguf::{HeaderError, Problem};
+    use crate::gguf::{HeaderError, Problem, SplitError};
+    use crate::layout::{LayoutError, PartitionError};
     use crate::materialize::MaterializeError;
     use crate::model::ModelError;
-    use crate::mounts::{MountError, UnmountError};
+    use crate::mounts::{MountError, ReadAheadError, UnmountError};
     use crate::source::{OpenError, ReadError};
+    use crate::toy::ToyError;
     use crate::verify::VerifyError;
 
     #[test]
@@ -245,6 +247,36 @@ mod tests {
             assert_eq!(wrapped.hint(), system(errno).hint());
             assert!(wrapped.hint().is_some());
         }
+    }
+
+    #[test]
+    fn a_fault_of_ours_has_no_hint_and_one_code() {
+        let fault = || PartitionError {
+            part: 1,
+            offset: 2,
+            what: "is in two files, or no tensor's",
+        };
+        let error = LayoutError::from(fault());
+        assert_eq!((error.code(), error.hint()), (fault().code(), None));
+    }
+
+    #[test]
+    fn every_public_error_explains_itself() {
+        fn explains<E: Explain>() {}
+        explains::<HeaderError>();
+        explains::<LayoutError>();
+        explains::<MaterializeError>();
+        explains::<ModelError>();
+        explains::<MountError>();
+        explains::<OpenError>();
+        explains::<PartitionError>();
+        explains::<Problem>();
+        explains::<ReadAheadError>();
+        explains::<ReadError>();
+        explains::<SplitError>();
+        explains::<ToyError>();
+        explains::<UnmountError>();
+        explains::<VerifyError>();
     }
 
     #[test]

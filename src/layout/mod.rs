@@ -183,7 +183,7 @@ impl Explain for LayoutError {
 
     fn hint(&self) -> Option<Hint> {
         match self {
-            Self::Partition(_) => None, // it is a fault of this program
+            Self::Partition(cause) => cause.hint(),
             _ => written(self).or(Some(DOWNLOAD_AGAIN)),
         }
     }
