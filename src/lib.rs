@@ -13,6 +13,8 @@
 //! `gguf`, `safetensors`, `layout` and `tree` are pure: bytes or values in, values out.
 //! [`model::Model`] puts the steps together.
 //!
+//! As a dependency, leave out the command line: `odmoe-fs = { version = "0.1", default-features = false }`.
+//!
 //! # Without FUSE
 //!
 //! Find an expert in a model, and get its matrices without a copy:
@@ -61,9 +63,11 @@ compile_error!("odmoe-fs is for 64-bit machines");
 
 mod ahead;
 pub mod doctor;
+pub mod explain;
 pub mod fuse;
 pub mod gguf;
 pub mod host;
+pub mod inspect;
 pub mod layout;
 pub mod materialize;
 pub mod model;
@@ -74,6 +78,8 @@ pub mod served;
 pub mod source;
 pub mod stats;
 mod sys;
+pub mod toy;
 pub mod tree;
+pub mod units;
 pub mod verify;
 pub mod work;

@@ -6,6 +6,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use crate::explain::{Explain, Hint};
 use crate::layout::{Doc, Layout, LayoutError};
 use crate::source::{self, OpenError, PageCache, ReadError, Source};
 use crate::tree::{Content, DocId, Ino, Origin, Tree};
@@ -21,6 +22,22 @@ pub enum ModelError {
     Open(#[from] OpenError),
     #[error("{path:?}: {cause}")]
     Layout { path: PathBuf, cause: LayoutError },
+}
+
+impl Explain for ModelError {
+    fn code(&self) -> &'static str {
+        match self {
+            Self::Open(cause) => cause.code(),
+            Self::Layout { cause, .. } => cause.code(),
+        }
+    }
+
+    fn hint(&self) -> Option<Hint> {
+        match self {
+            Self::Open(cause) => cause.hint(),
+            Self::Layout { cause, .. } => cause.hint(),
+        }
+    }
 }
 
 /// A model's layout, tree and parts.

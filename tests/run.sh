@@ -26,11 +26,25 @@ need() { # need COMMAND... -- WHAT, PACKAGE
     exit 1
 }
 
+# The library by itself: nothing of the command line comes with it.
+library() {
+    local tree only
+    step cargo check --lib --no-default-features
+    tree=$(cargo tree --no-default-features --edges normal --prefix none --format '{p}')
+    for only in $(sed -n 's/^    "dep:\(.*\)",$/\1/p' Cargo.toml); do
+        if grep "^$only " <<<"$tree" >&2; then
+            echo "tests/run.sh: the library depends on $only, which only the command line needs" >&2
+            return 1
+        fi
+    done
+}
+
 rust() {
     step cargo fmt --check
     step cargo clippy --all-targets -- -D warnings
     RUSTDOCFLAGS="-D warnings" step cargo doc --no-deps
     step cargo test
+    library
     if command -v cargo-deny >/dev/null; then
         step cargo fetch --quiet # also what other systems need
         step cargo deny --offline check licenses sources bans

@@ -1,7 +1,7 @@
-//! Messages: on the standard error as long as there is somebody who waits for the command, and those
-//! of a daemon in a file or in the journal.
+//! Messages: to the standard error as long as somebody waits for the command, and from a daemon to a
+//! file or the journal.
 //!
-//! All of this is set up before the daemon is forked off; it says then that it is the daemon, and
+//! All of this is set up before the daemon is forked off. That says then that it is the daemon, and
 //! later that it has left the terminal.
 
 use std::fs::File;
@@ -18,14 +18,14 @@ use tracing_subscriber::{Layer, Registry};
 
 use super::text;
 
-/// How much is said.
+/// How much is printed.
 #[derive(Clone, Copy)]
 pub struct Volume {
     pub quiet: bool,
     pub verbose: u8,
 }
 
-/// How the messages of a mount are written.
+/// The form of a mount's messages.
 #[derive(Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum LogFormat {
     /// Lines for people
@@ -53,28 +53,29 @@ pub fn leave_terminal() {
     HAS_TERMINAL.store(false, Ordering::Relaxed);
 }
 
-/// From here on a daemon's messages go to this file.
+/// Sends a daemon's messages to a file from now on.
 pub fn log_to(file: &File) -> io::Result<()> {
     let _ = LOG.set(file.try_clone()?);
     Ok(())
 }
 
-/// To be called once, before anything is said. The journal is for daemons that have no file.
+/// Sets messages up, once and before the first of them. Daemons without a log file write to the
+/// journal.
 pub fn start(volume: Volume, format: LogFormat, to_journal: bool) {
-    let said = match (volume.quiet, volume.verbose) {
+    let printed = match (volume.quiet, volume.verbose) {
         (true, _) => Level::ERROR,
         (false, 0) => Level::WARN,
         (false, 1) => Level::INFO,
         (false, _) => Level::DEBUG,
     };
-    // A log that is asked for holds more than what a person must know.
+    // A log holds more than what a person must know at once.
     let logged = if volume.quiet {
-        said
+        printed
     } else {
-        said.max(Level::INFO)
+        printed.max(Level::INFO)
     };
     let here = dynamic_filter_fn(move |metadata, _| {
-        metadata.level() <= &said && HAS_TERMINAL.load(Ordering::Relaxed)
+        metadata.level() <= &printed && HAS_TERMINAL.load(Ordering::Relaxed)
     });
     let in_daemon = move || {
         dynamic_filter_fn(move |metadata, _| {
@@ -85,7 +86,7 @@ pub fn start(volume: Volume, format: LogFormat, to_journal: bool) {
     let colours = io::stderr().is_terminal() && text::may_be_coloured();
     let terminal = lines(format, || Diagnostics, colours, false);
     let file = lines(format, || Log, false, true);
-    let here = here.with_max_level_hint(LevelFilter::from_level(said));
+    let here = here.with_max_level_hint(LevelFilter::from_level(printed));
     let mut layers = vec![
         terminal.with_filter(here).boxed(),
         file.with_filter(in_daemon()).boxed(),
@@ -96,7 +97,7 @@ pub fn start(volume: Volume, format: LogFormat, to_journal: bool) {
     tracing_subscriber::registry().with(layers).init();
 }
 
-/// Messages as lines. Those of a log have their time; JSON has it always.
+/// Messages as lines, with the time in a log and in JSON.
 fn lines<W, O>(
     format: LogFormat,
     writer: W,
@@ -115,7 +116,7 @@ where
     }
 }
 
-/// The journal of systemd, where there is one.
+/// The journal of systemd, if there is one.
 #[cfg(target_os = "linux")]
 fn journal() -> Option<tracing_journald::Layer> {
     let journal = tracing_journald::layer().ok()?;
@@ -127,7 +128,7 @@ fn journal() -> Option<tracing_subscriber::layer::Identity> {
     None
 }
 
-/// The standard error, where a message that cannot be written is lost: it must not stop the work.
+/// The standard error. A message that cannot be written is lost: it must not stop the work.
 pub struct Diagnostics;
 
 impl Write for Diagnostics {

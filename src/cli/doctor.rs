@@ -1,15 +1,17 @@
 //! `doctor`: whether mounts work on this machine, and what to do if not.
 
+use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::ensure;
 use odmoe_fs::doctor::{Check, Verdict, examine};
+use odmoe_fs::toy::Toy;
 use serde::Serialize;
 
 use super::demo::{Mounted, temporary_folder};
-use super::toy::{ToyArgs, Watch, write_toy};
+use super::failure::{Result, ensure};
+use super::screen::Screen;
 use super::{Stop, print, print_json, text};
 
 /// Check whether this machine can mount, and name the cure of what is missing
@@ -32,7 +34,7 @@ struct Report {
 }
 
 /// Runs the command; says whether mounts work.
-pub fn run(args: &DoctorArgs) -> anyhow::Result<bool> {
+pub fn run(args: &DoctorArgs) -> Result<bool> {
     let stop = Stop::on_signals()?;
     let mut checks = examine();
     let trial = trial(&stop);
@@ -53,7 +55,7 @@ pub fn run(args: &DoctorArgs) -> anyhow::Result<bool> {
     if args.json {
         print_json(&report)?;
     } else {
-        print(&report.text())?;
+        print(&report.text(&Screen::of_stdout()))?;
     }
     ensure!(
         works.is_some(),
@@ -106,15 +108,10 @@ fn trial(stop: &Stop) -> Check {
     }
     match (refused, unprepared) {
         (Some(e), _) => {
-            // As the command that failed has said it.
-            let said = format!("{e:#}");
-            let (found, hint) = match said.split_once("\nhint: ") {
-                Some((found, hint)) => (found, Some(hint.to_owned())),
-                None => (said.as_str(), None),
-            };
-            Check::new(name, Verdict::Failure, found, hint)
+            let cure = e.hint.map(Cow::into_owned);
+            Check::new(name, Verdict::Failure, e.message, cure)
         }
-        (None, Some(e)) => Check::new(name, Verdict::Unknown, format!("{e:#}"), None),
+        (None, Some(e)) => Check::new(name, Verdict::Unknown, e.message, None),
         (None, None) => Check::new(name, Verdict::Unknown, "it was not tried", None),
     }
 }
@@ -122,33 +119,34 @@ fn trial(stop: &Stop) -> Check {
 /// A toy model and a directory to mount it on, in a folder that is removed again.
 struct Prepared {
     folder: tempfile::TempDir,
-    toy: PathBuf,
+    model: PathBuf,
     directory: PathBuf,
 }
 
 impl Prepared {
-    fn new(within: &Path, stop: &Stop) -> anyhow::Result<Self> {
+    fn new(within: &Path, stop: &Stop) -> Result<Self> {
         let folder = temporary_folder("odmoe-doctor-", within)?;
-        let toy = ToyArgs {
+        let model = folder.path().join("toy.gguf");
+        let toy = Toy {
             layers: 1,
             experts: 2,
             dim: 64,
             ffn_dim: 64,
             vocab: 64,
-            ..ToyArgs::new(&folder.path().join("toy.gguf"))
+            ..Toy::default()
         };
-        write_toy(&toy, Watch::silent(&stop.flag))?;
+        toy.write(&model, &stop.flag, &|_| {})?;
         let directory = folder.path().join("mnt");
         fs::create_dir(&directory)?;
         Ok(Self {
             folder,
-            toy: toy.out,
+            model,
             directory,
         })
     }
 
-    fn mount_and_read(self) -> anyhow::Result<()> {
-        let mounted = Mounted::new(&self.toy, &self.directory)?;
+    fn mount_and_read(self) -> Result<()> {
+        let mounted = Mounted::new(&self.model, &self.directory)?;
         let file = "experts/layer_00_expert_001.safetensors";
         fs::read(self.directory.join(file))?;
         mounted.unmount()?;
@@ -157,7 +155,7 @@ impl Prepared {
 }
 
 impl Report {
-    fn text(&self) -> String {
+    fn text(&self, screen: &Screen) -> String {
         let width = self
             .checks
             .iter()
@@ -172,11 +170,13 @@ impl Report {
                 Verdict::Failure => "FAIL",
                 Verdict::Unknown => "?   ",
             };
-            // Writing to a String cannot fail.
-            let found = text::name(&check.found);
-            let _ = writeln!(out, "{mark}  {:width$}  {found}", check.name);
+            let label = format!("{mark}  {:width$}  ", check.name);
+            out += &screen.beside(&label, &text::name(&check.found));
+            out += "\n";
             if let Some(cure) = &check.cure {
-                let _ = writeln!(out, "      {:width$}  cure: {cure}", "");
+                // A command, which can be copied only if nothing breaks it.
+                // Writing to a String cannot fail.
+                let _ = writeln!(out, "      cure: {cure}");
             }
         }
         out + match self.works {

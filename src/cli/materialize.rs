@@ -4,7 +4,6 @@ use std::io::Write;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
-use anyhow::{bail, ensure};
 use odmoe_fs::materialize::{Numbers, Options, Plan, Reflink, Selection};
 use odmoe_fs::model::Model;
 use odmoe_fs::mounts::odmoe_mount_of;
@@ -13,7 +12,9 @@ use odmoe_fs::source::PageCache;
 use odmoe_fs::verify::{Comparison, Depth, What};
 use odmoe_fs::work::default_jobs;
 
+use super::failure::{Result, bail, ensure};
 use super::progress::Meter;
+use super::screen::Screen;
 use super::{Diagnostics, ModelArg, Stop, print, say, text};
 
 /// Write the tree of a model as real files
@@ -77,7 +78,7 @@ impl From<When> for Reflink {
     }
 }
 
-pub fn run(args: &MaterializeArgs, quiet: bool) -> anyhow::Result<()> {
+pub fn run(args: &MaterializeArgs, quiet: bool) -> Result<()> {
     // Beyond `ulimit -f`, writing shall be an error and not the end.
     ignore_file_size_signal();
     let mut model = Model::open(&args.model.model)?;
@@ -103,7 +104,8 @@ pub fn run(args: &MaterializeArgs, quiet: bool) -> anyhow::Result<()> {
     };
     let announcement = format!("{to_write}, {}{done}", text::size(plan.bytes()));
     if args.dry_run {
-        print(&format!("to write: {announcement}\n{}", costs(&plan)))?;
+        let text = format!("to write: {announcement}\n{}", costs(&plan));
+        print(&Screen::of_stdout().fit(&text))?;
         return Ok(plan.check_room()?);
     }
     plan.check_room()?;
@@ -155,7 +157,7 @@ fn read_back(
     jobs: NonZeroUsize,
     stop: &Stop,
     quiet: bool,
-) -> anyhow::Result<()> {
+) -> Result<()> {
     let comparison = Comparison::new(model, directory, Depth::Whole)?;
     let meter = Meter::new(comparison.bytes(), quiet);
     let result = comparison.run(jobs, &stop.flag, &|progress| meter.add(progress));
@@ -198,7 +200,7 @@ fn costs(plan: &Plan) -> String {
 }
 
 /// A mounted tree is there already, and cannot be written to.
-fn refuse_mounts(directory: &Path) -> anyhow::Result<()> {
+fn refuse_mounts(directory: &Path) -> Result<()> {
     if let Some(mount) = odmoe_mount_of(directory) {
         bail!(
             "{directory:?} lies in the odmoe-fs mount on {:?}, which is read-only; choose another directory",

@@ -5,7 +5,6 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use anyhow::{anyhow, ensure};
 use odmoe_fs::model::Model;
 use odmoe_fs::mounts::{
     self, Cache, Caller, Launched, Mount, MountError, Options, answers, launch, set_read_ahead,
@@ -15,8 +14,7 @@ use odmoe_fs::process::leave_caller;
 
 use super::diagnostics::{self, LogFormat};
 use super::doctor::complaints;
-use super::failure::Failure;
-use super::stop::Interrupted;
+use super::failure::{Failure, Result, ensure};
 use super::{ModelArg, say, text};
 
 /// Show a model as base_model/ and experts/ on a directory
@@ -92,6 +90,9 @@ pub struct MountArgs {
         help_heading = "Messages"
     )]
     pub log_file: Option<PathBuf>,
+    /// Labels of SELinux for the mount, such as context=...; `-o` has them without this name
+    #[arg(long, value_name = "LABEL", hide = true)]
+    security_label: Vec<String>,
     /// Look at the model, and change nothing: mount(8) was told to fake.
     #[arg(skip)]
     pub is_fake: bool,
@@ -133,7 +134,7 @@ enum ReadAheadArg {
     Bytes(u64),
 }
 
-fn read_ahead(text: &str) -> Result<ReadAheadArg, String> {
+fn read_ahead(text: &str) -> std::result::Result<ReadAheadArg, String> {
     const SMALLEST: u64 = 4 << 10;
     const LARGEST: u64 = 16 << 20;
     if text == "auto" {
@@ -145,7 +146,7 @@ fn read_ahead(text: &str) -> Result<ReadAheadArg, String> {
         .ok_or_else(|| "it must be auto, or a size from 4K to 16M".to_owned())
 }
 
-pub fn run(args: &MountArgs) -> anyhow::Result<()> {
+pub fn run(args: &MountArgs) -> Result<()> {
     if args.is_fake {
         return open_model(args).map(drop);
     }
@@ -166,12 +167,12 @@ pub fn run(args: &MountArgs) -> anyhow::Result<()> {
     }
     match launched? {
         Launched::Ready(said) => say(&String::from_utf8_lossy(&said)),
-        Launched::Failed(said) => return Err(Failure::from_json(&said)?.into()),
+        Launched::Failed(said) => return Err(Failure::from_json(&said)),
         Launched::Died(fate) => {
             complain();
             return Err(MountError::DaemonDied(fate).into());
         }
-        Launched::Interrupted(signal) => return Err(Interrupted(signal).into()),
+        Launched::Interrupted(signal) => return Err(Failure::interrupted(signal)),
     }
     Ok(())
 }
@@ -195,8 +196,8 @@ fn serve_in_background(args: &MountArgs, caller: Caller) -> i32 {
         return 0;
     };
     match caller {
-        Some(caller) => caller.failed(&Failure::of(&error).to_json()),
-        None => tracing::error!("{error:#}"),
+        Some(caller) => caller.failed(&error.to_json()),
+        None => tracing::error!("{}", error.message),
     }
     1
 }
@@ -210,7 +211,7 @@ struct Made<'a> {
 }
 
 /// Opens the model, mounts, and serves; `ready` is called when the tree answers.
-fn serve<T>(args: &MountArgs, ready: impl FnOnce(Made) -> io::Result<T>) -> anyhow::Result<()> {
+fn serve<T>(args: &MountArgs, ready: impl FnOnce(Made) -> io::Result<T>) -> Result<()> {
     let served = prepare(args).and_then(|mount| {
         let log = match &args.log_file {
             Some(path) => Some(open_log(path, &mount)?),
@@ -228,15 +229,15 @@ fn serve<T>(args: &MountArgs, ready: impl FnOnce(Made) -> io::Result<T>) -> anyh
                 log: log.as_ref(),
             })
         });
-        Ok(served?)
+        served.map_err(|e| match e {
+            MountError::Interrupted(signal) => Failure::interrupted(signal),
+            e => e.into(),
+        })
     });
-    served.map_err(|e| match e.downcast_ref() {
-        Some(MountError::Interrupted(signal)) => Interrupted(*signal).into(),
-        Some(MountError::Refused { .. }) => {
+    served.inspect_err(|e| {
+        if e.code == "mount.refused" {
             complain();
-            e
         }
-        _ => e,
     })
 }
 
@@ -246,7 +247,7 @@ fn complain() {
     complaints.lines().for_each(|line| tracing::warn!("{line}"));
 }
 
-fn open_model(args: &MountArgs) -> anyhow::Result<Model> {
+fn open_model(args: &MountArgs) -> Result<Model> {
     let model = Model::open(&args.model.model)?;
     if model.layout().experts().is_empty() {
         tracing::warn!(
@@ -257,7 +258,7 @@ fn open_model(args: &MountArgs) -> anyhow::Result<Model> {
     Ok(model)
 }
 
-fn prepare(args: &MountArgs) -> anyhow::Result<Mount> {
+fn prepare(args: &MountArgs) -> Result<Mount> {
     let options = Options {
         nonempty: args.nonempty,
         replace: args.replace,
@@ -271,6 +272,7 @@ fn prepare(args: &MountArgs) -> anyhow::Result<Mount> {
             CacheArg::Direct => Cache::Model,
         },
         stats: args.stats,
+        security_labels: args.security_label.clone(),
     };
     Ok(Mount::prepare(
         open_model(args)?,
@@ -297,7 +299,7 @@ fn tune(directory: &Path, read_ahead: ReadAheadArg) {
 }
 
 /// Opens the log, unless it would be the model or lie below the mount.
-fn open_log(path: &Path, mount: &Mount) -> anyhow::Result<File> {
+fn open_log(path: &Path, mount: &Mount) -> Result<File> {
     let folder = std::path::absolute(path)?;
     let folder = folder
         .parent()
@@ -308,12 +310,13 @@ fn open_log(path: &Path, mount: &Mount) -> anyhow::Result<File> {
     );
     let irregular = || format!("the log {path:?} is not a regular file; choose one that is");
     let log = mounts::open_log(path).map_err(|e| match e.raw_os_error() {
-        Some(libc::ENXIO | libc::EISDIR) => anyhow!(irregular()),
-        _ => anyhow!(e).context(format!("cannot open the log {path:?}")),
+        Some(libc::ENXIO | libc::EISDIR) => Failure::written(&irregular()),
+        _ => Failure::from(e).context(&format!("cannot open the log {path:?}")),
     })?;
     let metadata = log.metadata()?;
     ensure!(
         metadata.is_file() || metadata.file_type().is_char_device(),
+        "{}",
         irregular()
     );
     let is_part = |part: &Path| {

@@ -3,8 +3,9 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use anyhow::Context;
 use odmoe_fs::process::Signals;
+
+use super::failure::{Context, Failure, Result};
 
 /// Turns SIGINT, SIGTERM and SIGHUP into a flag, so that nothing unfinished is left behind. A second
 /// one ends the process at once, whatever that leaves.
@@ -15,7 +16,7 @@ pub struct Stop {
 }
 
 impl Stop {
-    pub fn on_signals() -> anyhow::Result<Self> {
+    pub fn on_signals() -> Result<Self> {
         let signals = Signals::block(Signals::STOPPING)?;
         let (flag, signal) = <(Arc<AtomicBool>, Arc<OnceLock<i32>>)>::default();
         let stop = Self {
@@ -38,30 +39,18 @@ impl Stop {
     }
 
     /// Fails if a signal has come.
-    pub fn check(&self) -> anyhow::Result<()> {
+    pub fn check(&self) -> Result<()> {
         match self.signal.get() {
-            Some(signal) => Err(anyhow::Error::new(Interrupted(*signal))),
+            Some(signal) => Err(Failure::interrupted(*signal)),
             None => Ok(()),
         }
     }
 
     /// The result of the work, with the signal as the reason if it ended the work.
-    pub fn explain<T, E: Into<anyhow::Error>>(&self, result: Result<T, E>) -> anyhow::Result<T> {
+    pub fn explain<T, E: Into<Failure>>(&self, result: std::result::Result<T, E>) -> Result<T> {
         result.map_err(|e| match self.signal.get() {
-            Some(signal) => e.into().context(Interrupted(*signal)),
+            Some(signal) => e.into().by_signal(*signal),
             None => e.into(),
         })
-    }
-}
-
-/// The context of an error when a signal ended the work: the exit status is 128 and its number.
-#[derive(Debug)]
-pub struct Interrupted(pub i32);
-
-impl std::error::Error for Interrupted {}
-
-impl std::fmt::Display for Interrupted {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "interrupted by signal {}", self.0)
     }
 }

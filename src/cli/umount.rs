@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use odmoe_fs::mounts::{Unmounted, unmount};
 
-use super::failure::Failure;
+use super::failure::{Failure, Result};
 use super::{say, text};
 
 /// Unmount directories that odmoe-fs has mounted, also those whose process is dead
@@ -19,9 +19,9 @@ pub struct UmountArgs {
     lazy: bool,
 }
 
-pub fn run(args: &UmountArgs) -> anyhow::Result<()> {
+pub fn run(args: &UmountArgs) -> Result<()> {
     let directories = args.directories.iter().map(std::path::absolute);
-    let directories: Vec<PathBuf> = directories.collect::<Result<_, _>>()?;
+    let directories: Vec<PathBuf> = directories.collect::<std::io::Result<_>>()?;
     // Where this command stands must not keep a mount busy.
     std::env::set_current_dir("/")?;
     let mut failed = None;
@@ -30,8 +30,8 @@ pub fn run(args: &UmountArgs) -> anyhow::Result<()> {
             Ok(unmounted) => say(&in_words(&unmounted)),
             // The others are tried all the same.
             Err(e) => {
-                if let Some(earlier) = failed.replace(anyhow::Error::from(e)) {
-                    Failure::of(&earlier).tell(false);
+                if let Some(earlier) = failed.replace(Failure::from(e)) {
+                    earlier.report(false);
                 }
             }
         }

@@ -3,7 +3,6 @@
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
-use anyhow::ensure;
 use odmoe_fs::layout::Layout;
 use odmoe_fs::model::Model;
 use odmoe_fs::mounts::{State, odmoe_mount_of, state_of};
@@ -12,7 +11,9 @@ use odmoe_fs::verify::{Comparison, Depth, Difference, Report};
 use odmoe_fs::work::default_jobs;
 use serde::Serialize;
 
+use super::failure::{Result, ensure};
 use super::progress::Meter;
+use super::screen::Screen;
 use super::{ModelArg, Stop, print, print_json, text};
 
 /// Check a model, or compare a mounted or materialized tree with it, byte for byte
@@ -40,14 +41,14 @@ pub struct VerifyArgs {
 }
 
 /// Runs the command; says whether all is as it should be.
-pub fn run(args: &VerifyArgs, quiet: bool) -> anyhow::Result<bool> {
+pub fn run(args: &VerifyArgs, quiet: bool) -> Result<bool> {
     let mut model = Model::open(&args.model.model)?;
     let Some(directory) = &args.directory else {
         let sound = Sound::of(&model);
         if args.json {
             print_json(&sound)?;
         } else {
-            print(&sound.text(&args.model.model))?;
+            print(&Screen::of_stdout().fit(&sound.text(&args.model.model)))?;
         }
         return Ok(true);
     };
@@ -85,7 +86,8 @@ pub fn run(args: &VerifyArgs, quiet: bool) -> anyhow::Result<bool> {
     if args.json {
         print_json(&TreeReport::of(&report, depth, model.layout()))?;
     } else {
-        print(&in_words(&report, depth, model.layout(), directory))?;
+        let text = in_words(&report, depth, model.layout(), directory);
+        print(&Screen::of_stdout().fit(&text))?;
     }
     Ok(report.differences.is_empty())
 }

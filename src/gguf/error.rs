@@ -5,6 +5,7 @@ use std::io;
 use super::limits::{MAX_ARRAY_DEPTH, MAX_HEADER_BYTES};
 use super::types::GgmlType;
 use super::value::ValueType;
+use crate::explain::{DOWNLOAD_AGAIN, Explain, Hint, written};
 
 /// Why a header was refused, and where.
 #[derive(Debug, thiserror::Error)]
@@ -95,4 +96,27 @@ pub enum Problem {
     BeyondEnd { end: u64, file_bytes: u64 },
     #[error("cannot be read: {0}")]
     Io(#[from] io::Error),
+}
+
+impl Explain for HeaderError {
+    fn code(&self) -> &'static str {
+        self.problem.code()
+    }
+
+    fn hint(&self) -> Option<Hint> {
+        self.problem.hint()
+    }
+}
+
+impl Explain for Problem {
+    fn code(&self) -> &'static str {
+        self.into()
+    }
+
+    fn hint(&self) -> Option<Hint> {
+        match self {
+            Self::Io(cause) => cause.hint(),
+            _ => written(self).or(Some(DOWNLOAD_AGAIN)),
+        }
+    }
 }

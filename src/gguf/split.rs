@@ -11,6 +11,7 @@ use super::header::Header;
 use super::limits::{MAX_MODEL_BYTES, MAX_PARTS, MAX_TENSORS};
 use super::tensor::TensorInfo;
 use super::value::KeyValue;
+use crate::explain::{DOWNLOAD_AGAIN, Explain, Hint, written};
 
 /// What a part says of the set it belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -146,6 +147,16 @@ pub enum SplitError {
     },
     #[error("the parts hold {found} tensors together, but split.tensors.count is {expected}")]
     TensorCount { found: u64, expected: u64 },
+}
+
+impl Explain for SplitError {
+    fn code(&self) -> &'static str {
+        self.into()
+    }
+
+    fn hint(&self) -> Option<Hint> {
+        written(self).or(Some(DOWNLOAD_AGAIN))
+    }
 }
 
 /// What the headers of all parts say together.

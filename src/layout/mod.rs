@@ -22,6 +22,7 @@ pub use names::{Component, ExpertName, Holds, Matrix};
 pub use partition::PartitionError;
 
 use self::counting::CountingWriter;
+use crate::explain::{DOWNLOAD_AGAIN, Explain, Hint, written};
 use crate::gguf::{ModelHeader, Tensor};
 use crate::safetensors::{
     self, Dtype, LENGTH_WORD_BYTES, METADATA_KEY, Shape, TensorView, write_header_json,
@@ -173,6 +174,19 @@ pub enum LayoutError {
     HeaderTooLarge { path: String, bytes: u64 },
     #[error(transparent)]
     Partition(#[from] PartitionError),
+}
+
+impl Explain for LayoutError {
+    fn code(&self) -> &'static str {
+        self.into()
+    }
+
+    fn hint(&self) -> Option<Hint> {
+        match self {
+            Self::Partition(cause) => cause.hint(),
+            _ => written(self).or(Some(DOWNLOAD_AGAIN)),
+        }
+    }
 }
 
 /// A tensor as messages name it, with its GGUF dimensions.

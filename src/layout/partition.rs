@@ -3,6 +3,7 @@
 //! Checked on the finished tree, from the extents that are served, and not on the reasoning that
 //! made them.
 
+use crate::explain::{Explain, Hint};
 use crate::gguf::ModelHeader;
 use crate::tree::{Content, Tree};
 
@@ -16,6 +17,16 @@ pub struct PartitionError {
     pub part: u32,
     pub offset: u64,
     pub what: &'static str,
+}
+
+impl Explain for PartitionError {
+    fn code(&self) -> &'static str {
+        "layout.partition"
+    }
+
+    fn hint(&self) -> Option<Hint> {
+        None // its text asks for a report
+    }
 }
 
 /// Checks the safetensors files of a tree against the tensors of its model.

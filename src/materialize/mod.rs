@@ -20,13 +20,13 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
-use indicatif::HumanBytes;
 pub use selection::{NotNumbers, Numbers, Selection};
 pub use ways::{Cost, Reflink};
 
 use self::compare::{State, is_folder};
 use self::ways::Ways;
 
+use crate::explain::{Explain, Hint, written};
 use crate::layout::{
     BASE_DIRECTORY, Doc, EXPERTS_DIRECTORY, FileKind, METADATA_GGUF_PATH, METADATA_PATH,
     REGISTRY_PATH,
@@ -34,6 +34,7 @@ use crate::layout::{
 use crate::model::Model;
 use crate::source::ReadError;
 use crate::tree::Ino;
+use crate::units::Size;
 pub use crate::work::Progress;
 
 /// Why a tree cannot be written. What is complete stays, and the same command goes on from there.
@@ -51,7 +52,7 @@ pub enum MaterializeError {
     )]
     Foreign { path: PathBuf, reason: String },
     #[error(
-        "{0:?} was not chosen, but the registry would list it, and it holds other bytes: those of another model of the same shape. Remove it, or choose another directory"
+        "{0:?} was not chosen, but the registry would list it, and it holds other bytes: those of another model of the same shape; remove it, or choose another directory"
     )]
     OtherModel(PathBuf),
     #[error("{0:?} is not a directory; choose another place to write to")]
@@ -68,7 +69,7 @@ pub enum MaterializeError {
     Locked(PathBuf),
     #[error(
         "{target:?} has room for {}, but {} are needed{}; free some, or choose fewer files with --layers, --experts, --base-only or --experts-only",
-        HumanBytes(*available), HumanBytes(*needed),
+        Size(*available), Size(*needed),
         if *replacing { ", since with --force files that are replaced stay until the new ones are complete" } else { "" }
     )]
     NoRoom {
@@ -97,6 +98,23 @@ pub enum MaterializeError {
     Stopped,
     #[error(transparent)]
     Source(#[from] ReadError),
+}
+
+impl Explain for MaterializeError {
+    fn code(&self) -> &'static str {
+        match self {
+            Self::Source(cause) => cause.code(),
+            _ => self.into(),
+        }
+    }
+
+    fn hint(&self) -> Option<Hint> {
+        written(self).or_else(|| match self {
+            Self::Io { cause, .. } => cause.hint(),
+            Self::Source(cause) => cause.hint(),
+            _ => None,
+        })
+    }
 }
 
 fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> MaterializeError {

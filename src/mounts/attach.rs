@@ -28,6 +28,18 @@ pub(super) struct Wishes {
     /// What is mounted, in mount tables.
     pub source: String,
     pub allow_other: bool,
+    /// Options for SELinux.
+    pub security_labels: Vec<String>,
+}
+
+impl Wishes {
+    /// What is the same for the kernel and for the helper, each option after a comma.
+    fn options(&self) -> String {
+        let allow_other = self.allow_other.then_some("allow_other");
+        let labels = self.security_labels.iter().map(String::as_str);
+        let options = allow_other.into_iter().chain(labels);
+        options.map(|option| format!(",{option}")).collect()
+    }
 }
 
 /// A mount that was just made.
@@ -68,15 +80,11 @@ fn by_ourselves(place: &Place, wishes: &Wishes) -> io::Result<OwnedFd> {
     let device = File::options().read(true).write(true).open(DEVICE)?;
     let user = rustix::process::getuid().as_raw();
     let group = rustix::process::getgid().as_raw();
-    let allow_other = if wishes.allow_other {
-        ",allow_other"
-    } else {
-        ""
-    };
-    // Nothing in this comes from a user. `rootmode` is that of a directory.
+    // `rootmode` is that of a directory.
     let options = format!(
-        "fd={},rootmode=40000,user_id={user},group_id={group},subtype={SUBTYPE},default_permissions{allow_other}",
-        device.as_raw_fd()
+        "fd={},rootmode=40000,user_id={user},group_id={group},subtype={SUBTYPE},default_permissions{}",
+        device.as_raw_fd(),
+        wishes.options()
     );
     let flags = MountFlags::RDONLY
         | MountFlags::NOSUID
@@ -111,13 +119,11 @@ fn by_helper(helper: &Path, place: &Place, wishes: &Wishes) -> Result<OwnedFd, S
     )
     .map_err(|e| failed(e.into()))?;
     rustix::io::fcntl_setfd(&ours, rustix::io::FdFlags::CLOEXEC).map_err(|e| failed(e.into()))?;
-    let mut options = format!(
-        "ro,nosuid,nodev,noexec,noatime,default_permissions,fsname={},subtype={SUBTYPE}",
-        wishes.source
+    let options = format!(
+        "ro,nosuid,nodev,noexec,noatime,default_permissions,fsname={},subtype={SUBTYPE}{}",
+        wishes.source,
+        wishes.options()
     );
-    if wishes.allow_other {
-        options += ",allow_other";
-    }
     let child = Command::new(helper)
         .args(["-o", &options, "--"])
         .arg(place.path())

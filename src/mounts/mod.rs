@@ -42,6 +42,7 @@ pub use unmount::{StillServed, UnmountError, Unmounted, unmount};
 use self::attach::Wishes;
 use self::place::{Lock, Place};
 use self::preflight::Claim;
+use crate::explain::{ASK_DOCTOR, Explain, Hint, written};
 use crate::fuse::OdmoeFs;
 use crate::model::Model;
 pub use crate::served::Cache;
@@ -54,7 +55,7 @@ pub const FS_TYPE: &str = "fuse.odmoe";
 const SUBTYPE: &str = "odmoe";
 
 /// What a user may choose of a mount.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Options {
     /// Mount over a directory that is not empty.
     pub nonempty: bool,
@@ -72,6 +73,9 @@ pub struct Options {
     pub cache: Cache,
     /// Count what is asked for, and show it as extended attributes of the root ([`crate::stats`]).
     pub stats: bool,
+    /// Labels that SELinux gives the mount, such as `context="..."`. Only root may set them, and a
+    /// kernel without SELinux refuses them.
+    pub security_labels: Vec<String>,
 }
 
 /// Why a mount cannot be made, or ended badly. Each says what to do.
@@ -182,6 +186,26 @@ pub enum MountError {
     DaemonDied(String),
 }
 
+impl Explain for MountError {
+    fn code(&self) -> &'static str {
+        match self {
+            Self::Repair { cause, .. } | Self::CannotReplace { cause, .. } => cause.code(),
+            _ => self.into(),
+        }
+    }
+
+    fn hint(&self) -> Option<Hint> {
+        written(self).or_else(|| match self {
+            Self::Repair { cause, .. } | Self::CannotReplace { cause, .. } => cause.hint(),
+            Self::Directory { cause, .. } => cause.hint(),
+            Self::Session { cause, .. } | Self::Background(cause) => cause.hint(),
+            Self::Device(_) | Self::UserAllowOther => Some(ASK_DOCTOR),
+            Self::Refused { .. } => Some(ASK_DOCTOR),
+            _ => None,
+        })
+    }
+}
+
 fn process(pid: Option<u32>) -> String {
     pid.map_or("its process".into(), |pid| format!("its process {pid}"))
 }
@@ -231,6 +255,7 @@ impl Mount {
         let wishes = Wishes {
             source: source_name(&model),
             allow_other: options.allow_other,
+            security_labels: options.security_labels.clone(),
         };
         // Last, since with `replace` it takes away what is there.
         let Claim { place, locks } = preflight::claim(&model, directory, options)?;

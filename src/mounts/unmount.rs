@@ -17,6 +17,7 @@ use super::copies::{self, MountCopy};
 use super::holders::{Use, use_of};
 use super::table::{self, Links, MountEntry, mount_table};
 use super::{State, status};
+use crate::explain::{Explain, Hint, written};
 use crate::host::{HELPER_VARIABLE, fusermount};
 use crate::sys;
 use crate::sys::process::Watched;
@@ -52,6 +53,16 @@ pub enum UnmountError {
     WrongHelper(PathBuf),
     #[error("{directory:?} cannot be unmounted: {reason}")]
     Refused { directory: PathBuf, reason: String },
+}
+
+impl Explain for UnmountError {
+    fn code(&self) -> &'static str {
+        self.into()
+    }
+
+    fn hint(&self) -> Option<Hint> {
+        written(self)
+    }
 }
 
 /// A mount that was taken out of the tree.

@@ -27,6 +27,7 @@ use memmap2::Mmap;
 pub use open::{OpenError, open};
 
 use self::part::PartFile;
+use crate::explain::{Explain, Hint, written};
 use crate::sys;
 pub use crate::sys::read::DIRECT_ALIGNMENT;
 use crate::sys::read::{is_cached, only_what_is_read, reopen_direct, takes_uncached_reads};
@@ -81,6 +82,19 @@ fn reopen_hint(cause: &io::Error) -> &'static str {
     match cause.raw_os_error() {
         Some(libc::EMFILE | libc::ENFILE) => "allow more open files with `ulimit -n`",
         _ => "put it back, reads of it fail until then",
+    }
+}
+
+impl Explain for ReadError {
+    fn code(&self) -> &'static str {
+        self.into()
+    }
+
+    fn hint(&self) -> Option<Hint> {
+        match self {
+            Self::Read { cause, .. } => cause.hint(),
+            Self::Changed { .. } | Self::Reopen { .. } => written(self),
+        }
     }
 }
 

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::part::{Identity, PartFile, open_regular};
 use super::{PageCache, Source};
+use crate::explain::{Explain, Hint, written};
 use crate::gguf::{
     Header, HeaderError, ModelHeader, PartName, SplitError, SplitKeys, looks_like_raw_cut,
 };
@@ -57,6 +58,25 @@ fn shortened(names: &[String]) -> String {
         text.push_str(&format!(" and {} more", names.len() - SHOWN));
     }
     text
+}
+
+impl Explain for OpenError {
+    fn code(&self) -> &'static str {
+        match self {
+            Self::Header { cause, .. } => cause.code(),
+            Self::Split { cause, .. } => cause.code(),
+            _ => self.into(),
+        }
+    }
+
+    fn hint(&self) -> Option<Hint> {
+        written(self).or_else(|| match self {
+            Self::Io { cause, .. } => cause.hint(),
+            Self::Header { cause, .. } => cause.hint(),
+            Self::Split { cause, .. } => cause.hint(),
+            Self::PartName { .. } | Self::Missing { .. } => None,
+        })
+    }
 }
 
 /// Opens a model by the path of its file, or of any part of a split set, and reads the headers.

@@ -25,6 +25,7 @@ use parking_lot::Mutex;
 use self::claims::Expected;
 pub use self::difference::{Difference, TensorNames, What};
 use self::listing::Listing;
+use crate::explain::{Explain, Hint, written};
 use crate::layout::{METADATA_PATH, REGISTRY_PATH};
 use crate::model::Model;
 use crate::source::ReadError;
@@ -55,6 +56,23 @@ pub enum VerifyError {
     /// The model, not the tree, cannot be read, so nothing can be said.
     #[error(transparent)]
     Model(#[from] ReadError),
+}
+
+impl Explain for VerifyError {
+    fn code(&self) -> &'static str {
+        match self {
+            Self::Model(cause) => cause.code(),
+            _ => self.into(),
+        }
+    }
+
+    fn hint(&self) -> Option<Hint> {
+        written(self).or_else(|| match self {
+            Self::List { cause, .. } => cause.hint(),
+            Self::Model(cause) => cause.hint(),
+            _ => None,
+        })
+    }
 }
 
 fn hint(cause: &io::Error) -> &'static str {

@@ -89,8 +89,10 @@ def fail(*arguments, status=1, naming=(), **options):
     assert done.returncode == status, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
     said = done.stderr
     if status == 1:
-        what, hint = said[said.index("error: ") :].split("\nhint: ")  # one sentence each
-        assert hint.strip() and "\n" not in what
+        # One line each; no hint only where none is known.
+        what, _, hint = said[said.index("error: ") :].removesuffix("\n").partition("\nhint: ")
+        assert "\n" not in what
+        assert hint.strip() or any(re.search(known, what) for known in WITHOUT_HINT), f"no hint: {said}"
         said = said.replace("\nhint: ", "; ")
     reasons = said.strip().split(": ")
     assert len(set(reasons)) == len(reasons), f"says something twice: {said}"
@@ -98,6 +100,15 @@ def fail(*arguments, status=1, naming=(), **options):
         assert str(word).lower() in said.lower(), f"{word!s} is not named in: {said}"
     return said
 
+
+# The errors that have no hint, since nobody can know the next step.
+WITHOUT_HINT = [
+    # What the mount helper or the kernel has against it, which may be anything.
+    "cannot be unmounted: ",
+    # It may have been meant for anything.
+    "it is a directory, not a regular file",
+    "it is a device, pipe or socket, not a regular file",
+]
 
 # What an error of a model says if it does not itself say what to do.
 DOWNLOAD = "; compare the file's checksum with the published one, and download it again if it differs"

@@ -179,7 +179,7 @@ def test_a_disk_that_reads_nothing_is_an_error(shown, disk):
     assert_reads_well(shown, BROKEN)
 
 
-@promises("A disk that hangs holds up the readers of that range, and others as long as worker threads are left.")
+@promises("A disk that hangs holds up the readers of that range; others are served as long as worker threads are left.")
 def test_a_disk_that_hangs_holds_up_only_who_reads_there(shown, disk):
     offset, place = middle(shown, BROKEN)
     _, payload = expected(shown, BROKEN)

@@ -39,7 +39,7 @@ from odmoe import (
 )
 
 REPLACED = (
-    "`mount --replace` takes away what of ours is on the directory, in whatever state, once all else is known to work; "
+    "`mount --replace` removes our mount on the directory, whatever its state, once everything else is known to work; "
     "programs that have files of it open keep it."
 )
 EXPERT = "experts/layer_00_expert_000.safetensors"
@@ -165,6 +165,40 @@ def test_an_option_that_does_not_exist_is_wrong_usage(model, folder):
     for option in ("frobnicate", "uid=you", "threads=0"):
         said = fail("mount", model, folder, "-o", f"ro,{option}", status=2)
         assert option.split("=")[0] in said
+    assert mount_at(folder) is None
+
+
+def test_an_option_of_another_file_system_is_refused_with_what_to_do_instead(model, folder):
+    for option, words in (("allow_root", "allow_other"), ("loop", "loop device"), ("direct_io", "cache=direct")):
+        said = fail("mount", model, folder, "-o", option, status=2)
+        assert f"-o {option}: there is no such option" in said and words in said.split("hint: ")[1]
+    assert mount_at(folder) is None
+
+
+# What mount(8) lists for every file system, and may hand to the helper of one.
+EVERY_FILE_SYSTEMS = (
+    "async,atime,context=system_u:object_r:container_file_t:s0,defaults,dev,diratime,dirsync,exec,group,iversion,lazytime,"
+    "loud,mand,noatime,nodev,nodiratime,noexec,nofail,noiversion,nolazytime,nomand,norelatime,nostrictatime,nosuid,"
+    'nosymfollow,nouser,owner,relatime,ro,rw,silent,strictatime,suid,sync,user,users,_netdev,fscontext="a:b:c:s0:c1,c2",'
+    "defcontext=d,rootcontext=@target,X-mount.mkdir=0755,x-systemd.requires=b,comment=c,uhelper=udisks2"
+)
+
+
+def test_every_option_of_every_file_system_is_accepted(helper, person, model, folder):
+    done = run(helper, model, folder, "-o", EVERY_FILE_SYSTEMS, user=person)
+    if not os.path.exists("/sys/fs/selinux/enforce"):  # where the labels are real ones
+        assert done.returncode == 0, done.stderr
+        assert mount_at(folder).kind == "fuse.odmoe"
+        succeed("umount", folder, user=person)
+
+
+@needs_root
+def test_where_selinux_is_on_its_labels_reach_the_kernel(model, folder, public):
+    """The kernel of this machine does not know them, and says so."""
+    selinux = 'mount -t tmpfs none /sys/fs && mkdir /sys/fs/selinux && touch /sys/fs/selinux/enforce; : "$1"'
+    label = 'context="system_u:object_r:removable_t:s0:c1,c2"'
+    done = in_private_mounts(selinux, public, "mount", model, folder, "-o", f"ro,{label}")
+    assert done.returncode == 1 and "Invalid argument" in done.stderr
     assert mount_at(folder) is None
 
 

@@ -38,8 +38,7 @@ EXPERT = "experts/layer_00_expert_000.safetensors"
 KILLED = "A daemon that is killed leaves readers an error, never wrong bytes; `status` calls its mount stale."
 REPAIRED = "`umount` removes a stale mount, and the next `mount` on its directory repairs it."
 STOPPED = (
-    "A daemon that is stopped is said by `status` not to answer, within two seconds; `mount` and `umount` do not hang "
-    "on it."
+    "`status` says within two seconds that a stopped daemon does not answer; `mount` and `umount` do not hang on it."
 )
 
 

@@ -13,12 +13,14 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, ensure};
+use odmoe_fs::explain::{Explain, Hint, split};
 use odmoe_fs::mounts::{State, odmoe_mount_of, state_of};
 use odmoe_fs::stats::{ExpertUse, HEAT_ATTRIBUTE, Latency, STATS_ATTRIBUTE, Snapshot};
 use serde::Serialize;
 
 use self::heat::{Grid, Heat, Measure};
+use super::failure::{Context, Failure, Result, ensure};
+use super::screen::Screen;
 use super::{print, print_json, say, text};
 
 /// Show which experts of a mount are hot, and how fast it is read
@@ -83,7 +85,19 @@ pub enum TopError {
     NotReadable(PathBuf),
 }
 
-pub fn run(args: &TopArgs) -> anyhow::Result<()> {
+impl Explain for TopError {
+    fn code(&self) -> &'static str {
+        self.into()
+    }
+
+    fn hint(&self) -> Option<Hint> {
+        split(&self.to_string())
+            .1
+            .map(|hint| hint.to_owned().into())
+    }
+}
+
+pub fn run(args: &TopArgs) -> Result<()> {
     let mount =
         odmoe_mount_of(&args.directory).ok_or_else(|| TopError::NotOurs(args.directory.clone()))?;
     let root = mount.directory;
@@ -95,14 +109,16 @@ pub fn run(args: &TopArgs) -> anyhow::Result<()> {
         return print_json(&sample);
     }
     if args.once {
-        return print(&in_words(&sample, &root, args.heat));
+        let screen = Screen::of_stdout();
+        let text = in_words(&sample, &root, args.heat, &screen);
+        return print(&screen.spell(screen.fit(&text)));
     }
     view::run(&root, sample, args.heat, Duration::from_secs(args.interval))
 }
 
 impl Sample {
     /// Asks a mount, unless it does not answer.
-    fn of(root: &Path) -> anyhow::Result<Self> {
+    fn of(root: &Path) -> Result<Self> {
         let fail = |error: fn(PathBuf) -> TopError| Err(error(root.to_owned()));
         match state_of(root) {
             State::Alive | State::Changed => {}
@@ -112,21 +128,25 @@ impl Sample {
         }
         let stats = attribute(root, STATS_ATTRIBUTE)?;
         let stats = stats.ok_or_else(|| TopError::NotCounted(root.to_owned()))?;
-        let stats: Snapshot = serde_json::from_slice(&stats)?;
+        let stats: Snapshot = parsed(&stats)?;
         let heat = stats.layers.iter().map(|&(layer, _)| {
             let value = attribute(root, &format!("{HEAT_ATTRIBUTE}{layer}"))?;
-            let experts = serde_json::from_slice(&value.unwrap_or_default())?;
+            let experts = parsed(&value.unwrap_or_default())?;
             Ok(LayerHeat { layer, experts })
         });
         Ok(Self {
-            heat: heat.collect::<anyhow::Result<_>>()?,
+            heat: heat.collect::<Result<_>>()?,
             stats,
         })
     }
 }
 
+fn parsed<T: serde::de::DeserializeOwned>(json: &[u8]) -> Result<T> {
+    serde_json::from_slice(json).map_err(|e| Failure::unknown(&e))
+}
+
 /// An extended attribute; `None` if the file has no such.
-fn attribute(path: &Path, name: &str) -> anyhow::Result<Option<Vec<u8>>> {
+fn attribute(path: &Path, name: &str) -> Result<Option<Vec<u8>>> {
     let mut value = vec![0; 64 << 10]; // as long as they can be
     match rustix::fs::getxattr(path, name, &mut value) {
         Ok(length) => {
@@ -142,9 +162,11 @@ fn attribute(path: &Path, name: &str) -> anyhow::Result<Option<Vec<u8>>> {
 
 /// Widths of what is printed: a line of a terminal.
 const COLUMNS: usize = 64;
+/// What stands before a row of the map.
+const LABELS: usize = 10;
 const ROWS: usize = 128;
 
-fn in_words(sample: &Sample, root: &Path, measure: Measure) -> String {
+fn in_words(sample: &Sample, root: &Path, measure: Measure, screen: &Screen) -> String {
     let stats = &sample.stats;
     let heat = Heat::of(sample, measure);
     let mut out = format!(
@@ -169,7 +191,10 @@ fn in_words(sample: &Sample, root: &Path, measure: Measure) -> String {
         return out + "no expert was used yet\n";
     }
     out += &format!("\n{} of experts, by layer\n", measure.name());
-    let grid = Grid::of(&heat, ROWS, COLUMNS);
+    let columns = screen
+        .columns()
+        .map_or(COLUMNS, |all| all.saturating_sub(LABELS));
+    let grid = Grid::of(&heat, ROWS, columns.min(COLUMNS));
     for row in &grid.rows {
         let cells: String = row.cells.iter().map(|cell| grid.shade(*cell)).collect();
         out += &format!("{:>9} {}\n", row.label(), cells.trim_end());
@@ -200,7 +225,7 @@ fn latencies(latency: &Latency) -> String {
     )
 }
 
-fn export(sample: &Sample, root: &Path, measure: Measure, path: &Path) -> anyhow::Result<()> {
+fn export(sample: &Sample, root: &Path, measure: Measure, path: &Path) -> Result<()> {
     ensure!(
         path.extension()
             .is_some_and(|extension| extension.eq_ignore_ascii_case("svg")),

@@ -13,7 +13,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::ensure;
 use odmoe_fs::process::Signals;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
 use ratatui::crossterm::execute;
@@ -22,7 +21,8 @@ use ratatui::prelude::CrosstermBackend;
 use ratatui::{DefaultTerminal, Frame, Terminal};
 use rustix::process::{Signal, getpgrp, getpid, getsid, kill_process};
 
-use super::super::stop::Interrupted;
+use super::super::failure::{Failure, Result, ensure};
+use super::super::text;
 
 /// The signals that end a process if it does nothing about them, but those that tell of a fault of
 /// its own (signal(7)).
@@ -61,15 +61,19 @@ pub struct Screen {
 
 impl Screen {
     /// Takes the terminal.
-    pub fn take() -> anyhow::Result<Self> {
+    pub fn take() -> Result<Self> {
         ensure!(
             io::stdout().is_terminal() && io::stdin().is_terminal(),
             "there is no terminal to show the live view on; pass --once, or --once --json"
         );
+        ensure!(
+            !text::is_dumb(),
+            "this terminal (TERM=dumb) cannot show the live view; pass --once, or --once --json"
+        );
         if !is_in_foreground() {
             // As the kernel would: stop until the shell gives us the terminal. But before signals
             // are taken, which could not be obeyed meanwhile.
-            kill_process(getpid(), Signal::TTOU)?;
+            kill_process(getpid(), Signal::TTOU).map_err(io::Error::from)?;
         }
         let taken = take_signals()?;
         // Also gives the terminal back if there is a panic.
@@ -82,7 +86,7 @@ impl Screen {
     }
 
     /// Shows what `draw` renders.
-    pub fn draw(&mut self, draw: impl FnOnce(&mut Frame)) -> anyhow::Result<()> {
+    pub fn draw(&mut self, draw: impl FnOnce(&mut Frame)) -> Result<()> {
         let drawn = self.terminal.draw(draw).map(drop);
         // A terminal that is gone sends a signal, too, which says it better.
         self.obey_signals()?;
@@ -92,8 +96,8 @@ impl Screen {
     /// Waits for a key. `None` if nothing was pressed until then, or if the view must be drawn anew.
     ///
     /// # Errors
-    /// [`Interrupted`] if a signal ends the process.
-    pub fn key(&mut self, until: Instant) -> anyhow::Result<Option<KeyEvent>> {
+    /// [`Failure::interrupted`] if a signal ends the process.
+    pub fn key(&mut self, until: Instant) -> Result<Option<KeyEvent>> {
         loop {
             if self.obey_signals()? {
                 return Ok(None);
@@ -112,7 +116,7 @@ impl Screen {
                         return Ok(Some(key));
                     }
                     // Without a shell there is nobody to continue us.
-                    if getsid(None)? != getpgrp() {
+                    if getsid(None).map_err(io::Error::from)? != getpgrp() {
                         self.suspend()?;
                     }
                     return Ok(None);
@@ -124,26 +128,26 @@ impl Screen {
     }
 
     /// Obeys the signal that was taken, if any; says whether the view must be drawn anew.
-    fn obey_signals(&mut self) -> anyhow::Result<bool> {
+    fn obey_signals(&mut self) -> Result<bool> {
         match self.taken.load(Ordering::Acquire) {
             0 => Ok(false),
             libc::SIGTSTP => {
                 self.suspend()?;
                 Ok(true)
             }
-            signal => Err(Interrupted(signal).into()),
+            signal => Err(Failure::interrupted(signal)),
         }
     }
 
     /// Gives the terminal back, stops as a shell expects it after Ctrl-Z, and takes the terminal again
     /// when the shell lets us.
-    fn suspend(&mut self) -> anyhow::Result<()> {
+    fn suspend(&mut self) -> Result<()> {
         self.give_back();
         let suspended =
             self.taken
                 .compare_exchange(libc::SIGTSTP, 0, Ordering::AcqRel, Ordering::Acquire);
         if matches!(suspended, Ok(_) | Err(0)) {
-            kill_process(getpid(), Signal::STOP)?;
+            kill_process(getpid(), Signal::STOP).map_err(io::Error::from)?;
         }
         // Continued, though perhaps in the background.
         loop {
@@ -151,7 +155,7 @@ impl Screen {
             match self.taken.swap(0, Ordering::AcqRel) {
                 0 | libc::SIGTSTP if is_in_foreground() => break,
                 0 | libc::SIGTSTP => {}
-                signal => return Err(Interrupted(signal).into()),
+                signal => return Err(Failure::interrupted(signal)),
             }
         }
         self.is_taken = true;
