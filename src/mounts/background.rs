@@ -158,14 +158,16 @@ fn wait_for_daemon(
     drop(race_now);
     let _ = socket.shutdown(Shutdown::Both); // which unmounts, if there is a mount
     let fate = wait_for(child);
-    match (&*race.lock(), result?, fate) {
-        (Race::Interrupted(signal), ..) => Ok(Launched::Interrupted(*signal)),
-        (_, Some(failed @ Launched::Failed(_)), _) => Ok(failed),
+    if let Race::Interrupted(signal) = *race.lock() {
+        return Ok(Launched::Interrupted(signal)); // whatever else that has led to
+    }
+    match (result?, fate) {
+        (Some(failed @ Launched::Failed(_)), _) => Ok(failed),
         // Ctrl-C reaches both, and may have reached the child first.
-        (.., Ok(Ended::Killed(signal @ (libc::SIGINT | libc::SIGTERM | libc::SIGHUP)))) => {
+        (_, Ok(Ended::Killed(signal @ (libc::SIGINT | libc::SIGTERM | libc::SIGHUP)))) => {
             Ok(Launched::Interrupted(signal))
         }
-        (.., fate) => Ok(Launched::Died(in_words(fate))),
+        (_, fate) => Ok(Launched::Died(in_words(fate))),
     }
 }
 
