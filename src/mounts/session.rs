@@ -28,7 +28,7 @@ use super::workers::wait_for_workers;
 use super::{Mount, MountError, State, copies, status};
 use crate::fuse::OdmoeFs;
 use crate::sys::privileges;
-use crate::sys::process::Signals;
+use crate::sys::process::{FROM_PARENT, Signals};
 
 /// How long the kernel may take to remove a mount from the table once its session has ended.
 const REMOVAL: Duration = Duration::from_millis(500);
@@ -48,7 +48,8 @@ impl Mount {
     /// receives those signals no more, and the working directory becomes `/`.
     pub fn serve<T>(self, ready: impl FnOnce() -> io::Result<T>) -> Result<(), MountError> {
         // Before any thread starts, so that all of them leave the signals to the one that waits.
-        let signals = Signals::block(Signals::STOPPING).map_err(MountError::Background)?;
+        let signals = [Signals::STOPPING, &[FROM_PARENT]].concat();
+        let signals = Signals::block(&signals).map_err(MountError::Background)?;
         let life = Arc::<Mutex<Life>>::default();
         let watched = life.clone();
         std::thread::Builder::new()
@@ -168,17 +169,20 @@ impl Life {
     }
 }
 
-/// Ends a mount when a signal asks for it, and the process when a second one does.
+/// Ends a mount when a signal asks for it, and the process when a user sends a second one.
 fn end_on_signal(life: &Mutex<Life>, signals: Signals) {
-    let Ok(signal) = signals.wait() else {
-        return;
-    };
-    let serving = life.lock().interrupt(signal);
-    if let Some(attached) = serving {
-        attached.end();
-    }
-    if let Ok(second) = signals.wait() {
-        std::process::exit(128 + second);
+    let (mut has_begun, mut by_user) = (false, 0);
+    while let Ok(signal) = signals.wait() {
+        by_user += u32::from(signal != FROM_PARENT);
+        if by_user > 1 {
+            std::process::exit(128 + signal);
+        }
+        if !std::mem::replace(&mut has_begun, true) {
+            let serving = life.lock().interrupt(signal);
+            if let Some(attached) = serving {
+                attached.end();
+            }
+        }
     }
 }
 

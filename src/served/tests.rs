@@ -121,13 +121,7 @@ fn what_is_not_there_is_refused() {
     let served = &sample.served;
     let beyond = served.model().tree().len() + 1;
     let expert = sample.find(EXPERT);
-    for name in [
-        &b"nothing"[..],
-        b"",
-        b"Experts",
-        b"experts\0",
-        &[0xff; 255],
-    ] {
+    for name in [&b"nothing"[..], b"", b"Experts", b"experts\0", &[0xff; 255]] {
         let refused = served.lookup(ROOT, name).unwrap_err();
         assert!(matches!(refused, Refusal::NotFound), "{name:?}: {refused}");
     }

@@ -110,10 +110,14 @@ pub fn wait_for(child: Pid) -> io::Result<Ended> {
     }
 }
 
+/// The signal by which a parent asks its child to end. Unlike those of [`Signals::STOPPING`] it never
+/// comes from a user, who may have sent one of these to both.
+pub const FROM_PARENT: i32 = libc::SIGUSR1;
+
 /// Asks a child that was not waited for yet to end.
 pub fn terminate(child: Pid) {
     // It may have ended by itself.
-    let _ = rustix::process::kill_process(child, rustix::process::Signal::TERM);
+    let _ = rustix::process::kill_process(child, rustix::process::Signal::USR1);
 }
 
 /// A process of anybody, whose end can be waited for.
