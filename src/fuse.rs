@@ -1,8 +1,8 @@
-//! The FUSE adapter: a request of the kernel in, a call of [`Served`], a reply out. Nothing is
-//! decided here but how to say it to the kernel, and what of it to log.
+//! The FUSE adapter: a request of the kernel in, a call of [`Served`], a reply out. It only
+//! translates, and logs what it refuses.
 //!
-//! Since the tree never changes, names and attributes are good for ever, pages stay cached, and
-//! files need no opening: `open` and `opendir` answer ENOSYS, which the kernel remembers.
+//! The tree never changes, so names and attributes stay valid for ever, pages stay cached, and
+//! opens need not be reported: `open` and `opendir` answer ENOSYS, which the kernel remembers.
 
 use std::ffi::OsStr;
 use std::fmt;
@@ -30,7 +30,7 @@ mod errors;
 #[cfg(test)]
 mod tests;
 
-/// How long the kernel may keep what it was told: longer than any mount lives.
+/// How long names and attributes stay valid: longer than any mount lives.
 const FOR_EVER: Duration = Duration::from_secs(u32::MAX as u64);
 /// One generation of inode numbers: they are never reused.
 const GENERATION: Generation = Generation(0);
@@ -40,12 +40,12 @@ const GENERATION: Generation = Generation(0);
 pub struct OdmoeFs {
     served: Served,
     errors: ErrorLog,
-    /// Whether the kernel takes ENOSYS for "needs no opening".
+    /// Whether the kernel understands ENOSYS as "opens need not be reported".
     opens_nothing: bool,
 }
 
 impl OdmoeFs {
-    /// Answers the kernel with what is served.
+    /// Shows the kernel what is served.
     pub fn new(served: Served) -> Self {
         Self {
             served,
@@ -63,8 +63,8 @@ impl OdmoeFs {
         Named(self.served.model().tree(), ino)
     }
 
-    /// Answers a request: an `operation`, and `what` it is about as messages tell it. A panic must not
-    /// cost the user the mount: the reply, dropped on the way out, tells the caller EIO.
+    /// Answers a request: an `operation`, and `what` it is about, as messages name them. A panic
+    /// must not end the mount: the reply is dropped on the way out, which is EIO for the caller.
     fn answer(&self, operation: &str, what: fmt::Arguments, callback: impl FnOnce(&Asked)) {
         tracing::debug!("{operation} {what}");
         let asked = Asked {
@@ -91,7 +91,7 @@ impl OdmoeFs {
     }
 }
 
-/// A request as messages tell it, such as `read "experts/registry.json": 4096 bytes at 0`.
+/// A request as messages name it, such as `read "experts/registry.json": 4096 bytes at 0`.
 struct Asked<'a> {
     errors: &'a ErrorLog,
     operation: &'a str,
@@ -105,7 +105,7 @@ impl fmt::Display for Asked<'_> {
 }
 
 impl Asked<'_> {
-    /// What the kernel is told of a refusal. The only place that logs one.
+    /// The errno of a refusal. The only place that logs one.
     fn refused(&self, refusal: &Refusal) -> Errno {
         let errno = match refusal {
             Refusal::NotFound => Errno::ENOENT,
@@ -119,15 +119,15 @@ impl Asked<'_> {
         };
         match refusal {
             Refusal::Io(error) => self.errors.tell(self, error),
-            // Nothing is wrong: programs ask for what is not there all the time.
+            // Nothing is wrong: programs look for files that do not exist all the time.
             _ => tracing::debug!("{self}: {refusal}"),
         }
         errno
     }
 }
 
-/// A node as messages name it: its path below the root of the mount, which is `.`. It costs nothing
-/// unless the message is written.
+/// A node as messages name it: its path below the root, which is `.`. It costs nothing unless the
+/// message is written.
 struct Named<'a>(&'a Tree, INodeNo);
 
 impl fmt::Display for Named<'_> {
@@ -186,7 +186,7 @@ fn until_full(full: bool) -> ControlFlow<()> {
     }
 }
 
-/// Callbacks that would change the tree. The mount is read-only, so that the kernel refuses them
+/// Callbacks that would change the tree. The mount is read-only, so the kernel refuses changes
 /// itself; these are for a mount that root has made writable with `mount -o remount,rw`.
 macro_rules! refused {
     ($($callback:ident($($argument:ty),*) -> $reply:ty;)*) => {
@@ -200,7 +200,7 @@ macro_rules! refused {
 
 impl Filesystem for OdmoeFs {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        // Wishes, each refused by kernels that do not know it; all works without.
+        // Kernels that do not know one of these refuse it; everything works without them.
         for wish in [
             InitFlags::FUSE_DO_READDIRPLUS,
             InitFlags::FUSE_PARALLEL_DIROPS,

@@ -4,9 +4,9 @@
 //! The way of the data, each step a module:
 //!
 //! ```text
-//! model.gguf ─> gguf ──────> layout ───────> tree ──┬─> fuse, mounts   serve it
-//!               what is      what goes       files  ├─> materialize    writes it
-//!               in it        where           = extents └─> verify      compares with it
+//! model.gguf ─> gguf ──────> layout ───────> tree ──┬─> served, fuse, mounts   serve it
+//!               what is      what goes       files  ├─> materialize            writes it
+//!               in it        where           = extents └─> verify              compares with it
 //!               source: the only code that reads model bytes
 //! ```
 //!
@@ -61,7 +61,6 @@
 #[cfg(not(target_pointer_width = "64"))]
 compile_error!("odmoe-fs is for 64-bit machines");
 
-mod ahead;
 pub mod doctor;
 pub mod explain;
 pub mod fuse;
@@ -72,6 +71,7 @@ pub mod layout;
 pub mod materialize;
 pub mod model;
 pub mod mounts;
+mod predictor;
 pub mod process;
 pub mod safetensors;
 pub mod served;

@@ -1,18 +1,19 @@
 //! A model, opened and laid out: the pipeline put together, and the bytes of its files.
 //!
-//! What is served, written, compared or described starts here.
+//! Serving, writing, comparing and describing a model all start here.
 
 use std::io::{self, Write};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use crate::explain::{Explain, Hint};
 use crate::layout::{Doc, Layout, LayoutError};
-use crate::source::{self, OpenError, PageCache, ReadError, Source};
+use crate::source::{self, Held, OpenError, PageCache, ReadError, Run, Source};
 use crate::tree::{Content, DocId, Ino, Origin, Tree};
 
-/// Documents above this are kept after their first read; smaller ones cost less to render again
-/// than 23,040 of them cost to keep.
+/// Larger documents are kept after their first read. Smaller ones are the headers of experts:
+/// rendering one again costs less than keeping 23,040 of them.
 const KEPT_DOCUMENT_BYTES: u64 = 64 << 10;
 
 /// Why a model cannot be used.
@@ -99,8 +100,8 @@ impl Model {
         self.source.set_page_cache(page_cache);
     }
 
-    /// Reads a file of the tree from `offset` on: fills the buffer as far as the file goes, and
-    /// returns how many bytes that is, or an error. Nothing is ever cut short but by the end.
+    /// Reads a file of the tree from `offset`: fills the buffer as far as the file goes, and
+    /// returns how many bytes that is, or an error. Only the end of the file makes a read short.
     pub fn read_at(&self, file: Ino, offset: u64, buffer: &mut [u8]) -> Result<usize, ReadError> {
         let mut filled = 0;
         for slice in self.tree.slices(file, offset, buffer.len() as u64) {
@@ -113,6 +114,37 @@ impl Model {
             filled = end;
         }
         Ok(filled)
+    }
+
+    /// The bytes of a range of a file of the tree, which must end within it. If they were fetched
+    /// in one piece they are borrowed from there, otherwise they are read into `space`.
+    pub(crate) fn bytes<'a>(
+        &self,
+        file: Ino,
+        range: Range<u64>,
+        space: &'a mut Vec<u8>,
+    ) -> Result<Bytes<'a>, ReadError> {
+        let len = range.end - range.start;
+        let run = runs(&self.tree, file, range.clone()).next();
+        if let Some(run) = run.filter(|run| run.len == len)
+            && let Some(held) = self.source.held(run)
+        {
+            return Ok(Bytes::Held(held));
+        }
+        let len = len as usize;
+        if space.len() < len {
+            space.resize(len, 0);
+        }
+        let read = self.read_at(file, range.start, &mut space[..len])?;
+        Ok(Bytes::Read(&space[..read]))
+    }
+
+    /// Fetches what a reader will ask for, a range of a file of the tree: about the first `near`
+    /// bytes of it now. This replaces what the reader wanted before; an empty range means that it
+    /// wants nothing more.
+    pub(crate) fn fetch_ahead(&self, reader: u64, file: Ino, range: Range<u64>, near: u64) {
+        let runs: Vec<Run> = runs(&self.tree, file, range).collect();
+        self.source.fetch_ahead(reader, &runs, near);
     }
 
     /// Reads a whole file of the tree into memory.
@@ -152,6 +184,47 @@ impl Model {
     }
 }
 
+/// Bytes of a file.
+pub(crate) enum Bytes<'a> {
+    /// Borrowed from the memory they were fetched into.
+    Held(Held),
+    /// In memory of the caller's.
+    Read(&'a [u8]),
+}
+
+impl std::ops::Deref for Bytes<'_> {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Held(held) => held,
+            Self::Read(bytes) => bytes,
+        }
+    }
+}
+
+/// The runs of parts that make up a range of a file, in order. Documents are left out, and runs
+/// that follow each other in a part are joined.
+fn runs(tree: &Tree, file: Ino, range: Range<u64>) -> impl Iterator<Item = Run> + '_ {
+    let slices = tree.slices(file, range.start, range.end - range.start);
+    let runs = slices.filter_map(|slice| match slice.origin {
+        Origin::Part(part) => Some(Run {
+            part,
+            offset: slice.offset,
+            len: slice.len,
+        }),
+        Origin::Made(_) => None,
+    });
+    let mut runs = runs.peekable();
+    std::iter::from_fn(move || {
+        let mut run = runs.next()?;
+        while let Some(next) = runs.next_if(|next| run.is_followed_by(next)) {
+            run.len += next.len;
+        }
+        Some(run)
+    })
+}
+
 impl Kept {
     fn of(tree: &Tree) -> Self {
         let mut large: Vec<_> = tree
@@ -173,9 +246,9 @@ impl Kept {
     }
 }
 
-/// Takes the bytes of a document that fall into a buffer, and drops the others.
+/// Keeps the bytes of a document that fall into a buffer, and drops the others.
 struct Window<'a> {
-    /// Bytes to drop before the buffer starts.
+    /// Bytes to drop first.
     skip: usize,
     rest: &'a mut [u8],
 }

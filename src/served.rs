@@ -1,21 +1,21 @@
-//! A model as a file system: what is answered to whoever asks for names, attributes, listings,
-//! bytes and statistics.
+//! A model as a file system: the answers to requests for names, attributes, listings, bytes and
+//! statistics.
 //!
-//! The problem: what a file system answers must be right for every question, and the kernel asks
-//! only some of them, in an order of its own.
+//! The problem: a file system must answer every request correctly, and the kernel makes only some
+//! of them, in an order of its own, so tests through a mount miss the rest.
 //!
-//! The plan: all that is decided, is decided here, in terms of the tree and the model, without FUSE.
-//! [`crate::fuse`] turns the kernel's requests into these calls, and a [`Refusal`] into an errno.
-//! Nothing changes while a model is served, so that there is nothing to lock but what is counted
-//! and what is read ahead.
+//! The plan: everything is decided here, in terms of tree and model, without FUSE. [`crate::fuse`]
+//! turns the kernel's requests into these calls and a [`Refusal`] into an errno. The tree never
+//! changes, so only the counters and the predictor of reads are shared state.
 
 use std::cell::RefCell;
 use std::ops::ControlFlow;
-use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
-use crate::ahead::ReadAhead;
+use parking_lot::Mutex;
+
 use crate::model::Model;
+use crate::predictor::{self, Predictor, Reach};
 use crate::source::ReadError;
 use crate::stats::{Operation, Stats};
 use crate::tree::{Ino, Kind, ROOT};
@@ -23,12 +23,12 @@ use crate::tree::{Ino, Kind, ROOT};
 #[cfg(test)]
 mod tests;
 
-/// The unit of `st_blocks`, by POSIX.
+/// The unit of `st_blocks`, according to POSIX.
 const STAT_BLOCK_BYTES: u64 = 512;
 /// The unit of `statfs`.
 const ROOM_BLOCK_BYTES: u32 = 4096;
-/// Programs size their buffers by `st_blksize`. On Linux 4096 keeps a look at a header small; on
-/// macOS it sets the size of reads, where small ones are slow or hang.
+/// `st_blksize`, by which programs size their buffers. On Linux, 4096 keeps a look at a header
+/// small. On macOS it sets the size of reads, and small ones are slow or hang.
 const PREFERRED_BLOCK_BYTES: u32 = if cfg!(target_os = "macos") {
     1 << 20
 } else {
@@ -38,7 +38,7 @@ const PREFERRED_BLOCK_BYTES: u32 = if cfg!(target_os = "macos") {
 const MAX_NAME_BYTES: u32 = 255;
 
 thread_local! {
-    /// The answer to a read, one for each thread that answers. It grows to the largest read, 1 MiB.
+    /// Memory for answers, one for each thread. It grows to the largest read, 1 MiB.
     static ANSWER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
@@ -51,49 +51,49 @@ pub struct Owner {
     pub gid: u32,
 }
 
-/// Whose page cache keeps what was read.
+/// Which page cache keeps what was read.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Cache {
     /// That of the mounted files: every way of reading works, and repeated reads are fast.
     #[default]
     Mount,
-    /// That of the model: every read of a mounted file comes to us, and is answered from there. Good
-    /// for loaders that read each byte once with `pread`, and for bytes that llama.cpp shares.
+    /// That of the model: every read of a mounted file reaches this process and is answered from
+    /// there. Good for loaders that read each byte once with `pread`, and beside llama.cpp.
     Model,
     /// Both, so that other programs find in memory what was read through the mount.
     Both,
 }
 
-/// What opening a file means to whoever keeps its pages.
+/// What the kernel must know about opens and pages of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Opening {
-    /// Nothing: no open of any file need be asked for, now or later, and pages stay good for ever.
+    /// Opens of files need not be reported, now or later. Pages stay valid for ever.
     NotNeeded,
-    /// Pages stay good for ever, but every open must be asked for.
+    /// Every open must be reported. Pages stay valid for ever.
     KeepsPages,
-    /// No pages are to be kept: each read must be asked for.
+    /// Every open must be reported, and every read: no pages may be kept.
     KeepsNothing,
 }
 
-/// What `stat` tells of a node.
+/// What `stat` says about a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Attributes {
     pub ino: Ino,
     pub kind: Kind,
     /// Bytes; 0 for a directory.
     pub size: u64,
-    /// The size in units of 512 bytes, whatever lies on the disk.
+    /// The size in units of 512 bytes, computed from the size.
     pub blocks: u64,
     pub permissions: u16,
     pub links: u32,
     pub owner: Owner,
-    /// Every time of the node.
+    /// All times of the node.
     pub modified: SystemTime,
     /// Bytes that programs should read at a time.
     pub preferred_bytes: u32,
 }
 
-/// What `statfs` tells; nothing is free.
+/// What `statfs` says. Nothing is free.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Room {
     /// Bytes of a block.
@@ -102,11 +102,11 @@ pub struct Room {
     pub blocks: u64,
     /// Nodes, directories included.
     pub nodes: u64,
-    /// Bytes of the longest name that may be asked for.
+    /// Bytes of the longest name that can be looked up.
     pub name_bytes: u32,
 }
 
-/// Why something is not answered.
+/// Why a request is refused.
 #[derive(Debug, thiserror::Error)]
 pub enum Refusal {
     #[error("there is no such file")]
@@ -121,8 +121,8 @@ pub enum Refusal {
     AttributeTooLong,
     #[error("nothing here can be changed")]
     ReadOnly,
-    /// Not here, and of no file: it need not be asked for again.
-    #[error("this mount has none of it")]
+    /// This mount never answers such requests; the kernel need not make them again.
+    #[error("this mount does not support that")]
     Unsupported,
     #[error(transparent)]
     Io(#[from] ReadError),
@@ -131,23 +131,30 @@ pub enum Refusal {
 /// A model as a file system.
 #[derive(Debug)]
 pub struct Served {
-    model: Arc<Model>,
-    ahead: ReadAhead,
+    model: Model,
+    /// `None` if reading ahead is of no use.
+    predictor: Option<Mutex<Predictor>>,
     owner: Owner,
     modified: SystemTime,
     cache: Cache,
-    /// What is counted of this mount, if anything is.
+    /// `None` if nothing is counted.
     stats: Option<Stats>,
 }
 
 impl Served {
-    /// Shows `model`, all of it belonging to `owner`.
+    /// Serves `model`, with all files belonging to `owner`.
     pub fn new(model: Model, owner: Owner, cache: Cache) -> Self {
         let modified = model.source().modified();
-        let model = Arc::new(model);
+        let predictor = model.source().pace().map(|pace| {
+            Mutex::new(Predictor::new(Reach {
+                ahead: pace.ahead,
+                beyond: pace.chunk,
+                whole: pace.whole,
+            }))
+        });
         Self {
-            ahead: ReadAhead::new(model.clone()),
             model,
+            predictor,
             owner,
             modified,
             cache,
@@ -155,17 +162,17 @@ impl Served {
         }
     }
 
-    /// Counts what is asked for from here on, and shows it as extended attributes of the root.
+    /// Counts requests from now on, and shows the counters as extended attributes of the root.
     pub fn count(&mut self) {
         self.stats = Some(Stats::new(&self.model));
     }
 
-    /// The model that is shown.
+    /// The model that is served.
     pub fn model(&self) -> &Model {
         &self.model
     }
 
-    /// Whose page cache keeps what was read.
+    /// Which page cache keeps what was read.
     pub fn cache(&self) -> Cache {
         self.cache
     }
@@ -176,8 +183,8 @@ impl Served {
         }
     }
 
-    /// The attributes of the child of a directory with this name. `.` is any node itself and `..` its
-    /// directory, as whoever has only a file's handle asks for them (NFS exports).
+    /// Finds a child of a directory by its name. `.` is any node itself and `..` its directory, as
+    /// whoever has only a file's handle asks for them (NFS exports).
     pub fn lookup(&self, directory: Ino, name: &[u8]) -> Result<Attributes, Refusal> {
         self.counted(Operation::Lookup);
         let tree = self.model.tree();
@@ -205,8 +212,8 @@ impl Served {
         let size = tree.size(ino).unwrap_or(0);
         let (permissions, links) = match kind {
             Kind::Directory => {
-                // One link for the name, one for `.`, one for `..` of each directory below; only
-                // the root has directories.
+                // One link for the name, one for `.`, and one for `..` of each directory below.
+                // Only the root contains directories.
                 let below = tree.children(ino).filter(|_| ino == ROOT).unwrap_or(0..0);
                 (0o555, 2 + (below.end - below.start) as u32)
             }
@@ -225,21 +232,21 @@ impl Served {
         })
     }
 
-    /// Notes that a file is opened, and tells what that means.
+    /// Counts an open of a file, and says what the kernel must know about it.
     pub fn open(&self, file: Ino) -> Opening {
         if let Some(stats) = &self.stats {
             stats.opened(file);
         }
         match self.cache {
             Cache::Model => Opening::KeepsNothing,
-            // Who counts opens must be asked for each.
+            // Opens can only be counted if they are reported.
             Cache::Mount | Cache::Both if self.stats.is_some() => Opening::KeepsPages,
             Cache::Mount | Cache::Both => Opening::NotNeeded,
         }
     }
 
-    /// Gives `len` bytes of a file from `offset`, fewer only at its end, to `reply`, and then looks
-    /// ahead.
+    /// Passes `len` bytes of a file from `offset` to `reply`, fewer only at the end of the file.
+    /// Then starts fetching what will be asked for next.
     pub fn read(
         &self,
         file: Ino,
@@ -248,18 +255,45 @@ impl Served {
         reply: impl FnOnce(Result<&[u8], Refusal>),
     ) {
         let counted = self.stats.as_ref().map(|stats| (stats, Instant::now()));
-        let reply = |read: Result<&[u8], ReadError>| {
+        let size = self.model.tree().size(file).unwrap_or(0);
+        let range = offset.min(size)..offset.saturating_add(len).min(size);
+        if let Some(predictor) = &self.predictor {
+            predictor.lock().note(self.shape(file), &range);
+        }
+        ANSWER.with_borrow_mut(|space| {
+            let read = self.model.bytes(file, range.clone(), space);
             let bytes = read.as_ref().ok().map(|bytes| bytes.len() as u64);
-            reply(read.map_err(Refusal::Io));
+            match read {
+                Ok(bytes) => reply(Ok(&bytes)),
+                Err(error) => reply(Err(Refusal::Io(error))),
+            }
             if let Some((stats, began)) = counted {
                 stats.read(file, bytes, began.elapsed());
             }
-        };
-        ANSWER.with_borrow_mut(|space| self.ahead.read(file, offset, len, space, reply));
+        });
+        if let Some(predictor) = &self.predictor {
+            let mut predictor = predictor.lock();
+            // Still locked, so that an older prediction cannot replace a newer one.
+            if let Some(wanted) = predictor.wanted(self.shape(file), range.end) {
+                self.model
+                    .fetch_ahead(wanted.reader, file, wanted.range, wanted.near);
+            }
+        }
     }
 
-    /// Gives the entries of a directory from the `offset`-th on to `add`, until that says to stop:
-    /// `.`, `..`, then the children. With each goes the offset of the entry after it.
+    /// What the predictor must know about a file.
+    fn shape(&self, file: Ino) -> predictor::File {
+        let tree = self.model.tree();
+        let header = tree.extents(file).first();
+        predictor::File {
+            id: file,
+            header: header.map_or(0, |extent| extent.len),
+            size: tree.size(file).unwrap_or(0),
+        }
+    }
+
+    /// Passes the entries of a directory to `add`, from the `offset`-th on, until that says to
+    /// stop: `.`, `..`, then the children. With each goes the offset of the next entry.
     pub fn list(
         &self,
         directory: Ino,
@@ -271,7 +305,7 @@ impl Served {
         let children = tree.children(directory).ok_or(Refusal::NotADirectory)?;
         let parent = tree.parent(directory).unwrap_or(ROOT);
         let dots = [(directory, "."), (parent, "..")];
-        // Inode numbers count up, so that skipping those listed before costs nothing.
+        // Inode numbers count up, so skipping the entries before costs nothing.
         let first = children.start.saturating_add(offset.saturating_sub(2));
         let children =
             (first..children.end).map(|child| (child, tree.name(child).unwrap_or_default()));
@@ -287,7 +321,7 @@ impl Served {
         Ok(())
     }
 
-    /// How much room the tree takes; there is no more.
+    /// The room that the tree takes.
     pub fn room(&self) -> Room {
         self.counted(Operation::Statfs);
         let tree = self.model.tree();
@@ -300,16 +334,14 @@ impl Served {
     }
 
     /// How many parts of the model are not as they were when it was opened, so that reads of them
-    /// fail. Looks at each.
+    /// fail. Looks at every part.
     pub fn changed_parts(&self) -> u64 {
-        let source = self.model.source();
-        let parts = 0..source.paths().len() as u32;
-        parts.filter(|&part| source.check(part).is_err()).count() as u64
+        self.model.source().changed_parts()
     }
 
     /// The value of an extended attribute.
     pub fn extended_attribute(&self, ino: Ino, name: &[u8]) -> Result<Vec<u8>, Refusal> {
-        // Answering costs every `ls -l` two requests for each file.
+        // Answering would cost `ls -l` two requests for each file, so it is not the default.
         let stats = self.stats.as_ref().ok_or(Refusal::Unsupported)?;
         let value = match ino {
             ROOT => stats.attribute(name, self.model.layout()),

@@ -1,15 +1,15 @@
-//! What a mount is asked for: requests, bytes, latencies, and opens and reads of each expert.
+//! Counters of a mount: requests, bytes, latencies, and the opens and reads of each expert.
 //!
-//! The problem: counting must cost a reader nothing, and a user wants to see which experts are hot.
+//! The problem: a user wants to see which experts are hot, and counting must cost readers nothing.
 //!
 //! The plan: atomics, one set for each file, and a histogram of latencies whose buckets grow with
-//! the numbers. Whoever wants to see them takes a [`Snapshot`] while readers go on counting, so its
-//! counters are of slightly different moments. Hence nothing in it is the difference of two sums,
-//! and a request is counted as a whole before it is counted by file: what a snapshot says of files
-//! is never more than what it says of all requests.
+//! the numbers. A [`Snapshot`] is taken while readers go on counting, so its counters are of
+//! slightly different moments. Hence nothing in it is the difference of two sums, and a request is
+//! counted as a whole before it is counted by file: the numbers of files never exceed those of all
+//! requests.
 //!
-//! What the kernel answers from its cache never reaches a file system: of a cached file, only opens
-//! are seen.
+//! Reads that the kernel answers from its cache never reach a file system: of a cached file, only
+//! opens are seen.
 
 use std::collections::HashSet;
 use std::sync::atomic::AtomicU64;
@@ -24,11 +24,12 @@ use crate::tree::Ino;
 
 /// The extended attribute of a mount's root that holds a [`Snapshot`].
 pub const STATS_ATTRIBUTE: &str = "user.odmoe.stats";
-/// What the names of the others start with; a layer's number follows. Each holds [`ExpertUse`]s.
+/// The prefix of the others' names; a layer's number follows it. Each holds [`ExpertUse`]s.
 pub const HEAT_ATTRIBUTE: &str = "user.odmoe.heat.";
-/// The longest value, and the longest list of names, that Linux takes.
+/// The longest value, and the longest list of names, that Linux accepts (`XATTR_SIZE_MAX` and
+/// `XATTR_LIST_MAX` of include/uapi/linux/limits.h).
 const MAX_ATTRIBUTE_BYTES: usize = 64 << 10;
-/// Real models have at most 128 layers; more would not fit into one attribute.
+/// Real models have at most 128 layers. This many always fit into one attribute.
 const MAX_LISTED_LAYERS: usize = 1000;
 
 /// The counters of one mount.
@@ -46,7 +47,7 @@ pub struct Stats {
     base: Box<[Ino]>,
 }
 
-/// What is counted of a request.
+/// The kinds of requests that are counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Operation {
     Lookup,
@@ -75,11 +76,11 @@ struct Counter {
     bytes: AtomicU64,
 }
 
-/// How often files were opened and read, and how many bytes that were.
+/// How often files were opened and read, and how many bytes were read.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Use {
     pub opens: u64,
-    /// Requests, not calls: the kernel joins, splits and saves them.
+    /// Requests of the kernel, not calls of programs: it joins, splits and saves them.
     pub reads: u64,
     pub bytes: u64,
 }
@@ -92,39 +93,40 @@ impl std::ops::AddAssign for Use {
     }
 }
 
-/// The use of one expert: its number, opens, reads, bytes.
+/// The use of one expert: its number, opens, reads and bytes.
 pub type ExpertUse = (u32, u64, u64, u64);
 
 /// Consecutive numbers: the first and the last.
-pub type Run = (u32, u32);
+pub type Span = (u32, u32);
 
-/// All counters but those of the single experts.
+/// All counters except those of single experts.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Snapshot {
     pub architecture: String,
-    /// Since the mount was made.
+    /// Time since the mount was made.
     pub seconds: f64,
     /// By operation.
     pub requests: std::collections::BTreeMap<String, u64>,
     /// Reads that ended with an error.
     pub errors: u64,
     pub latency: Latency,
-    /// Of all files of `base_model/`, documents included.
+    /// Use of all other files: `base_model/`, and the documents.
     pub base: Use,
-    /// Of all experts together.
+    /// Use of all experts together.
     pub experts: Use,
-    /// How many experts each layer has, if any: `[layer, experts]`.
+    /// How many experts each layer has that has any: `[layer, experts]`.
     pub layers: Vec<(u32, u32)>,
     /// Whether there are more layers than are listed.
     pub layers_cut: bool,
-    /// Which experts the layers have whose experts are not numbered from 0 without a gap:
-    /// `[layer, [[first, last], ...]]`. What would be too long for an attribute is left out.
+    /// The experts' numbers, for each layer where they do not run from 0 without a gap:
+    /// `[layer, [[first, last], ...]]`. Layers are left out where all would be too long for an
+    /// attribute.
     #[serde(default)]
-    pub numbers: Vec<(u32, Vec<Run>)>,
+    pub numbers: Vec<(u32, Vec<Span>)>,
 }
 
-/// How long reads took, from the request to the reply, in microseconds. The percentiles are rounded up to the end of a
-/// bucket, by at most an eighth.
+/// How long reads took from request to reply, in microseconds. Percentiles are rounded up to the
+/// end of a bucket, by at most an eighth.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Latency {
     pub p50_us: u64,
@@ -185,7 +187,7 @@ impl Stats {
         }
     }
 
-    /// All counters but those of the single experts.
+    /// All counters except those of single experts.
     pub fn snapshot(&self, layout: &Layout) -> Snapshot {
         // Parts before wholes: readers count in the other order.
         let base = self.sum(self.base.iter().copied());
@@ -218,7 +220,7 @@ impl Stats {
         }
     }
 
-    /// The experts of each layer that has some.
+    /// The experts, layer by layer.
     fn layers(&self) -> impl Iterator<Item = &[(u32, u32, Ino)]> {
         self.experts.chunk_by(|a, b| a.0 == b.0)
     }
@@ -247,8 +249,8 @@ impl Stats {
         used
     }
 
-    /// The value of an extended attribute of the root; `None` if there is no such. What is too long for the kernel is cut
-    /// at its cold end.
+    /// The value of an extended attribute of the root; `None` if it does not exist. A value that is
+    /// too long for the kernel is cut at its cold end.
     pub fn attribute(&self, name: &[u8], layout: &Layout) -> Option<Vec<u8>> {
         let name = std::str::from_utf8(name).ok()?;
         if name == STATS_ATTRIBUTE {
@@ -291,7 +293,7 @@ impl Stats {
 }
 
 /// The numbers of a layer's experts.
-fn runs(layer: &[(u32, u32, Ino)]) -> Vec<Run> {
+fn runs(layer: &[(u32, u32, Ino)]) -> Vec<Span> {
     layer
         .chunk_by(|a, b| a.1 + 1 == b.1)
         .map(|run| (run[0].1, run[run.len() - 1].1))
@@ -308,7 +310,7 @@ impl Counter {
     }
 }
 
-/// Buckets of each power of two, so that one is an eighth wide.
+/// Buckets of each power of two: each is an eighth of it wide.
 const SUBBUCKETS: u64 = 8;
 /// Up to 2^40 µs, which is twelve days.
 const BUCKETS: usize = 8 * 40;
@@ -332,7 +334,7 @@ impl Default for Histogram {
 impl Histogram {
     fn add(&self, time: Duration) {
         let micros = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
-        // First what bounds the others.
+        // First the bound of all percentiles.
         self.max.fetch_max(micros, Relaxed);
         self.buckets[Self::bucket(micros)].fetch_add(1, Release);
     }
@@ -348,7 +350,7 @@ impl Histogram {
         (bucket as usize).min(BUCKETS - 1)
     }
 
-    /// The largest number of a bucket.
+    /// The largest number that falls into a bucket.
     fn end(bucket: usize) -> u64 {
         let bucket = bucket as u64;
         if bucket < 2 * SUBBUCKETS {
@@ -473,7 +475,7 @@ mod tests {
 
     #[test]
     fn numbers_are_given_of_layers_whose_experts_are_not_counted_from_0_without_a_gap() {
-        let cases: [(&[u32], &[Run]); 6] = [
+        let cases: [(&[u32], &[Span]); 6] = [
             (&[0], &[]),
             (&[0, 1, 2], &[]),
             (&[0, 2, 4], &[(0, 0), (2, 2), (4, 4)]),

@@ -1,11 +1,12 @@
-//! Read errors as the log tells them.
+//! Read errors in the log.
 //!
-//! The problem: the reader learns an errno and nothing more, so the log must say which file of the
-//! tree, which part of the model and which range it was. And a dying disk, of which thousands of
-//! reads fail, must not drown in that all else that the log tells.
+//! The problem: a reader gets only an errno, so the log must name the file of the tree, the part of
+//! the model and the range. But thousands of failing reads of a dying disk must not bury everything
+//! else in the log.
 //!
-//! The plan: of each part the first error is told at once, and then one every [`PAUSE`] at most,
-//! with the number of those between. That a part has changed, or is gone, is told once: it stays so.
+//! The plan: the first error of each part is logged at once, later ones at most every [`PAUSE`],
+//! with the number of those in between. That a part has changed or is gone is logged once, since it
+//! stays so.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -16,46 +17,47 @@ use parking_lot::Mutex;
 
 use crate::source::ReadError;
 
-/// Short enough to see that a disk goes on failing, and 8,640 lines a day.
+/// Short enough to show that a disk goes on failing, and at most 8,640 lines a day.
 const PAUSE: Duration = Duration::from_secs(10);
 
-/// What was told of each part.
+/// What was logged about each part.
 #[derive(Debug, Default)]
 pub struct ErrorLog {
     parts: Mutex<Vec<Part>>,
-    /// Whether there is something untold, so that readers need not look.
+    /// Whether any errors went unlogged, so that readers need not look.
     has_untold: AtomicBool,
 }
 
 #[derive(Debug)]
 struct Part {
     path: PathBuf,
-    /// When a failed read was told last.
+    /// When a failed read was logged last.
     told: Option<Instant>,
     /// Failed reads since then.
     untold: u64,
-    /// Whether it was told that this part has changed.
+    /// Whether it was logged that the part has changed.
     told_changed: bool,
-    /// Whether it was told that this part cannot be opened again.
+    /// Whether it was logged that the part cannot be opened again.
     told_missing: bool,
 }
 
 impl ErrorLog {
-    /// Logs an error that a reader gets for `request`, if it is time to.
+    /// Logs the error that `request` is refused with, if it is time to.
     pub fn tell(&self, request: impl fmt::Display, error: &ReadError) {
         if let Some(line) = self.line(request, error, Instant::now()) {
             tracing::error!("{line}");
         }
     }
 
-    /// Logs how many errors went untold, if it is time to. It costs next to nothing if there are none.
+    /// Logs how many errors went unlogged, if it is time to. Costs next to nothing if there are
+    /// none.
     pub fn tell_overdue(&self) {
         if self.has_untold.load(Ordering::Relaxed) {
             tell_all(&self.untold(Instant::now(), PAUSE));
         }
     }
 
-    /// Logs how many errors went untold, at the end.
+    /// Logs how many errors went unlogged, at the end of the mount.
     pub fn tell_rest(&self) {
         tell_all(&self.untold(Instant::now(), Duration::ZERO));
     }
@@ -87,7 +89,7 @@ impl ErrorLog {
         }
     }
 
-    /// A line for each part of which errors went untold, if its last message is as old as `pause`.
+    /// A line for each part with unlogged errors whose last message is at least as old as `pause`.
     fn untold(&self, now: Instant, pause: Duration) -> Vec<String> {
         let mut parts = self.parts.lock();
         let mut lines = Vec::new();

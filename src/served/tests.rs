@@ -1,5 +1,7 @@
 //! What a file system answers to every question, those included that no kernel asks.
 
+mod reading;
+
 use std::fs::{self, File};
 use std::path::PathBuf;
 

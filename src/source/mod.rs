@@ -4,59 +4,72 @@
 //! The problem: a mount lives for weeks, and meanwhile its source may be renamed, replaced,
 //! truncated or rewritten. Readers must get the bytes that were there at the start, or an error.
 //!
-//! The plan: hold the descriptors, so that names do not matter. After every read compare size and
-//! time of change with those at the start; a part that differs answers errors from then on. Where
-//! a split set has more parts than descriptors, the first parts stay open and the others are
-//! opened for each read, which must find the same inode.
+//! The plan: hold the descriptors, so that names do not matter. After every read, compare size and
+//! modification time with those at the start; a part that differs answers errors from then on. If a
+//! split set has more parts than there are descriptors, the first parts stay open, and the others
+//! are opened for each read, which must find the same inode.
 //!
-//! Whoever keeps the bytes elsewhere (a mount in the kernel's cache of its own files, a copy on
-//! disk) wants no second copy of them in memory: with [`PageCache::Unchanged`] reads leave the
-//! page cache of the parts as they found it.
+//! A mount keeps the bytes in the kernel's cache of its own files, and a copy keeps them on a disk;
+//! neither wants them in memory a second time. With [`PageCache::Unchanged`], reads leave the page
+//! cache of the parts as they found it. The kernel cannot read ahead then, so `fetch` does. A part
+//! that comes from a server or another program is read the way such files are best read: through
+//! one descriptor, with the kernel's own read-ahead.
 
+pub(crate) mod fetch;
 mod open;
 mod part;
 mod share;
 
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
 use memmap2::Mmap;
 
 pub use open::{OpenError, open};
 
+use self::fetch::{Chunk, Fetch};
+pub(crate) use self::fetch::{Held, Pace, Run};
 use self::part::PartFile;
 use crate::explain::{Explain, Hint, written};
 use crate::sys;
-pub use crate::sys::read::DIRECT_ALIGNMENT;
-use crate::sys::read::{is_cached, only_what_is_read, reopen_direct, takes_uncached_reads};
 
 /// The open parts of a model.
 #[derive(Debug)]
 pub struct Source {
-    parts: Vec<PartFile>,
+    shared: Arc<Shared>,
     /// Which part the model was opened by.
     given: usize,
-    page_cache: PageCache,
+    /// The number of threads that fetch; they start when there is something to fetch.
+    threads: OnceLock<usize>,
 }
 
-/// What reading does to the page cache of the parts.
+/// What the fetching threads need.
+#[derive(Debug)]
+struct Shared {
+    parts: Vec<PartFile>,
+    fetch: Fetch,
+}
+
+/// What reading does to the page cache of the parts. Parts on a network or FUSE file system are
+/// always read through it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum PageCache {
-    /// What was read stays there, as after every read.
+    /// It keeps what was read, as after every ordinary read.
     #[default]
     Filled,
-    /// What was there stays, nothing is added, as far as kernel and file system allow.
+    /// It keeps what it had and gets nothing new, as far as kernel and file system allow.
     Unchanged,
 }
 
-/// Why a range of a part cannot be read. To a reader of a mount all of them are EIO.
+/// Why a range of a part cannot be read. For a reader of a mount, each of these is EIO.
 #[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
 #[strum(serialize_all = "snake_case", prefix = "read.")]
 pub enum ReadError {
     #[error(
-        "{path:?} has changed since it was opened; open it again once nobody writes to it: unmount and mount, or say the same command"
+        "{path:?} has changed since it was opened; wait until nothing writes to it, then mount it again, or run the command again"
     )]
     Changed { path: PathBuf },
     #[error("{path:?} cannot be opened again: {cause}; {}", reopen_hint(.cause))]
@@ -81,7 +94,7 @@ impl ReadError {
 fn reopen_hint(cause: &io::Error) -> &'static str {
     match cause.raw_os_error() {
         Some(libc::EMFILE | libc::ENFILE) => "allow more open files with `ulimit -n`",
-        _ => "put it back, reads of it fail until then",
+        _ => "put it back; until then, reads of it fail",
     }
 }
 
@@ -99,95 +112,133 @@ impl Explain for ReadError {
 }
 
 impl Source {
-    /// Chooses what reading does to the page cache.
-    pub fn set_page_cache(&mut self, page_cache: PageCache) {
-        self.page_cache = page_cache;
-        for part in &mut self.parts {
-            let file = part.file.as_ref();
-            let file = file.filter(|_| page_cache == PageCache::Unchanged);
-            // What was read ahead of a range would stay, or be read again.
-            file.inspect(|file| only_what_is_read(file));
-            part.direct = file.and_then(|file| reopen_direct(file).ok());
+    fn new(parts: Vec<PartFile>, given: usize) -> Self {
+        let fetch = Fetch::default();
+        Self {
+            shared: Arc::new(Shared { parts, fetch }),
+            given,
+            threads: OnceLock::new(),
         }
     }
 
-    /// What reading does to the page cache.
-    pub fn page_cache(&self) -> PageCache {
-        self.page_cache
-    }
-
-    /// Whether reads can leave the page cache of the first part as they found it, in one way or the
-    /// other.
-    pub fn can_leave_page_cache(&self) -> bool {
-        let part = &self.parts[0];
-        part.direct.is_some() || part.file.as_ref().is_some_and(takes_uncached_reads)
-    }
-
-    /// Fills the buffer from `offset` of a part (0-based): all of it, or an error.
-    pub fn read_at(&self, part: u32, offset: u64, buffer: &mut [u8]) -> Result<(), ReadError> {
-        let part = &self.parts[part as usize];
-        part.with_file(|file| {
-            let read = match self.page_cache {
-                PageCache::Filled => file.read_exact_at(buffer, offset),
-                PageCache::Unchanged => part.read_unchanged(file, buffer, offset),
-            };
-            part.checked(file, offset, read)
-        })
-    }
-
-    /// Whether a part is kept open, so that reading a piece of it takes no more than that.
-    pub fn is_kept_open(&self, part: u32) -> bool {
-        self.parts[part as usize].file.is_some()
-    }
-
-    /// Fills the buffer as [`read_at`](Self::read_at) does, but past the page cache where the file
-    /// system can do that. The place of a read, its length and the address of the buffer must be
-    /// multiples of [`DIRECT_ALIGNMENT`]; where the part ends before, the rest of the buffer stays
-    /// as it is.
-    pub fn read_aligned(&self, part: u32, offset: u64, buffer: &mut [u8]) -> Result<(), ReadError> {
-        let part = &self.parts[part as usize];
-        let wanted = part.identity.bytes.saturating_sub(offset);
-        let wanted = usize::try_from(wanted).map_or(buffer.len(), |n| n.min(buffer.len()));
-        part.with_file(|file| {
-            let read = part.direct.as_ref().is_some_and(
-                |direct| matches!(direct.read_at(buffer, offset), Ok(read) if read >= wanted),
+    /// Chooses what reading does to the page cache.
+    pub fn set_page_cache(&mut self, page_cache: PageCache) {
+        let shared = Arc::get_mut(&mut self.shared);
+        // Serving takes the model by value, so nobody can call this afterwards.
+        let shared = shared.expect("nothing is fetched before a model is served");
+        for part in &mut shared.parts {
+            part.set_page_cache(page_cache);
+        }
+        let others = shared.parts.iter().filter(|p| p.page_cache() != page_cache);
+        let (others, all) = (others.count(), shared.parts.len());
+        if others > 0 {
+            tracing::info!(
+                "{others} of {all} parts are on a network or FUSE file system: they are read through its cache"
             );
-            let read = if read {
-                Ok(())
-            } else {
-                part.read_unchanged(file, &mut buffer[..wanted], offset)
+        }
+    }
+
+    /// Whether reads can leave the page cache of all parts as they found it.
+    pub fn can_leave_page_cache(&self) -> bool {
+        let mut parts = self.shared.parts.iter();
+        parts.all(PartFile::can_leave_page_cache)
+    }
+
+    /// Fills the whole buffer from `offset` of a part (0-based), or fails.
+    pub fn read_at(&self, part: u32, offset: u64, buffer: &mut [u8]) -> Result<(), ReadError> {
+        let file = self.part(part);
+        let range = offset..offset + buffer.len() as u64;
+        let (mut rest, mut place) = (buffer, offset);
+        for chunk in self.holding(part, &range) {
+            let piece = chunk.range().start.max(place)..chunk.range().end.min(range.end);
+            if piece.is_empty() {
+                continue;
+            }
+            let Some(held) = chunk.hold(&self.shared.parts, piece.clone()) else {
+                continue; // read below, or together with the gap before the next chunk
             };
-            part.checked(file, offset, read)
-        })
+            let (before, after) = rest.split_at_mut((piece.start - place) as usize);
+            if !before.is_empty() {
+                file.read(place, before)?;
+            }
+            let (here, after) = after.split_at_mut(held.len());
+            here.copy_from_slice(&held);
+            (rest, place) = (after, piece.end);
+        }
+        if !rest.is_empty() {
+            file.read(place, rest)?;
+        }
+        Ok(())
     }
 
-    /// Whether a range of a part is in the page cache, so that reading it costs no disk. The kernel
-    /// tells since Linux 6.5, and only the owner of the part or who may write to it.
-    pub fn is_cached(&self, part: u32, offset: u64, bytes: u64) -> bool {
-        let file = self.parts[part as usize].file.as_ref();
-        file.is_some_and(|file| is_cached(file, offset, bytes))
+    /// How far to read ahead of readers of this source; `None` if that is of no use.
+    pub(crate) fn pace(&self) -> Option<Pace> {
+        let is_fetchable = self.shared.parts.iter().any(PartFile::is_fetchable);
+        is_fetchable.then_some(Pace::DISK)
     }
 
-    /// Fails if a part has changed since it was opened.
-    pub fn check(&self, part: u32) -> Result<(), ReadError> {
-        let part = &self.parts[part as usize];
-        part.with_file(|file| part.check(file))
+    /// Fetches what a reader will ask for, in this order: about the first `near` bytes of it now.
+    /// This replaces what the reader wanted before; no runs mean that it wants nothing more. The
+    /// number tells readers apart.
+    pub(crate) fn fetch_ahead(&self, reader: u64, runs: &[Run], near: u64) {
+        let shared = &self.shared;
+        let chunks = shared.fetch.want(&shared.parts, reader, runs, near);
+        if chunks.is_empty() {
+            return;
+        }
+        let threads = self
+            .threads
+            .get_or_init(|| start_threads(shared, Pace::DISK.threads));
+        // Without threads, whoever asks for a chunk reads it.
+        if *threads > 0 {
+            shared.fetch.queue(chunks);
+        }
+    }
+
+    /// The bytes of a run, in the memory they were fetched into; `None` unless one chunk holds them
+    /// all.
+    pub(crate) fn held(&self, run: Run) -> Option<Held> {
+        let range = run.offset..run.offset + run.len;
+        let whole = |chunk: &Arc<Chunk>| {
+            let held = chunk.range();
+            held.start <= range.start && range.end <= held.end
+        };
+        let chunk = self.holding(run.part, &range).into_iter().find(whole)?;
+        chunk.hold(&self.shared.parts, range)
+    }
+
+    fn holding(&self, part: u32, range: &Range<u64>) -> Vec<Arc<Chunk>> {
+        match self.threads.get() {
+            Some(_) => self.shared.fetch.holding(part, range),
+            None => Vec::new(), // nothing was fetched yet
+        }
+    }
+
+    fn part(&self, part: u32) -> &PartFile {
+        &self.shared.parts[part as usize]
+    }
+
+    /// How many parts are not as they were when the model was opened.
+    pub fn changed_parts(&self) -> u64 {
+        let parts = self.shared.parts.iter();
+        parts.filter(|part| part.is_unchanged().is_err()).count() as u64
     }
 
     /// When the newest part was last modified.
     pub fn modified(&self) -> SystemTime {
-        let parts = self.parts.iter().map(|part| part.identity.modified());
+        let parts = self.shared.parts.iter();
+        let parts = parts.map(|part| part.identity.modified());
         parts.max().unwrap_or(SystemTime::UNIX_EPOCH)
     }
 
     /// The paths of the parts, absolute, in order.
     pub fn paths(&self) -> impl ExactSizeIterator<Item = &Path> {
-        self.parts.iter().map(|part| part.path.as_path())
+        self.shared.parts.iter().map(|part| part.path.as_path())
     }
 
-    /// The path of the part that the model was opened by, absolute.
+    /// The absolute path of the part that the model was opened by.
     pub fn given_path(&self) -> &Path {
-        &self.parts[self.given].path
+        &self.shared.parts[self.given].path
     }
 
     /// Maps a part (0-based) for reading: its tensors without a copy, each at its
@@ -200,6 +251,28 @@ impl Source {
     pub unsafe fn map(&self, part: u32) -> Result<Mmap, ReadError> {
         // SAFETY: the caller promises that the file does not change.
         let map = self.with_part(part, |file| unsafe { sys::map(file) })?;
-        map.map_err(|cause| self.parts[part as usize].read_error(0, cause))
+        map.map_err(|cause| self.part(part).read_error(0, cause))
     }
+}
+
+impl Drop for Source {
+    fn drop(&mut self) {
+        self.shared.fetch.close();
+    }
+}
+
+/// Starts the threads that read queued chunks; returns how many did start.
+fn start_threads(shared: &Arc<Shared>, threads: usize) -> usize {
+    let start = |n: &usize| {
+        let shared = shared.clone();
+        let started = std::thread::Builder::new()
+            .name(format!("fetch-{n}"))
+            .spawn(move || shared.fetch.read_queued(&shared.parts));
+        started
+            .inspect_err(|e| {
+                tracing::warn!("a thread for reading ahead could not be started: {e}");
+            })
+            .is_ok()
+    };
+    (0..threads).filter(start).count()
 }

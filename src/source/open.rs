@@ -4,8 +4,8 @@ use std::fs::File;
 use std::io::{self, BufReader};
 use std::path::{Path, PathBuf};
 
+use super::Source;
 use super::part::{Identity, PartFile, open_regular};
-use super::{PageCache, Source};
 use crate::explain::{Explain, Hint, written};
 use crate::gguf::{
     Header, HeaderError, ModelHeader, PartName, SplitError, SplitKeys, looks_like_raw_cut,
@@ -205,10 +205,5 @@ fn join(parts: Vec<Opened>, given: usize) -> Result<(ModelHeader, Source), OpenE
         path: files[part].path.clone(),
         cause,
     })?;
-    let source = Source {
-        parts: files,
-        given,
-        page_cache: PageCache::default(),
-    };
-    Ok((header, source))
+    Ok((header, Source::new(files, given)))
 }

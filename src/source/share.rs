@@ -5,7 +5,6 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 
-use super::part::PartFile;
 use super::{ReadError, Source};
 use crate::sys::copy;
 
@@ -13,8 +12,8 @@ use crate::sys::copy;
 const STAT_BLOCK_BYTES: u64 = 512;
 
 impl Source {
-    /// Lends the descriptor of a part (0-based), and checks afterwards that the part is as it was
-    /// when it was opened: what was done with it before holds only then.
+    /// Lends the descriptor of a part (0-based), and checks afterwards that the part is still as it
+    /// was when it was opened. If it is not, the result is worthless and an error is returned.
     pub fn with_part<T>(&self, part: u32, borrow: impl FnOnce(&File) -> T) -> Result<T, ReadError> {
         let part = self.part(part);
         part.with_file(|file| {
@@ -24,7 +23,8 @@ impl Source {
         })
     }
 
-    /// The runs of data in a byte range of a part, in order; between them are holes. Reads nothing.
+    /// The runs of data in a byte range of a part, in order, with holes between them. Reads
+    /// nothing.
     pub fn data(&self, part: u32, range: Range<u64>) -> Result<Vec<Range<u64>>, ReadError> {
         let found = self.with_part(part, |file| data_of(file, &range))?;
         found.map_err(|cause| self.part(part).read_error(range.start, cause))
@@ -34,15 +34,11 @@ impl Source {
     pub fn part_bytes(&self, part: u32) -> u64 {
         self.part(part).identity.bytes
     }
-
-    fn part(&self, part: u32) -> &PartFile {
-        &self.parts[part as usize]
-    }
 }
 
 fn data_of(file: &File, range: &Range<u64>) -> io::Result<Vec<Range<u64>>> {
     let metadata = file.metadata()?;
-    // Asking would walk the list of all blocks of the part, for every tensor.
+    // No holes. Asking would walk the list of all blocks of the part, for every tensor.
     if metadata.blocks() * STAT_BLOCK_BYTES >= metadata.len() {
         return Ok(vec![range.clone()]);
     }
@@ -55,7 +51,7 @@ fn data_of(file: &File, range: &Range<u64>) -> io::Result<Vec<Range<u64>>> {
                 runs.push(run.start.max(range.start)..run.end.min(range.end));
             }
             Ok(_) => break,
-            // A file system that cannot tell.
+            // The file system cannot tell.
             Err(_) => return Ok(vec![range.clone()]),
         }
     }

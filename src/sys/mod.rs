@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 pub mod copy;
+pub mod file_system;
 pub mod mount;
 pub mod privileges;
 pub mod probe;

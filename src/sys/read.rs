@@ -1,4 +1,4 @@
-//! Reading by range, and what becomes of the page cache. Off Linux, reads are plain ones.
+//! Reading by range, with or without the page cache. Elsewhere than on Linux, reads are plain.
 
 use std::cell::RefCell;
 use std::fs::File;
@@ -7,18 +7,18 @@ use std::os::unix::fs::FileExt;
 
 use super::copy::is_refusal;
 
-/// Direct reads start at, end at and go to multiples of this: the largest sector of disks, and a
-/// page.
+/// Direct reads start at, end at and go to multiples of this: the size of the largest sectors and
+/// of the smallest pages.
 pub const DIRECT_ALIGNMENT: u64 = 4096;
 
 thread_local! {
-    /// Memory for direct reads of any place and length; it grows to the largest of them.
+    /// Memory for direct reads at any offset and of any length; it grows to the largest of them.
     static ALIGNED: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Fills the buffer from `offset`. What the read brings into the page cache leaves it again, and
-/// what was there stays (`RWF_DONTCACHE`, Linux 6.14). Where the kernel or the file system cannot
-/// do that, `otherwise` is to fill what it is given.
+/// Fills the buffer from `offset`. Pages that the read brings into the cache leave it again, and
+/// those that were there stay (`RWF_DONTCACHE`, Linux 6.14). If the kernel or the file system
+/// cannot do that, `otherwise` must fill what it is given.
 pub fn read_exact_uncached(
     file: &File,
     mut buffer: &mut [u8],
@@ -90,10 +90,10 @@ mod imp {
         )?)
     }
 
-    /// Opens a file once more, by its descriptor, to read past the page cache.
+    /// Opens an open file a second time, to read past the page cache.
     ///
     /// # Errors
-    /// `EINVAL` if its file system cannot do that.
+    /// `EINVAL` if the file system cannot do that.
     pub fn reopen_direct(file: &File) -> io::Result<File> {
         File::options()
             .read(true)
@@ -101,8 +101,8 @@ mod imp {
             .open(format!("/proc/self/fd/{}", file.as_raw_fd()))
     }
 
-    /// Whether all pages of a range are in the page cache (`cachestat`, Linux 6.5). No, where the
-    /// kernel does not tell: before, or of a file that is neither ours nor ours to write.
+    /// Whether all pages of a range are in the page cache (`cachestat`). `false` if the kernel does
+    /// not tell: before Linux 6.5, or for a file that this process neither owns nor may write to.
     pub fn is_cached(file: &File, offset: u64, len: u64) -> bool {
         /// The same number on all architectures but Alpha; neither rustix nor libc has it for all.
         const SYS_CACHESTAT: libc::c_long = 451;
@@ -120,12 +120,13 @@ mod imp {
         result == 0 && counts[0] >= (offset + len).div_ceil(page) - offset / page
     }
 
-    /// Asks that reads of a file bring no pages into the cache but their own. Only advice.
+    /// Advises the kernel not to read ahead in a file: only what is read comes into the cache.
     pub fn only_what_is_read(file: &File) {
         let _ = fadvise(file, 0, None, Advice::Random);
     }
 
-    /// Asks that a file leave the page cache, so that it is next read from the disk. Only advice.
+    /// Advises the kernel to drop a file from the page cache, so that the next read is from the
+    /// disk.
     pub fn forget(file: &File) {
         let _ = fadvise(file, 0, None, Advice::DontNeed);
     }

@@ -1,11 +1,11 @@
 //! The immutable tree: directories, files, and what the bytes of a file are.
 //!
-//! The problem: 23,040 files that must be found by name, listed, described and read, by several
-//! threads at once, from a few MiB.
+//! The problem: 23,040 files must be found by name, listed, described and read by several threads
+//! at once, and all of that must fit in a few MiB.
 //!
-//! The plan: flat tables. A node's inode number is its place in the table plus one, the children
-//! of a directory are one sorted range of it, a file is a range of the extent table, and names
-//! share one string. Nothing changes after [`Tree::new`], so there is nothing to lock.
+//! The plan: flat tables. A node's inode number is its index in the table plus one, the children of
+//! a directory are one sorted range of the table, a file is a range of the extent table, and all
+//! names share one string. Nothing changes after [`Tree::new`], so nothing needs a lock.
 
 use std::ops::Range;
 
@@ -15,14 +15,14 @@ pub type Ino = u64;
 /// The root directory.
 pub const ROOT: Ino = 1;
 
-/// A document that is rendered on demand; what the number means is for the layout to say.
+/// A document that is rendered on demand; the layout knows what the number means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct DocId(pub u32);
 
 /// Where the bytes of an extent come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Content {
-    /// A document that we render, whole.
+    /// A whole document that this program renders.
     Made(DocId),
     /// A byte range of a part of the model.
     Model {
@@ -38,12 +38,12 @@ pub enum Content {
 pub struct Extent {
     /// First byte in the file.
     pub start: u64,
-    /// Bytes, never 0.
+    /// Bytes; never 0.
     pub len: u64,
     pub content: Content,
 }
 
-/// A piece of an extent that answers a piece of a read.
+/// The part of an extent that answers a part of a read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Slice {
     pub len: u64,

@@ -188,9 +188,10 @@ def file_system(kind, folder, size):
 class FailingDisk:
     """A mount of tests/support/failing_disk.rs: `at` shows the files of a folder, and `fails` makes it fail."""
 
-    def __init__(self, at, faults):
+    def __init__(self, at, faults, requests=None):
         self.at = at
         self._faults = faults
+        self._requests = requests
 
     def fails(self, *faults):
         """From now on, instead of what was said before: `("eio", start, end)`, or with `short`, `empty` or `hang`."""
@@ -199,12 +200,19 @@ class FailingDisk:
         new.rename(self._faults)  # it is read at any time
 
 
+    def requests(self):
+        """What came so far: `("open", name, handle)`, perhaps with `"direct"`, and `("read", name, handle, offset, size)`."""
+        lines = self._requests.read_text().splitlines()
+        return [tuple(int(word) if word.isdigit() else word for word in line.split(" ")) for line in lines]
+
+
 @contextlib.contextmanager
-def failing_disk(folder, scratch):
+def failing_disk(folder, scratch, *flags):
     at = Path(scratch) / "disk"
     at.mkdir()
-    disk = FailingDisk(at, Path(scratch) / "faults")
-    with subprocess.Popen([FAILING_DISK, folder, at, disk._faults], stderr=subprocess.PIPE) as process:
+    disk = FailingDisk(at, Path(scratch) / "faults", Path(scratch) / "requests")
+    command = [FAILING_DISK, folder, at, disk._faults, "--requests", disk._requests, *flags]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
         try:
             wait_for(lambda: mount_at(at) or process.poll() is not None)
             assert process.poll() is None, process.stderr.read()
@@ -213,6 +221,45 @@ def failing_disk(folder, scratch):
             disk.fails()  # what hangs goes on
             detach(at)
             process.kill()
+
+
+class FailingBlocks(FailingDisk):
+    """A file system on a disk that fails: `at` shows copies of the files of a folder, of which `fails` takes offsets."""
+
+    def __init__(self, at, disk, image, model):
+        super().__init__(at, disk._faults)
+        self._model = model.read_bytes()
+        self._image = image.read_bytes()
+
+    def fails(self, *faults):
+        super().fails(*((kind, self._place(start), self._place(start) + end - start) for kind, start, end in faults))
+
+    def _place(self, offset):
+        """Where on the disk a byte of the model lies: no other page holds the same."""
+        page = offset // 4096 * 4096
+        return self._image.index(self._model[page : page + 4096]) + offset - page
+
+
+@contextlib.contextmanager
+def failing_blocks(model, scratch, kind="ext4"):
+    """A copy of a model on a file system of a disk, which fails when it is told to."""
+    store, at = Path(scratch) / "blocks", Path(scratch) / "on-blocks"
+    store.mkdir()
+    at.mkdir()
+    image = store / "disk.img"
+    with image.open("wb") as file:
+        file.truncate(model.stat().st_size + 64 * MIB)
+    subprocess.run([f"mkfs.{kind}", "-q", image], check=True, capture_output=True)
+    subprocess.run(["mount", "-o", "loop", image, at], check=True)
+    shutil.copy(model, at)
+    subprocess.run(["umount", at], check=True)
+    with failing_disk(store, scratch) as disk:
+        subprocess.run(["mount", "-o", "loop,ro", disk.at / image.name, at], check=True)
+        try:
+            yield FailingBlocks(at, disk, image, model)
+        finally:
+            disk.fails()
+            subprocess.run(["umount", "-l", at], check=False, capture_output=True)
 
 
 def evict(path):

@@ -1,6 +1,7 @@
 """A disk beneath the model that fails, hangs or reads short: who asked for those bytes learns it, and nobody else."""
 
 import concurrent.futures
+import contextlib
 import errno
 import os
 import re
@@ -16,6 +17,7 @@ from odmoe import (
     daemon_of,
     expert_gguf,
     fail,
+    failing_blocks,
     failing_disk,
     files_of,
     mount_at,
@@ -46,15 +48,36 @@ def model(tmp_path):
 
 @pytest.fixture
 def disk(model, tmp_path):
+    """A file system of another program that fails."""
     with failing_disk(model.parent, tmp_path) as disk:
         yield disk
+
+
+@pytest.fixture(params=["below", "blocks"])
+def either_disk(request, model, tmp_path):
+    """The same, or a disk whose blocks fail, which is read ahead past the page cache."""
+    make = {"below": lambda: failing_disk(model.parent, tmp_path), "blocks": lambda: failing_blocks(model, tmp_path)}
+    with make[request.param]() as disk:
+        yield disk
+
+
+@contextlib.contextmanager
+def showing(model, disk, tmp_path, cache):
+    with mounted(disk.at / model.name, tmp_path / "mnt", "--cache", cache, "--threads", "4") as root:
+        yield Shown([model], root)
 
 
 @pytest.fixture
 def shown(model, disk, tmp_path, cache):
     """The mount of a model on the failing disk, and what its files hold."""
-    with mounted(disk.at / model.name, tmp_path / "mnt", "--cache", cache, "--threads", "4") as root:
-        yield Shown([model], root)
+    with showing(model, disk, tmp_path, cache) as shown:
+        yield shown
+
+
+@pytest.fixture
+def either_shown(model, either_disk, tmp_path, cache):
+    with showing(model, either_disk, tmp_path, cache) as shown:
+        yield shown
 
 
 def expected(shown, name):
@@ -90,7 +113,8 @@ def middle(shown, name, index=1):
 
 
 @promises("A read error of the disk is EIO for the reader of that range, and for nobody else.")
-def test_a_read_error_is_eio_for_its_range_alone(shown, disk):
+def test_a_read_error_is_eio_for_its_range_alone(either_shown, either_disk):
+    shown, disk = either_shown, either_disk
     offset, place = middle(shown, BROKEN)
     disk.fails(("eio", offset, offset + 1))
     with pytest.raises(OSError) as caught:
@@ -106,7 +130,8 @@ def test_a_read_error_is_eio_for_its_range_alone(shown, disk):
 
 
 @promises("A range that failed is read again when it is asked for again.")
-def test_a_range_that_failed_is_read_again(shown, disk):
+def test_a_range_that_failed_is_read_again(either_shown, either_disk):
+    shown, disk = either_shown, either_disk
     offset, place = middle(shown, BROKEN)
     disk.fails(("eio", offset, offset + 1))
     for _ in range(3):
@@ -117,8 +142,9 @@ def test_a_range_that_failed_is_read_again(shown, disk):
 
 
 @promises("An error in bytes that were only read ahead reaches nobody who does not ask for them.")
-def test_an_error_in_bytes_that_were_read_ahead_is_told_to_who_asks_for_them(shown, disk):
+def test_an_error_in_bytes_that_were_read_ahead_is_told_to_whoever_asks_for_them(either_shown, either_disk):
     """A sequential reader, far behind whom the disk fails: read ahead, it has failed long before it is asked for."""
+    shown, disk = either_shown, either_disk
     offset, place = middle(shown, BROKEN, index=2)
     disk.fails(("eio", offset, offset + 1))
     start, payload = expected(shown, BROKEN)

@@ -277,7 +277,7 @@ def test_a_finished_tree_is_recognised_without_reading_payload(model, whole):
 
 
 @pytest.mark.parametrize("kind", ["ext4", "xfs"])  # btrfs reads megabytes ahead of the header
-@promises("What was read is in memory once, and what other programs have cached of the model stays cached.")
+@promises("What was read of a model on a disk is in memory once, and what other programs have cached of it stays cached.")
 def test_what_others_have_cached_of_the_model_stays_and_nothing_is_added(model, whole, room_for, kind):
     at = room_for(kind)
     here, out = Path(shutil.copy(model, at)), at / "out"

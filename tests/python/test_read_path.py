@@ -221,7 +221,7 @@ def pages_after(read, model, where, *flags):
 
 @needs_root
 @pytest.mark.parametrize("read", [read_in_order, map_in_order])
-@promises("What was read is in memory once, and what other programs have cached of the model stays cached.")
+@promises("What was read of a model on a disk is in memory once, and what other programs have cached of it stays cached.")
 def test_what_was_read_is_in_memory_once(on_disk, tmp_path, read):
     size, ours, source = pages_after(read, on_disk, tmp_path / "mnt")
     assert size <= ours <= size + EXPERTS * 4096

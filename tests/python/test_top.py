@@ -360,8 +360,8 @@ def test_experts_that_share_a_cell_of_the_exported_map_are_named_together(public
 
 
 def test_what_top_cannot_show_it_says(model, public):
-    fail("top", public, naming=["no odmoe-fs mount"])
-    fail("top", public / "nothing", naming=["no odmoe-fs mount"])
+    fail("top", public, naming=["not an odmoe-fs mount"])
+    fail("top", public / "nothing", naming=["not an odmoe-fs mount"])
     with mounted(model, public / "mnt") as root:
         fail("top", root, "--once", naming=["--stats"])
         done = odmoe("top", root, "--once", "--json")

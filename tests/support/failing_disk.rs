@@ -8,13 +8,23 @@
 //! hang START END      reads that touch them wait until the line is gone
 //! ```
 //!
-//! Nothing is cached, so that every read of whoever uses the disk comes here.
+//! Nothing is cached, so that every read of whoever uses the disk comes here; or, with `--cached`, the
+//! kernel caches and reads ahead as it does of other file systems. With `--requests FILE` each request
+//! is written there, a line each, in the order in which they came:
+//!
+//! ```text
+//! open NAME HANDLE [direct]
+//! read NAME HANDLE OFFSET SIZE
+//! ```
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
+use std::io::Write;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, UNIX_EPOCH};
 
 use clap::Parser;
@@ -31,9 +41,21 @@ struct Cli {
     directory: PathBuf,
     /// The file of faults; none while it does not exist
     faults: PathBuf,
+    /// Let the kernel cache and read ahead
+    #[arg(long)]
+    cached: bool,
+    /// Threads that answer: by default more than the readers of any test, some of which hang
+    #[arg(long, default_value_t = 64)]
+    threads: usize,
+    /// Where to write what is asked for
+    #[arg(long)]
+    requests: Option<PathBuf>,
 }
 
 struct FailingDisk {
+    cached: bool,
+    requests: Option<Mutex<File>>,
+    handles: AtomicU64,
     /// By inode number, which counts from 2.
     files: BTreeMap<u64, (OsString, File)>,
     faults: PathBuf,
@@ -59,20 +81,42 @@ fn main() -> anyhow::Result<()> {
             .map(open)
             .collect::<std::io::Result<_>>()?,
         faults: cli.faults,
+        cached: cli.cached,
+        requests: match cli.requests {
+            Some(path) => Some(Mutex::new(File::create(path)?)),
+            None => None,
+        },
+        handles: AtomicU64::new(0),
     };
     let mut config = Config::default();
     config.mount_options = vec![
         MountOption::RO,
         MountOption::FSName("failing-disk".to_owned()),
     ];
+    if cli.cached {
+        // As rclone and sshfs have it; fuser's own requests are larger.
+        let max_read = MountOption::CUSTOM("max_read=131072".to_owned());
+        config.mount_options.push(max_read);
+    }
     config.acl = SessionACL::All;
-    // More than the readers of any test, some of which hang.
-    config.n_threads = Some(64);
+    config.n_threads = Some(cli.threads);
     fuser::mount(disk, &cli.directory, &config)?;
     Ok(())
 }
 
 impl FailingDisk {
+    fn tell(&self, request: &str) {
+        if let Some(requests) = &self.requests {
+            let mut requests = requests.lock().expect("nothing here panics");
+            writeln!(requests, "{request}").expect("the disk has room");
+        }
+    }
+
+    fn name(&self, ino: u64) -> String {
+        let file = self.files.get(&ino);
+        file.map_or_else(String::new, |(name, _)| name.to_string_lossy().into_owned())
+    }
+
     /// What is to happen to a read.
     fn fault(&self, start: u64, end: u64) -> Option<String> {
         let faults = fs::read_to_string(&self.faults).unwrap_or_default();
@@ -138,21 +182,31 @@ impl Filesystem for FailingDisk {
         }
     }
 
-    fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        reply.opened(FileHandle(0), FopenFlags::FOPEN_DIRECT_IO);
+    fn open(&self, _: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let handle = self.handles.fetch_add(1, Ordering::Relaxed);
+        let is_direct = flags.0 & libc::O_DIRECT != 0;
+        let direct = if is_direct { " direct" } else { "" };
+        self.tell(&format!("open {} {handle}{direct}", self.name(ino.0)));
+        let flags = match self.cached {
+            true => FopenFlags::FOPEN_KEEP_CACHE,
+            false => FopenFlags::FOPEN_DIRECT_IO,
+        };
+        reply.opened(FileHandle(handle), flags);
     }
 
     fn read(
         &self,
         _: &Request,
         ino: INodeNo,
-        _: FileHandle,
+        handle: FileHandle,
         offset: u64,
         size: u32,
         _: OpenFlags,
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
+        let (name, handle) = (self.name(ino.0), handle.0);
+        self.tell(&format!("read {name} {handle} {offset} {size}"));
         let Some((_, file)) = self.files.get(&ino.0) else {
             return reply.error(Errno::ENOENT);
         };

@@ -1,9 +1,9 @@
-//! Experts as a map: a row for each layer, a column for each number of an expert. Where there are
-//! more of either than fit, neighbours share a cell, which shows their sum.
+//! Experts as a map: a row for each layer, a column for each expert number. If there are more than
+//! fit, neighbours share a cell, which shows their sum.
 
 use std::collections::HashMap;
 
-use odmoe_fs::stats::Run;
+use odmoe_fs::stats::Span;
 
 use super::super::text;
 use super::Sample;
@@ -14,7 +14,7 @@ pub enum Measure {
     /// How often its file was opened
     #[default]
     Opens,
-    /// How many read requests came for it
+    /// How many requests to read it came
     Reads,
     /// How many bytes of it were read
     Bytes,
@@ -50,8 +50,8 @@ impl Measure {
 #[derive(Debug, Clone, Default)]
 pub struct Heat {
     /// The layers that have experts, and the numbers of these.
-    layers: Vec<(u32, Vec<Run>)>,
-    /// By layer and expert; those that were not used are not in it.
+    layers: Vec<(u32, Vec<Span>)>,
+    /// By layer and expert; unused experts are left out.
     values: HashMap<(u32, u32), u64>,
 }
 
@@ -73,7 +73,7 @@ impl Heat {
         }
     }
 
-    /// What was added since an earlier moment.
+    /// What was counted since an earlier sample.
     pub fn since(&self, earlier: &Self) -> Self {
         let grown = |(key, value): (&(u32, u32), &u64)| {
             let before = earlier.values.get(key).copied().unwrap_or(0);
@@ -102,9 +102,9 @@ impl Heat {
     }
 }
 
-/// The numbers of the experts of each layer. A mount may not list all of them; those that were used
-/// are there in any case.
-fn numbers(sample: &Sample) -> Vec<(u32, Vec<Run>)> {
+/// The numbers of each layer's experts. A mount may not list all of them; used experts are added in
+/// any case.
+fn numbers(sample: &Sample) -> Vec<(u32, Vec<Span>)> {
     let stats = &sample.stats;
     let listed: HashMap<_, _> = stats.numbers.iter().map(|(l, runs)| (*l, runs)).collect();
     let used: HashMap<_, _> = sample.heat.iter().map(|l| (l.layer, &l.experts)).collect();
@@ -114,7 +114,7 @@ fn numbers(sample: &Sample) -> Vec<(u32, Vec<Run>)> {
             None => vec![(0, count.saturating_sub(1))],
         };
         let used = used.get(&layer).into_iter().copied().flatten();
-        let unlisted: Vec<Run> = used
+        let unlisted: Vec<Span> = used
             .map(|&(expert, ..)| expert)
             .filter(|expert| {
                 let run = runs.get(runs.partition_point(|run| run.1 < *expert));
@@ -194,7 +194,7 @@ impl Grid {
         }
     }
 
-    /// How hot a cell is, of `steps`: 0 is not used at all. By the square root, so that the lukewarm is seen, too.
+    /// How hot a cell is, in `steps`; 0 is unused. By the square root, so that lukewarm cells show.
     pub fn step(&self, value: u64, steps: u64) -> u64 {
         if value == 0 || self.hottest == 0 {
             return 0;
@@ -258,7 +258,7 @@ impl Grid {
 
 fn cells(
     heat: &Heat,
-    layers: &[(u32, Vec<Run>)],
+    layers: &[(u32, Vec<Span>)],
     experts: usize,
     per_cell: usize,
 ) -> Vec<Option<u64>> {
@@ -330,7 +330,7 @@ mod tests {
     }
 
     /// What a mount with one layer says.
-    fn sample(count: u32, numbers: &[Run], used: &[u32]) -> Sample {
+    fn sample(count: u32, numbers: &[Span], used: &[u32]) -> Sample {
         let stats = serde_json::json!({
             "architecture": "x", "seconds": 1.0, "requests": {}, "errors": 0,
             "latency": {"p50_us": 0, "p90_us": 0, "p99_us": 0, "max_us": 0},

@@ -1,7 +1,7 @@
 //! `top`: which experts are hot, and how fast a mount is read.
 //!
-//! [`Sample`] is what a mount says of itself, [`Heat`] its experts as a grid; they are shown live (`view`),
-//! printed, or drawn (`svg`).
+//! A [`Sample`] holds the counters of a mount, [`Heat`] those of its experts. They are shown live
+//! (`view`), printed, or drawn (`svg`).
 
 mod heat;
 mod svg;
@@ -25,35 +25,36 @@ use super::{print, print_json, say, text};
 
 /// Show which experts of a mount are hot, and how fast it is read
 ///
-/// The mount must have been made with --stats. What is counted is what reaches the file system: reads that
-/// the kernel answers from its cache do not, so that opens tell best how often an expert is used.
+/// The mount must have been made with --stats. Only requests that reach the file system are
+/// counted. Reads that the kernel answers from its cache do not, so opens are the best measure of
+/// how often an expert is used.
 #[derive(clap::Args)]
 pub struct TopArgs {
     /// The directory that the model is mounted on
     #[arg(value_name = "DIR")]
     directory: PathBuf,
-    /// Print what was counted so far, and stop
+    /// Print the counters once, and exit
     #[arg(long)]
     once: bool,
-    /// Print it as one JSON object (with --once)
+    /// Print the counters as one JSON object (with --once)
     #[arg(long, requires = "once")]
     pub json: bool,
-    /// Draw the heat map into an SVG file, and stop
+    /// Write the heat map to an SVG file, and exit
     #[arg(long, value_name = "FILE.svg", conflicts_with = "once")]
     export: Option<PathBuf>,
-    /// What the heat is that --once and --export show, and the live view starts with
+    /// What makes an expert hot, for --once, --export and the start of the live view
     #[arg(long, value_enum, value_name = "WHAT", default_value_t)]
     heat: Measure,
-    /// Seconds between two looks of the live view
+    /// Seconds between updates of the live view
     #[arg(long, value_name = "SECONDS", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=3600))]
     interval: u64,
 }
 
-/// What a mount has counted until a moment.
+/// The counters of a mount at one moment.
 #[derive(Serialize)]
 struct Sample {
     stats: Snapshot,
-    /// Of each layer the experts that were used, the hottest first: `[expert, opens, reads, bytes]`.
+    /// The used experts of each layer, the hottest first: `[expert, opens, reads, bytes]`.
     heat: Vec<LayerHeat>,
 }
 
@@ -63,25 +64,23 @@ struct LayerHeat {
     experts: Vec<ExpertUse>,
 }
 
-/// Why there is nothing to show.
+/// Why nothing can be shown.
 #[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
 #[strum(serialize_all = "snake_case", prefix = "top.")]
 pub enum TopError {
-    #[error("{0:?} is no odmoe-fs mount; name one of those that `odmoe-fs status` lists")]
+    #[error("{0:?} is not an odmoe-fs mount; pick one from `odmoe-fs status`")]
     NotOurs(PathBuf),
     #[error(
-        "the mount on {0:?} counts nothing; mount it with --stats, such as: odmoe-fs mount --replace --stats MODEL.gguf DIR"
+        "the mount on {0:?} counts nothing; mount it with --stats: `odmoe-fs mount --replace --stats MODEL.gguf DIR`"
     )]
     NotCounted(PathBuf),
-    #[error(
-        "the mount on {0:?} does not answer; see with `odmoe-fs status` which process serves it"
-    )]
+    #[error("the mount on {0:?} does not answer; `odmoe-fs status` shows which process serves it")]
     NotAnswering(PathBuf),
     #[error(
-        "the process of the mount on {0:?} is dead, or it was unmounted; mount it again with --stats"
+        "the mount on {0:?} was unmounted, or its process has died; mount it again with --stats"
     )]
     Stale(PathBuf),
-    #[error("the mount on {0:?} is another user's; ask as that user")]
+    #[error("the mount on {0:?} belongs to another user; run this as that user")]
     NotReadable(PathBuf),
 }
 
@@ -117,7 +116,7 @@ pub fn run(args: &TopArgs) -> Result<()> {
 }
 
 impl Sample {
-    /// Asks a mount, unless it does not answer.
+    /// Asks a mount for its counters.
     fn of(root: &Path) -> Result<Self> {
         let fail = |error: fn(PathBuf) -> TopError| Err(error(root.to_owned()));
         match state_of(root) {
@@ -147,7 +146,7 @@ fn parsed<T: serde::de::DeserializeOwned>(json: &[u8]) -> Result<T> {
 
 /// An extended attribute; `None` if the file has no such.
 fn attribute(path: &Path, name: &str) -> Result<Option<Vec<u8>>> {
-    let mut value = vec![0; 64 << 10]; // as long as they can be
+    let mut value = vec![0; 64 << 10]; // the longest value that Linux allows
     match rustix::fs::getxattr(path, name, &mut value) {
         Ok(length) => {
             value.truncate(length);
@@ -160,7 +159,7 @@ fn attribute(path: &Path, name: &str) -> Result<Option<Vec<u8>>> {
     }
 }
 
-/// Widths of what is printed: a line of a terminal.
+/// The printed map fits the lines of a terminal.
 const COLUMNS: usize = 64;
 /// What stands before a row of the map.
 const LABELS: usize = 10;
@@ -229,7 +228,7 @@ fn export(sample: &Sample, root: &Path, measure: Measure, path: &Path) -> Result
     ensure!(
         path.extension()
             .is_some_and(|extension| extension.eq_ignore_ascii_case("svg")),
-        "{path:?} does not end in .svg; say such a name"
+        "{path:?} does not end in .svg; choose a name that does"
     );
     let heat = Heat::of(sample, measure);
     let title = format!("{} on {}", sample.stats.architecture, root.display());
@@ -238,13 +237,13 @@ fn export(sample: &Sample, root: &Path, measure: Measure, path: &Path) -> Result
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),
     };
-    // Another picture of that name is replaced when this one is whole.
+    // An older picture is replaced only when this one is complete.
     let write = || {
         let file = tempfile::Builder::new().make_in(folder, |path| File::create_new(path))?;
         file.as_file().write_all(drawing.as_bytes())?;
         file.persist(path).map_err(|e| e.error)
     };
     write().with_context(|| format!("cannot write {path:?}"))?;
-    say(&format!("drew {}\n", text::path(path)));
+    say(&format!("wrote {}\n", text::path(path)));
     Ok(())
 }

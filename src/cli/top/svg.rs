@@ -1,13 +1,13 @@
-//! The heat map as a picture for reports: one SVG file that needs nothing else.
+//! The heat map as a picture for reports: one self-contained SVG file.
 
 use std::fmt::Write as _;
 
 use super::heat::{Grid, Heat, Measure};
 
-/// Beyond so many, experts and layers share cells.
+/// If there are more, experts or layers share cells.
 const MAX_COLUMNS: usize = 512;
 const MAX_ROWS: usize = 256;
-/// The width of the map, in pixels, that cells divide among them, and their bounds.
+/// The width of the map in pixels, which the columns share, and the bounds of a column's width.
 const MAP_WIDTH: usize = 1200;
 const CELL_WIDTH: (usize, usize) = (2, 40);
 const CELL_HEIGHT: usize = 14;
@@ -16,7 +16,7 @@ const LEFT: usize = 70;
 const TOP: usize = 70;
 const BELOW: usize = 60;
 const RIGHT: usize = 20;
-/// Labels need so much height.
+/// Height of a label.
 const LABEL_HEIGHT: usize = 14;
 const STEPS: u64 = 10;
 
@@ -112,7 +112,7 @@ fn colour(step: u64) -> String {
     )
 }
 
-/// Text that stands in XML; what cannot stand in it is left out.
+/// Text for XML; characters that XML does not allow are left out.
 fn escaped(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {

@@ -1,12 +1,12 @@
-//! The terminal while the live view has it: in raw mode and on a screen of its own, and as it was
-//! before when the view has ended, whatever ends it.
+//! The terminal of the live view: in raw mode and on a screen of its own while the view has it, and
+//! as it was before when the view ends, whatever ends it.
 //!
-//! The problem: the terminal outlives the process. One that a signal ends would leave a shell
-//! without an echo, on a screen without its history.
+//! The problem: the terminal outlives the process. A process that is ended by a signal would leave
+//! the shell without echo, on an empty screen.
 //!
-//! The plan: a thread takes every signal that would end the process, and the view looks ten times a
-//! second for what that thread has taken. If the view does not, since it waits for something, the
-//! thread gives the terminal back itself.
+//! The plan: a thread takes every signal that would end the process, and ten times a second the
+//! view checks what it has taken. If the view is busy with something else, the thread restores the
+//! terminal and ends the process itself.
 
 use std::io::{self, IsTerminal};
 use std::sync::Arc;
@@ -24,8 +24,7 @@ use rustix::process::{Signal, getpgrp, getpid, getsid, kill_process};
 use super::super::failure::{Failure, Result, ensure};
 use super::super::text;
 
-/// The signals that end a process if it does nothing about them, but those that tell of a fault of
-/// its own (signal(7)).
+/// The signals that end a process by default (signal(7)), except those for faults of its own.
 const ENDING: &[i32] = &[
     libc::SIGHUP,
     libc::SIGINT,
@@ -45,21 +44,21 @@ const ENDING: &[i32] = &[
     libc::SIGSTKFLT,
 ];
 
-/// How often the view looks for signals: soon enough for a person.
+/// How often the view checks for signals: soon enough for a person.
 const LOOK: Duration = Duration::from_millis(100);
 /// How long it may take to obey one.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// The terminal, given back when dropped.
-pub struct Screen {
+pub struct LiveTerminal {
     terminal: DefaultTerminal,
-    /// Whether the terminal is ours now. Given back twice, the cursor would be where it was before.
+    /// Whether the view has the terminal. Restoring it twice would move the shell's cursor.
     is_taken: bool,
-    /// The signal that was taken last, and not obeyed yet; 0 for none.
+    /// The signal that was taken and not obeyed yet; 0 for none.
     taken: Arc<AtomicI32>,
 }
 
-impl Screen {
+impl LiveTerminal {
     /// Takes the terminal.
     pub fn take() -> Result<Self> {
         ensure!(
@@ -71,12 +70,12 @@ impl Screen {
             "this terminal (TERM=dumb) cannot show the live view; pass --once, or --once --json"
         );
         if !is_in_foreground() {
-            // As the kernel would: stop until the shell gives us the terminal. But before signals
-            // are taken, which could not be obeyed meanwhile.
+            // Stop until the shell gives us the terminal, as the kernel would make us; but do it
+            // before signals are taken, since a stopped process could not obey them.
             kill_process(getpid(), Signal::TTOU).map_err(io::Error::from)?;
         }
         let taken = take_signals()?;
-        // Also gives the terminal back if there is a panic.
+        // This also restores the terminal after a panic.
         let terminal = ratatui::try_init()?;
         Ok(Self {
             terminal,
@@ -85,15 +84,15 @@ impl Screen {
         })
     }
 
-    /// Shows what `draw` renders.
+    /// Draws the view.
     pub fn draw(&mut self, draw: impl FnOnce(&mut Frame)) -> Result<()> {
         let drawn = self.terminal.draw(draw).map(drop);
-        // A terminal that is gone sends a signal, too, which says it better.
+        // If the terminal is gone, the signal that says so is the better reason.
         self.obey_signals()?;
         Ok(drawn?)
     }
 
-    /// Waits for a key. `None` if nothing was pressed until then, or if the view must be drawn anew.
+    /// Waits for a key. `None` if none was pressed in time, or if the view must be drawn again.
     ///
     /// # Errors
     /// [`Failure::interrupted`] if a signal ends the process.
@@ -115,7 +114,7 @@ impl Screen {
                     if key.code != KeyCode::Char('z') || !with_control {
                         return Ok(Some(key));
                     }
-                    // Without a shell there is nobody to continue us.
+                    // Without a shell, nobody would continue us.
                     if getsid(None).map_err(io::Error::from)? != getpgrp() {
                         self.suspend()?;
                     }
@@ -127,7 +126,7 @@ impl Screen {
         }
     }
 
-    /// Obeys the signal that was taken, if any; says whether the view must be drawn anew.
+    /// Obeys the signal that was taken, if any. `true` if the view must be drawn again.
     fn obey_signals(&mut self) -> Result<bool> {
         match self.taken.load(Ordering::Acquire) {
             0 => Ok(false),
@@ -139,8 +138,8 @@ impl Screen {
         }
     }
 
-    /// Gives the terminal back, stops as a shell expects it after Ctrl-Z, and takes the terminal again
-    /// when the shell lets us.
+    /// Restores the terminal and stops, as a shell expects after Ctrl-Z; takes the terminal again
+    /// once the process is in the foreground.
     fn suspend(&mut self) -> Result<()> {
         self.give_back();
         let suspended =
@@ -149,7 +148,7 @@ impl Screen {
         if matches!(suspended, Ok(_) | Err(0)) {
             kill_process(getpid(), Signal::STOP).map_err(io::Error::from)?;
         }
-        // Continued, though perhaps in the background.
+        // Continued, but perhaps in the background.
         loop {
             std::thread::sleep(LOOK);
             match self.taken.swap(0, Ordering::AcqRel) {
@@ -161,7 +160,7 @@ impl Screen {
         self.is_taken = true;
         enable_raw_mode()?;
         execute!(io::stdout(), EnterAlternateScreen)?;
-        // One that knows nothing of what was shown before.
+        // A new one, which does not assume that the screen still shows what it drew.
         self.terminal = Terminal::new(CrosstermBackend::new(io::stdout()))?;
         Ok(())
     }
@@ -173,19 +172,19 @@ impl Screen {
     }
 }
 
-impl Drop for Screen {
+impl Drop for LiveTerminal {
     fn drop(&mut self) {
         self.give_back();
     }
 }
 
-/// Whether the terminal is ours to write to; so it is if no shell shares it out.
+/// Whether this process may write to the terminal; always, if no shell controls that.
 fn is_in_foreground() -> bool {
     rustix::termios::tcgetpgrp(io::stdin()).map_or(true, |group| group == getpgrp())
 }
 
-/// From here on signals are taken by a thread. What it has taken and nobody has obeyed yet is in what
-/// this returns.
+/// Starts the thread that takes signals. The result holds the one that was taken and not obeyed
+/// yet.
 fn take_signals() -> io::Result<Arc<AtomicI32>> {
     let signals = Signals::block(&[ENDING, &[libc::SIGTSTP]].concat())?;
     let taken = Arc::new(AtomicI32::new(0));
@@ -193,7 +192,7 @@ fn take_signals() -> io::Result<Arc<AtomicI32>> {
     std::thread::spawn(move || {
         while let Ok(signal) = signals.wait() {
             if signal == libc::SIGTSTP {
-                // Never instead of one that ends us.
+                // Never replaces a signal that ends the process.
                 let _ = told.compare_exchange(0, signal, Ordering::AcqRel, Ordering::Acquire);
                 continue;
             }

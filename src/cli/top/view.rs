@@ -1,4 +1,4 @@
-//! The live view: what was counted, drawn anew each time the mount is asked.
+//! The live view: the counters of a mount, drawn again for each sample.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -13,26 +13,26 @@ use ratatui::text::{Line, Span};
 use super::super::failure::Result;
 use super::super::text;
 use super::heat::{Grid, Heat, Measure};
-use super::terminal::Screen;
+use super::terminal::LiveTerminal;
 use super::{Sample, latencies};
 
-/// How far from grey to red there are colours: of the 256 that most terminals have.
+/// From grey to red, in the 256 colours that most terminals have.
 const COLOURS: [u8; 7] = [236, 58, 100, 142, 172, 202, 196];
-/// Labels of layers.
+/// Width of the layers' labels.
 const LABEL_COLUMNS: u16 = 9;
 
 struct View<'a> {
     root: &'a Path,
     sample: Sample,
-    /// The one before, with the seconds between them.
+    /// The sample before, and the seconds between the two.
     before: Option<(Sample, f64)>,
     measure: Measure,
-    /// Only what was added between the last two looks.
+    /// Show only what was counted between the last two samples.
     recent: bool,
     colours: bool,
 }
 
-/// Shows a mount until the user ends it, or until it does not answer any more.
+/// Shows a mount until the user ends the view or the mount stops answering.
 pub fn run(root: &Path, sample: Sample, measure: Measure, interval: Duration) -> Result<()> {
     let mut view = View {
         root,
@@ -42,15 +42,15 @@ pub fn run(root: &Path, sample: Sample, measure: Measure, interval: Duration) ->
         recent: false,
         colours: text::may_be_coloured(),
     };
-    view.show(&mut Screen::take()?, interval)
+    view.show(&mut LiveTerminal::take()?, interval)
 }
 
 impl View<'_> {
-    fn show(&mut self, screen: &mut Screen, interval: Duration) -> Result<()> {
+    fn show(&mut self, terminal: &mut LiveTerminal, interval: Duration) -> Result<()> {
         let mut next = Instant::now() + interval;
         loop {
-            screen.draw(|frame| self.draw(frame))?;
-            if let Some(key) = screen.key(next)? {
+            terminal.draw(|frame| self.draw(frame))?;
+            if let Some(key) = terminal.key(next)? {
                 if self.ends(key) {
                     return Ok(());
                 }
@@ -64,15 +64,15 @@ impl View<'_> {
         }
     }
 
-    /// Goes on to a newer sample.
+    /// Takes a newer sample.
     fn add(&mut self, sample: Sample) {
         let seconds = sample.stats.seconds - self.sample.stats.seconds;
         let before = std::mem::replace(&mut self.sample, sample);
-        // Another mount, in the place of the one before, counts from 0.
+        // If another mount has taken the place of the one before, it counts from 0.
         self.before = (seconds > 0.0).then_some((before, seconds));
     }
 
-    /// Obeys a key; says whether it ends the view.
+    /// Obeys a key. `true` if it ends the view.
     fn ends(&mut self, key: KeyEvent) -> bool {
         match key.code {
             KeyCode::Char('q') | KeyCode::Esc => return true,

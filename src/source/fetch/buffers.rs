@@ -1,7 +1,7 @@
-//! The memory for what was read ahead: a fixed number of buffers, shared by the whole process.
+//! The memory for what is fetched: a fixed number of buffers, shared by the whole process.
 //!
-//! They lie in huge pages where the kernel gives them: a device then writes each in one piece,
-//! which made direct reads of a virtual disk more than twice as fast (`docs/performance.md`).
+//! They lie in huge pages where the kernel has some: a device then writes each buffer in one piece,
+//! which made direct reads of a virtual disk more than twice as fast (docs/performance.md).
 
 use std::ops::{Deref, DerefMut};
 use std::sync::LazyLock;
@@ -9,26 +9,27 @@ use std::sync::LazyLock;
 use memmap2::MmapMut;
 use parking_lot::Mutex;
 
-/// The size of a buffer, and so the largest read of the model.
+/// The size of a buffer, and so of the largest read of the model: that of the largest request of
+/// FUSE (256 pages, `fs.fuse.max_pages_limit`), so that an answer comes from two buffers at most. A
+/// disk that has several to work on was as fast with 128 KiB as with 4 MiB.
 pub const BUFFER_BYTES: usize = 1 << 20;
-/// How many there are: half of the memory that a daemon may use.
+/// How many there are: half of the 64 MiB that a daemon may use (`memory` of benches/run.sh).
 pub const BUFFERS: usize = 32;
 /// The size of a huge page on x86-64, and on AArch64 with pages of 4 KiB.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
-
-/// The size of the smallest page.
+/// The size of the smallest page of Linux.
 const PAGE_BYTES: usize = 4096;
 
-/// The buffers that nobody uses; the last used one is the next to be taken. Never unmapped: they are
-/// the process's for as long as it lives.
+/// The unused buffers; the one that was given back last is taken next. Never unmapped: they are the
+/// process's for as long as it lives.
 static FREE: LazyLock<Mutex<Vec<Memory>>> = LazyLock::new(|| {
-    // The kernel may place the map anywhere: one huge page more lets it start at one.
+    // The kernel may place the map anywhere; with one huge page more, it can start at one.
     let map = MmapMut::map_anon(BUFFERS * BUFFER_BYTES + HUGE_PAGE_BYTES);
     let Ok(map) = map else {
         tracing::warn!("no memory for reading ahead; sequential reads will be slower");
         return Mutex::default();
     };
-    // Without huge pages it only is slower.
+    // Without huge pages it is only slower.
     let _ = advise_huge(&map);
     let map = Box::leak(Box::new(map));
     let start = map.as_ptr().align_offset(HUGE_PAGE_BYTES);
@@ -61,13 +62,13 @@ fn advise_huge(_: &MmapMut) -> std::io::Result<()> {
 pub struct Buffer(Memory);
 
 impl Buffer {
-    /// Takes a buffer that nobody uses.
+    /// Takes an unused buffer.
     pub fn take() -> Option<Self> {
         FREE.lock().pop().map(Self)
     }
 
-    /// Makes sure that there is memory behind all of the buffer: where there is none, Btrfs reads
-    /// through the page cache. It may take the kernel milliseconds to find huge pages.
+    /// Makes sure that there is memory behind all of the buffer; without it, Btrfs reads through
+    /// the page cache. The kernel may take milliseconds to find huge pages.
     pub fn populate(&mut self) {
         if self.0.fresh {
             let pages = self.0.bytes.chunks_mut(PAGE_BYTES);
@@ -81,7 +82,7 @@ impl Buffer {
         Self::unused() == 0
     }
 
-    /// How many nobody uses.
+    /// How many are unused.
     pub fn unused() -> usize {
         FREE.lock().len()
     }

@@ -1,11 +1,8 @@
-//! Reading ahead shows in nothing but time: bytes, errors and memory are tested here, and in
-//! `streams` what is read ahead for whom.
-
-mod streams;
+//! Reading ahead shows in nothing but time: here are the bytes that readers get meanwhile.
 
 use std::fs::{self, File};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
 
 use parking_lot::MutexGuard;
 use proptest::prelude::*;
@@ -13,11 +10,13 @@ use proptest::sample::Index;
 use proptest::test_runner::TestRunner;
 use tempfile::TempDir;
 
-use super::buffers::BUFFERS;
-use super::*;
+use super::super::*;
 use crate::gguf::write::Writer;
 use crate::gguf::{GgmlType, Value};
+use crate::model::Bytes;
 use crate::source::PageCache;
+use crate::source::fetch::buffers::{BUFFERS, Buffer};
+use crate::source::fetch::tests::{alone, folder_on_disk, wait_for};
 use crate::sys;
 
 const KIB: u64 = 1 << 10;
@@ -29,7 +28,7 @@ const REQUEST_BYTES: u64 = 128 * KIB;
 struct Sample {
     _folder: TempDir,
     paths: Vec<PathBuf>,
-    model: Arc<Model>,
+    served: Served,
     _alone: MutexGuard<'static, ()>,
 }
 
@@ -94,20 +93,13 @@ impl Kind {
     }
 
     fn make(self) -> Sample {
-        static ALONE: Mutex<()> = Mutex::new(());
-        let alone = ALONE.lock();
-        // Threads of the test before may still give some back.
-        wait_for(|| Buffer::unused() == BUFFERS);
-        // Beside this program, on a disk: files of a /tmp in memory are never read from one.
-        let program = std::env::current_exe().unwrap();
-        let folder = tempfile::tempdir_in(program.parent().unwrap()).unwrap();
+        let alone = alone();
+        let folder = folder_on_disk();
         let paths = self.write(folder.path());
-        let mut model = Model::open(&paths[0]).unwrap();
-        model.set_page_cache(PageCache::Unchanged);
         let sample = Sample {
+            served: serve(&paths[0]),
             _folder: folder,
             paths,
-            model: Arc::new(model),
             _alone: alone,
         };
         sample.evict();
@@ -129,44 +121,38 @@ impl Sample {
     }
 
     fn experts(&self) -> Vec<Ino> {
-        let tree = self.model.tree();
+        let tree = self.served.model().tree();
         let all = tree.children(tree.find("experts").unwrap()).unwrap();
         all.filter(|&file| tree.name(file) != Some("registry.json"))
             .collect()
     }
 
     fn size(&self, file: Ino) -> u64 {
-        self.model.tree().size(file).unwrap()
+        self.served.model().tree().size(file).unwrap()
     }
 
-    fn header(&self, file: Ino) -> u64 {
-        self.model.tree().extents(file)[0].len
+    /// Whether a byte of a file lies in memory that was fetched.
+    fn is_held(&self, file: Ino, offset: u64) -> bool {
+        let mut space = Vec::new();
+        let range = offset..offset + 1;
+        let bytes = self.served.model().bytes(file, range, &mut space);
+        matches!(bytes.unwrap(), Bytes::Held(_))
     }
+}
+
+/// A model as a mount serves it, with no reader yet.
+fn serve(path: &Path) -> Served {
+    let mut model = Model::open(path).unwrap();
+    model.set_page_cache(PageCache::Unchanged);
+    Served::new(model, super::OWNER, Cache::Mount)
 }
 
 /// The bytes that a request gets.
-fn read(ahead: &ReadAhead, file: Ino, offset: u64, len: u64) -> Result<Vec<u8>, ReadError> {
-    let (mut space, mut answer) = (Vec::new(), None);
-    ahead.read(file, offset, len, &mut space, |bytes| {
-        answer = Some(bytes.map(<[u8]>::to_vec));
-    });
+fn read(served: &Served, file: Ino, offset: u64, len: u64) -> Result<Vec<u8>, Refusal> {
+    let mut answer = None;
+    let reply = |read: Result<&[u8], Refusal>| answer = Some(read.map(<[u8]>::to_vec));
+    served.read(file, offset, len, reply);
     answer.unwrap()
-}
-
-/// The chunk of the byte that a reader wants next.
-fn held(ahead: &ReadAhead, file: Ino, offset: u64) -> Option<Arc<Chunk>> {
-    let mut streams = ahead.shared.streams.lock();
-    streams.request(file, offset..offset + 1, 0, u64::MAX).pop()
-}
-
-/// Waits for what other threads are about to do.
-fn wait_for(condition: impl Fn() -> bool) {
-    const PATIENCE: Duration = Duration::from_secs(60);
-    let start = std::time::Instant::now();
-    while !condition() {
-        assert!(start.elapsed() < PATIENCE, "nothing happened");
-        std::thread::sleep(Duration::from_millis(1));
-    }
 }
 
 /// Requests for a file in order: from a place on, so many, so large.
@@ -213,7 +199,7 @@ fn readers() -> impl Strategy<Value = Vec<Reader>> {
 }
 
 #[test]
-fn whoever_reads_what_in_which_order_gets_the_bytes_of_the_model() {
+fn readers_get_the_bytes_of_the_model_in_whatever_order_they_read() {
     for (ggml_type, parts, rows) in [
         ("F32", 1, 300),
         ("F32", 3, 300),
@@ -231,13 +217,13 @@ fn whoever_reads_what_in_which_order_gets_the_bytes_of_the_model() {
         let files = sample.experts();
         let wholes: Vec<_> = files
             .iter()
-            .map(|&file| sample.model.read(file).unwrap())
+            .map(|&file| sample.served.model().read(file).unwrap())
             .collect();
-        let check = |ahead: &ReadAhead, (file, offset, len): (Ino, u64, u64)| {
+        let check = |served: &Served, (file, offset, len): (Ino, u64, u64)| {
             let whole = &wholes[files.iter().position(|&f| f == file).unwrap()];
             let end = whole.len().min((offset + len) as usize);
             let wanted = &whole[end.min(offset as usize)..end];
-            let got = read(ahead, file, offset, len).unwrap();
+            let got = read(served, file, offset, len).unwrap();
             assert!(got == wanted, "{len} bytes at {offset} of {file}");
         };
         let config = ProptestConfig {
@@ -247,21 +233,21 @@ fn whoever_reads_what_in_which_order_gets_the_bytes_of_the_model() {
         };
         let run = |(readers, threads): (Vec<Reader>, bool)| {
             sample.evict();
-            let ahead = ReadAhead::new(sample.model.clone());
+            let served = serve(&sample.paths[0]);
             let requests = readers.iter().map(|reader| reader.requests(&sample));
             if threads {
                 std::thread::scope(|scope| {
                     for requests in requests {
-                        scope.spawn(|| requests.into_iter().for_each(|r| check(&ahead, r)));
+                        scope.spawn(|| requests.into_iter().for_each(|r| check(&served, r)));
                     }
                 });
             } else {
                 let mut requests: Vec<_> = requests.map(Vec::into_iter).collect();
                 while !requests.is_empty() {
-                    requests.retain_mut(|r| r.next().map(|r| check(&ahead, r)).is_some());
+                    requests.retain_mut(|r| r.next().map(|r| check(&served, r)).is_some());
                 }
             }
-            drop(ahead);
+            drop(served);
             wait_for(|| Buffer::unused() == BUFFERS);
             Ok(())
         };
@@ -280,15 +266,15 @@ fn many_readers_share_the_buffers_and_give_all_of_them_back() {
         sparse: false,
     };
     let sample = kind.make();
-    let ahead = ReadAhead::new(sample.model.clone());
+    let model = Model::open(&sample.paths[0]).unwrap();
     let files = sample.experts();
     let size = sample.size(files[0]);
     let mut fewest = BUFFERS;
     for offset in (0..size).step_by(REQUEST_BYTES as usize) {
         for &file in &files {
             let mut wanted = vec![0; REQUEST_BYTES.min(size - offset) as usize];
-            sample.model.read_at(file, offset, &mut wanted).unwrap();
-            let got = read(&ahead, file, offset, REQUEST_BYTES).unwrap();
+            model.read_at(file, offset, &mut wanted).unwrap();
+            let got = read(&sample.served, file, offset, REQUEST_BYTES).unwrap();
             assert!(got == wanted, "{file} at {offset}");
             fewest = fewest.min(Buffer::unused());
         }
@@ -301,58 +287,63 @@ fn many_readers_share_the_buffers_and_give_all_of_them_back() {
 #[test]
 fn readers_that_stop_midway_lose_their_buffers_to_others() {
     let sample = Kind::sparse(BUFFERS as u64 + 1, 4000).make();
-    let ahead = ReadAhead::new(sample.model.clone());
     let files = sample.experts();
     let (last, stopped) = files.split_last().unwrap();
     let read_in_order = |file: Ino, blocks: Range<u64>| {
         for n in blocks {
-            read(&ahead, file, n * REQUEST_BYTES, REQUEST_BYTES).unwrap();
+            read(&sample.served, file, n * REQUEST_BYTES, REQUEST_BYTES).unwrap();
         }
     };
     stopped.iter().for_each(|file| read_in_order(*file, 0..2));
     assert_eq!(Buffer::unused(), 0);
     read_in_order(*last, 0..300);
-    assert!(held(&ahead, *last, 300 * REQUEST_BYTES).is_some());
-    drop(ahead);
+    assert!(sample.is_held(*last, 300 * REQUEST_BYTES));
+    drop(sample.served);
     wait_for(|| Buffer::unused() == BUFFERS);
 }
 
-/// Changes a file; what it held before stays in it.
-type Change = fn(&File) -> std::io::Result<()>;
+#[test]
+fn scattered_reads_of_an_expert_are_answered_from_memory() {
+    let kind = Kind {
+        experts: 2,
+        rows: 700,
+        ggml_type: "F32",
+        parts: 3,
+        sparse: false,
+    };
+    let sample = kind.make();
+    let file = sample.experts()[0];
+    let whole = sample.served.model().read(file).unwrap();
+    let places = (0..sample.size(file) - REQUEST_BYTES).step_by(700 << 10);
+    for place in places.clone().take(8) {
+        let got = read(&sample.served, file, place, REQUEST_BYTES).unwrap();
+        assert!(got == whole[place as usize..][..REQUEST_BYTES as usize]);
+    }
+    for place in places {
+        assert!(sample.is_held(file, place + MIB / 2), "{place}");
+    }
+    // All of it, in any order.
+    for n in (0..sample.size(file).div_ceil(MIB)).rev() {
+        let place = n * MIB;
+        let got = read(&sample.served, file, place, MIB).unwrap();
+        assert!(got == whole[place as usize..][..got.len()]);
+    }
+    wait_for(|| Buffer::unused() == BUFFERS);
+}
 
 #[test]
-fn what_was_read_ahead_of_a_part_that_then_changed_is_never_given_out() {
-    let append: Change = |file| file.set_len(file.metadata()?.len() + 1);
-    let cut: Change = |file| file.set_len(file.metadata()?.len() - 1);
-    let touch: Change = |file| file.set_modified(SystemTime::UNIX_EPOCH);
-    for change in [append, cut, touch] {
-        let kind = Kind {
-            experts: 2,
-            rows: 1501,
-            ggml_type: "Q8_0",
-            parts: 1,
-            sparse: false,
-        };
-        let sample = kind.make();
-        let ahead = ReadAhead::new(sample.model.clone());
-        let file = sample.experts()[1];
-        read(&ahead, file, 0, REQUEST_BYTES).unwrap();
-        read(&ahead, file, REQUEST_BYTES, REQUEST_BYTES).unwrap();
-        let first = held(&ahead, file, 2 * REQUEST_BYTES).unwrap();
-        let second = held(&ahead, file, first.file.end).unwrap();
-        wait_for(|| [&first, &second].iter().all(|c| c.read.get().is_some()));
-        let part = File::options().append(true).open(&sample.paths[0]).unwrap();
-        change(&part).unwrap();
-        // In a chunk, in two of them, and before the first.
-        for (offset, len) in [
-            (first.file.start, REQUEST_BYTES),
-            (first.file.end - 1, 2),
-            (first.file.start - 1, 2),
-        ] {
-            let error = read(&ahead, file, offset, len).unwrap_err();
-            assert!(matches!(error, ReadError::Changed { .. }), "{error}");
-        }
-        // The header is not the model's.
-        assert_eq!(read(&ahead, file, 0, 8).unwrap().len(), 8);
+fn nothing_is_fetched_where_the_model_keeps_its_pages() {
+    let sample = Kind::sparse(2, 3000).make();
+    let model = Model::open(&sample.paths[0]).unwrap();
+    let served = Served::new(model, super::OWNER, Cache::Model);
+    for n in 0..8 {
+        read(
+            &served,
+            sample.experts()[0],
+            n * REQUEST_BYTES,
+            REQUEST_BYTES,
+        )
+        .unwrap();
     }
+    assert_eq!(Buffer::unused(), BUFFERS);
 }

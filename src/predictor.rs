@@ -1,0 +1,229 @@
+//! What readers will ask for next, in ranges of files.
+//!
+//! The problem: the kernel asks for a file in small pieces, and for the next one only when the
+//! reader is nearly there, so the disk idles while a piece is copied and passed on. Only the
+//! requests show who reads what: several readers come through several threads, somewhat out of
+//! order; many only look at a header; some map a file and touch it here and there.
+//!
+//! The plan: a table of the most recent readers. A reader whose second request follows its first
+//! wants what comes next, and the more of it the more it has read. A small file with many scattered
+//! requests is wanted whole. Numbers in, numbers out: whether a range is worth fetching, or was
+//! fetched before, is decided elsewhere.
+
+use std::ops::Range;
+
+#[cfg(test)]
+mod tests;
+
+/// How much the kernel asks for at a time unless it is told otherwise: `VM_READAHEAD_PAGES` of
+/// Linux's include/linux/mm.h.
+const REQUEST_BYTES: u64 = 128 << 10;
+/// A look at a header asks for no more than this: one request, or a small one and then a larger one
+/// if a program reads a few bytes and then a few more (the kernel's window starts at 16 KiB).
+const LOOK_BYTES: u64 = REQUEST_BYTES;
+/// How far apart the requests of one reader may arrive. Two windows of the kernel are under way at
+/// a time: the one being waited for and the one after it. This is twice as much.
+const DISORDER_BYTES: u64 = 4 * REQUEST_BYTES;
+/// The same for readers with larger requests, as a number of these.
+const DISORDER_REQUESTS: u64 = 2;
+/// How many times what it has read is fetched for a reader: one that stops early has cost at most
+/// this many times what it wanted.
+const GROWTH: u64 = 4;
+/// After this many scattered requests a file is wanted whole: a program has mapped an expert and
+/// computes with it. Looking at the header and at the start of each tensor takes fewer: most
+/// experts have three tensors, and those with biases six.
+const SCATTERED_REQUESTS: usize = 8;
+/// How many readers are known at a time; one that was forgotten counts as new. The table is
+/// searched for every request: 64 entries of 64 bytes fill one page.
+const MAX_STREAMS: usize = 64;
+/// How many of them in one file: scattered reads of a large file would fill the table.
+const MAX_STREAMS_OF_FILE: usize = MAX_STREAMS / 4;
+
+/// How far to look ahead. The source of the bytes knows what is worth while.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reach {
+    /// Bytes in front of a reader.
+    pub ahead: u64,
+    /// Bytes beyond those, so that a source that fetches in pieces need not cut the last one.
+    pub beyond: u64,
+    /// Bytes of the largest file that is wanted whole.
+    pub whole: u64,
+}
+
+/// What must be known about a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct File {
+    /// Identifies the file.
+    pub id: u64,
+    /// Bytes of its header, which many programs read without wanting the rest.
+    pub header: u64,
+    /// Bytes of all of it.
+    pub size: u64,
+}
+
+/// What a reader will ask for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Wanted {
+    /// Identifies the reader; never used again.
+    pub reader: u64,
+    /// Empty if it wants nothing more.
+    pub range: Range<u64>,
+    /// How many bytes of the range are worth fetching now, from its start.
+    pub near: u64,
+}
+
+/// The most recent readers.
+#[derive(Debug)]
+pub struct Predictor {
+    reach: Reach,
+    streams: Vec<Stream>,
+    /// Requests so far, the clock of this table.
+    now: u64,
+    /// Readers so far.
+    readers: u64,
+}
+
+/// One reader of one file.
+#[derive(Debug)]
+struct Stream {
+    reader: u64,
+    file: u64,
+    /// Where its first request began.
+    start: u64,
+    /// Where the next request would begin.
+    next: u64,
+    /// Requests beyond the header that began where the one before had ended. That others are merely
+    /// near may be chance.
+    in_order: u32,
+    last_used: u64,
+    /// `Some` if the file is wanted whole; then this stream gets all requests for the file, and
+    /// this is how many bytes they asked for. The kernel asks for each byte once, unless it has
+    /// dropped the page.
+    whole: Option<u64>,
+}
+
+impl Stream {
+    /// Whether a request continues or repeats what this reader asked for last.
+    fn goes_on(&self, file: u64, range: &Range<u64>) -> bool {
+        let disorder = DISORDER_BYTES.max(DISORDER_REQUESTS * (range.end - range.start));
+        let near = range.start >= self.start
+            && range.start <= self.next + disorder
+            && range.end + disorder >= self.next;
+        self.file == file && (near || self.whole.is_some())
+    }
+}
+
+impl Predictor {
+    /// Knows no reader yet.
+    pub fn new(reach: Reach) -> Self {
+        Self {
+            reach,
+            streams: Vec::new(),
+            now: 0,
+            readers: 0,
+        }
+    }
+
+    /// Notes a request.
+    pub fn note(&mut self, file: File, range: &Range<u64>) {
+        self.now += 1;
+        let now = self.now;
+        // A whole file is no longer wanted once as much was asked of other files meanwhile.
+        let idle = self.reach.whole / REQUEST_BYTES;
+        self.streams
+            .retain(|s| s.whole.is_none() || s.last_used + idle >= now);
+        let counts = u32::from(range.end > file.header);
+        let Some(stream) = self.streams.iter_mut().find(|s| s.goes_on(file.id, range)) else {
+            self.add(file.id, range.clone(), counts, None);
+            self.note_stray(file);
+            return;
+        };
+        stream.last_used = now;
+        if let Some(asked) = &mut stream.whole {
+            *asked += range.end - range.start;
+            return;
+        }
+        if range.start == stream.next {
+            stream.in_order = stream.in_order.saturating_add(counts);
+        }
+        stream.next = stream.next.max(range.end);
+    }
+
+    /// Turns the readers of scattered pieces of a file into one that wants the whole file, unless
+    /// somebody reads it in order.
+    fn note_stray(&mut self, file: File) {
+        let of_file = || self.streams.iter().filter(|s| s.file == file.id);
+        let strays = of_file().filter(|s| s.in_order == 1).count();
+        let in_order = of_file().any(|s| s.in_order > 2);
+        if strays < SCATTERED_REQUESTS || in_order || file.size > self.reach.whole {
+            return;
+        }
+        let asked = of_file().map(|s| s.next - s.start).sum();
+        self.streams.retain(|s| s.file != file.id);
+        self.add(file.id, file.header..file.header, 0, Some(asked));
+    }
+
+    fn add(&mut self, file: u64, range: Range<u64>, in_order: u32, whole: Option<u64>) {
+        let stream = Stream {
+            reader: self.readers,
+            file,
+            start: range.start,
+            next: range.end,
+            in_order,
+            last_used: self.now,
+            whole,
+        };
+        self.readers += 1;
+        let of_file = |s: &Stream| s.file == file;
+        let crowded = self.streams.iter().filter(|s| of_file(s)).count() >= MAX_STREAMS_OF_FILE;
+        if !crowded && self.streams.len() < MAX_STREAMS {
+            self.streams.push(stream);
+            return;
+        }
+        let all = self.streams.iter_mut();
+        let replaceable = all.filter(|s| !crowded || of_file(s));
+        if let Some(oldest) = replaceable.min_by_key(|s| s.last_used) {
+            *oldest = stream;
+        }
+    }
+
+    /// What a reader wants next after its request that ended at `end`, which must have been noted.
+    /// `None` if nothing can be predicted.
+    pub fn wanted(&mut self, file: File, end: u64) -> Option<Wanted> {
+        let found =
+            |s: &Stream| s.file == file.id && (s.whole.is_some() || s.start < end && end <= s.next);
+        let found = self.streams.iter().enumerate().filter(|(_, s)| found(s));
+        // Of several, the one that is here now; the others have passed.
+        let (index, stream) = found.min_by_key(|(_, s)| s.next)?;
+        let reader = stream.reader;
+        if let Some(asked) = stream.whole {
+            let mut range = file.header..file.size;
+            if asked >= file.size - file.header {
+                // All of it was asked for. Further requests are a new reader's.
+                self.streams.swap_remove(index);
+                range.start = range.end;
+            }
+            let near = range.end - range.start;
+            return Some(Wanted {
+                reader,
+                range,
+                near,
+            });
+        }
+        let read = stream.next - stream.start;
+        if stream.in_order < 2 || read <= LOOK_BYTES {
+            return None;
+        }
+        // Another reader of the same file, perhaps another thread of one loader, reads the rest.
+        let others = self.streams.iter().filter(|s| s.file == file.id);
+        let others = others.filter(|s| s.start >= end).map(|s| s.start);
+        let limit = others.min().unwrap_or(file.size);
+        let near = self.reach.ahead.min(GROWTH * read);
+        let end = limit.min(stream.next + near + self.reach.beyond);
+        Some(Wanted {
+            reader,
+            range: stream.next..end.max(stream.next),
+            near,
+        })
+    }
+}

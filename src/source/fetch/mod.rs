@@ -1,0 +1,463 @@
+//! Bytes of parts, fetched before anybody asks for them.
+//!
+//! The problem: a disk is fast only if it always has several large reads to work on. The kernel
+//! cannot prepare them: it would read on past the end of an expert's matrix, into bytes that nobody
+//! wants, and what it reads stays in its cache, beside the same bytes in the cache of the mounted
+//! file.
+//!
+//! The plan: for each reader it is known which runs of which parts it will want, in which order.
+//! They are cut into [`Chunk`]s, which threads read past the page cache into a fixed number of
+//! buffers that all readers share. A read is answered from the chunks that hold some of it; the
+//! rest is read when it is asked for. So no answer ever depends on what was fetched, and a reader
+//! without a buffer only waits longer.
+//!
+//! Bytes that are in the page cache already are not read from the disk again.
+
+pub mod buffers;
+#[cfg(test)]
+pub mod tests;
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use parking_lot::{Condvar, Mutex};
+
+use self::buffers::{BUFFER_BYTES, BUFFERS, Buffer};
+use super::part::PartFile;
+use crate::sys::read::DIRECT_ALIGNMENT;
+
+/// How far to read ahead of the readers of a source, and how much at the same time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pace {
+    /// Bytes in front of each reader.
+    pub ahead: u64,
+    /// Bytes of the largest chunk. The last one may reach this far beyond.
+    pub chunk: u64,
+    /// Bytes of the largest file that is fetched whole.
+    pub whole: u64,
+    /// Chunks that are read at the same time.
+    pub threads: usize,
+}
+
+impl Pace {
+    /// The pace of disks. More than 4 threads did not make a disk faster that we measured, and with
+    /// more than one chunk for each of them nothing was gained either (docs/performance.md).
+    pub const DISK: Self = Self {
+        ahead: 4 * BUFFER_BYTES as u64,
+        chunk: BUFFER_BYTES as u64,
+        whole: (BUFFERS * BUFFER_BYTES) as u64,
+        threads: 4,
+    };
+}
+
+/// The first chunk of a reader is small, so that the reader does not wait for long: two requests of
+/// the kernel, the one it will wait for next and the one after that. Later chunks are larger.
+const FIRST_CHUNK_BYTES: u64 = 256 << 10;
+/// A reader that asked for nothing during this many requests of others may lose its chunks. At 128
+/// KiB, the kernel's usual request, that is as much as all buffers hold.
+const IDLE_REQUESTS: u64 = (BUFFERS * BUFFER_BYTES / (128 << 10)) as u64;
+/// How many readers are known at a time: as many as can have a buffer, and as many that had one
+/// before.
+const MAX_READERS: usize = 2 * BUFFERS;
+
+/// A range of a part.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Run {
+    /// 0-based.
+    pub part: u32,
+    /// First byte in the part's file.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
+impl Run {
+    /// Whether another run begins where this one ends.
+    pub fn is_followed_by(&self, other: &Self) -> bool {
+        self.part == other.part && self.offset + self.len == other.offset
+    }
+
+    fn range(&self) -> Range<u64> {
+        self.offset..self.offset + self.len
+    }
+}
+
+/// What was fetched and will be, for which readers.
+#[derive(Debug, Default)]
+pub struct Fetch {
+    table: Mutex<Table>,
+    queue: Mutex<Queue>,
+    queued: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Queue {
+    chunks: VecDeque<Arc<Chunk>>,
+    closed: bool,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    readers: Vec<Reader>,
+    /// Requests so far: the clock of this table.
+    now: u64,
+}
+
+#[derive(Debug)]
+struct Reader {
+    id: u64,
+    /// In the order in which they were started.
+    pieces: Vec<Piece>,
+    /// Bytes of all pieces so far.
+    begun: u64,
+    last_used: u64,
+}
+
+/// A piece of what a reader wants, once something was decided about it.
+#[derive(Debug)]
+struct Piece {
+    part: u32,
+    range: Range<u64>,
+    /// `None` if nothing need be fetched, or if all of it was given out.
+    chunk: Option<Arc<Chunk>>,
+    /// Whether it is in what the reader wanted last.
+    is_wanted: bool,
+}
+
+impl Piece {
+    fn touches(&self, part: u32, range: &Range<u64>) -> bool {
+        self.part == part && self.range.start < range.end && range.start < self.range.end
+    }
+}
+
+/// A piece of a part that was read or will be.
+#[derive(Debug)]
+pub struct Chunk {
+    part: u32,
+    range: Range<u64>,
+    /// Memory for it, until somebody takes it to read the chunk.
+    empty: Mutex<Option<Buffer>>,
+    /// `None` if it could not be read; each request for it then finds out why.
+    read: OnceLock<Option<Buffer>>,
+    /// Bytes that were given out. The kernel asks for each byte once, unless it has dropped the
+    /// page.
+    used: AtomicU64,
+}
+
+/// Bytes borrowed from a chunk, which is kept as long as they are.
+#[derive(Debug)]
+pub struct Held {
+    chunk: Arc<Chunk>,
+    /// Within the buffer.
+    range: Range<usize>,
+}
+
+impl std::ops::Deref for Held {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        let buffer = self.chunk.read.get().and_then(Option::as_deref);
+        &buffer.expect("only what was read is held")[self.range.clone()]
+    }
+}
+
+impl Chunk {
+    fn new(part: u32, range: Range<u64>, buffer: Buffer) -> Self {
+        Self {
+            part,
+            range,
+            empty: Mutex::new(Some(buffer)),
+            read: OnceLock::new(),
+            used: AtomicU64::new(0),
+        }
+    }
+
+    /// Where a direct read of it starts.
+    fn first(&self) -> u64 {
+        self.range.start - self.range.start % DIRECT_ALIGNMENT
+    }
+
+    /// The memory of the chunk. It is read now unless it was read before; if another thread is
+    /// reading it, this waits. `None` if it cannot be read, or if the part has changed.
+    fn read(&self, part: &PartFile) -> Option<&Buffer> {
+        let read = self.read.get_or_init(|| {
+            let mut buffer = self.empty.lock().take()?;
+            buffer.populate();
+            let bytes = self.range.end - self.first();
+            let aligned = bytes.next_multiple_of(DIRECT_ALIGNMENT) as usize;
+            let read = part.read_aligned(self.first(), &mut buffer[..aligned]);
+            read.ok().map(|()| buffer)
+        });
+        // What was read before a change is right, but nobody must see a mixture of both states.
+        part.is_unchanged().ok()?;
+        read.as_ref()
+    }
+
+    /// Borrows a range that lies in this chunk.
+    pub fn hold(self: Arc<Self>, parts: &[PartFile], range: Range<u64>) -> Option<Held> {
+        self.read(&parts[self.part as usize])?;
+        self.used
+            .fetch_add(range.end - range.start, Ordering::Relaxed);
+        let first = self.first();
+        let range = (range.start - first) as usize..(range.end - first) as usize;
+        Some(Held { chunk: self, range })
+    }
+
+    /// The range of the part that it holds or will hold.
+    pub fn range(&self) -> Range<u64> {
+        self.range.clone()
+    }
+
+    /// Whether all of it was given out.
+    fn is_used_up(&self) -> bool {
+        self.used.load(Ordering::Relaxed) >= self.range.end - self.range.start
+    }
+}
+
+impl Fetch {
+    /// The chunks that hold some of a range of a part, in order.
+    pub fn holding(&self, part: u32, range: &Range<u64>) -> Vec<Arc<Chunk>> {
+        let table = self.table.lock();
+        let mut chunks: Vec<_> = table
+            .pieces()
+            .filter(|piece| piece.touches(part, range))
+            .filter_map(|piece| piece.chunk.clone())
+            .collect();
+        drop(table);
+        chunks.sort_by_key(|chunk| chunk.range.start);
+        chunks
+    }
+
+    /// Replaces what a reader wants by these runs, in this order; without any, the reader is
+    /// forgotten. Starts the chunks that begin in the first `near` bytes, as far as there are
+    /// buffers, and returns them. They are read when they are asked for, or once they are
+    /// [queued](Self::queue).
+    pub fn want(
+        &self,
+        parts: &[PartFile],
+        reader: u64,
+        runs: &[Run],
+        near: u64,
+    ) -> Vec<Arc<Chunk>> {
+        self.table.lock().want(parts, reader, runs, near)
+    }
+
+    /// Hands chunks to the threads that read them.
+    pub fn queue(&self, chunks: Vec<Arc<Chunk>>) {
+        let count = chunks.len();
+        self.queue.lock().chunks.extend(chunks);
+        (0..count).for_each(|_| {
+            self.queued.notify_one();
+        });
+    }
+
+    /// Reads what is queued until the queue is closed.
+    pub fn read_queued(&self, parts: &[PartFile]) {
+        loop {
+            let chunk = {
+                let mut queue = self.queue.lock();
+                loop {
+                    if queue.closed {
+                        return;
+                    }
+                    if let Some(chunk) = queue.chunks.pop_front() {
+                        break chunk;
+                    }
+                    self.queued.wait(&mut queue);
+                }
+            };
+            // Unless it was given up meanwhile.
+            if Arc::strong_count(&chunk) > 1 {
+                chunk.read(&parts[chunk.part as usize]);
+            }
+        }
+    }
+
+    /// Ends the threads that read what is queued.
+    pub fn close(&self) {
+        self.queue.lock().closed = true;
+        self.queued.notify_all();
+    }
+}
+
+impl Table {
+    fn pieces(&self) -> impl Iterator<Item = &Piece> {
+        self.readers.iter().flat_map(|reader| &reader.pieces)
+    }
+
+    /// As [`Fetch::want`]; returns the chunks that are to be read.
+    fn want(&mut self, parts: &[PartFile], id: u64, runs: &[Run], near: u64) -> Vec<Arc<Chunk>> {
+        self.now += 1;
+        for piece in self.readers.iter_mut().flat_map(|r| &mut r.pieces) {
+            piece.chunk.take_if(|chunk| chunk.is_used_up());
+        }
+        if runs.is_empty() {
+            self.readers.retain(|reader| reader.id != id);
+            return Vec::new();
+        }
+        let index = self.find_or_add(id);
+        let reader = &mut self.readers[index];
+        reader.last_used = self.now;
+        for piece in &mut reader.pieces {
+            let is_in = |run: &Run| piece.touches(run.part, &run.range());
+            piece.is_wanted = runs.iter().any(is_in);
+        }
+        // Chunks that are not wanted any more are given up when their buffers are needed.
+        reader.pieces.retain(|p| p.is_wanted || p.chunk.is_some());
+        let mut begun = Vec::new();
+        let mut passed = 0;
+        for run in runs {
+            let mut place = run.offset;
+            while place < run.offset + run.len {
+                if passed + (place - run.offset) >= near {
+                    return begun;
+                }
+                let rest = place..run.offset + run.len;
+                match self.next_gap(index, run.part, rest) {
+                    Ok(gap) => {
+                        let Some(piece) = self.begin(parts, index, run.part, gap) else {
+                            return begun;
+                        };
+                        place = piece.range.end;
+                        begun.extend(piece.chunk.clone());
+                        let reader = &mut self.readers[index];
+                        reader.begun += piece.range.end - piece.range.start;
+                        reader.pieces.push(piece);
+                    }
+                    Err(end) => place = end,
+                }
+            }
+            passed += run.len;
+        }
+        begun
+    }
+
+    fn find_or_add(&mut self, id: u64) -> usize {
+        if let Some(index) = self.readers.iter().position(|reader| reader.id == id) {
+            return index;
+        }
+        if self.readers.len() >= MAX_READERS {
+            let all = self.readers.iter().enumerate();
+            let oldest = all.min_by_key(|(_, reader)| reader.last_used);
+            if let Some((oldest, _)) = oldest {
+                self.readers.swap_remove(oldest);
+            }
+        }
+        self.readers.push(Reader {
+            id,
+            pieces: Vec::new(),
+            begun: 0,
+            last_used: self.now,
+        });
+        self.readers.len() - 1
+    }
+
+    /// The range from the start of `range` that is neither in a piece of this reader nor in a chunk
+    /// of another. If its start is in one, the end of that one as an error.
+    fn next_gap(&self, index: usize, part: u32, range: Range<u64>) -> Result<Range<u64>, u64> {
+        let mut end = range.end;
+        for (owner, reader) in self.readers.iter().enumerate() {
+            for piece in &reader.pieces {
+                if !piece.touches(part, &range) || (owner != index && piece.chunk.is_none()) {
+                    continue;
+                }
+                if piece.range.start <= range.start {
+                    return Err(piece.range.end);
+                }
+                end = end.min(piece.range.start);
+            }
+        }
+        Ok(range.start..end)
+    }
+
+    /// Makes the first piece of a gap; `None` if there is no buffer for it.
+    fn begin(
+        &mut self,
+        parts: &[PartFile],
+        index: usize,
+        part: u32,
+        gap: Range<u64>,
+    ) -> Option<Piece> {
+        let piece = |end: u64, buffer: Option<Buffer>| {
+            let range = gap.start..end;
+            Piece {
+                part,
+                chunk: buffer.map(|buffer| Arc::new(Chunk::new(part, range.clone(), buffer))),
+                range,
+                is_wanted: true,
+            }
+        };
+        let file = &parts[part as usize];
+        if !file.is_fetchable() {
+            return Some(piece(gap.end, None));
+        }
+        let is_active = |r: &&Reader| r.chunks() > 0 && !r.is_idle(self.now);
+        let active = self.readers.iter().filter(is_active).count();
+        let share = (BUFFERS / active.max(1)).max(2);
+        let reader = &mut self.readers[index];
+        if reader.chunks() >= share && !reader.give_up_unwanted() {
+            return None;
+        }
+        if Buffer::are_all_taken() {
+            self.make_room(index);
+        }
+        let buffer = Buffer::take()?;
+        // Chunks end where a direct read may end, so that no page is read twice.
+        let about = (self.readers[index].begun + FIRST_CHUNK_BYTES).next_power_of_two();
+        let span = about.min(BUFFER_BYTES as u64);
+        let end = gap.end.min(gap.start - gap.start % DIRECT_ALIGNMENT + span);
+        let is_cached = file.is_cached(gap.start, end - gap.start);
+        Some(piece(end, Some(buffer).filter(|_| !is_cached)))
+    }
+
+    /// Has a buffer given up: one that is not wanted any more, or those of readers that seem to
+    /// have stopped, or one of the reader with the most, if that has more than the one in need. The
+    /// latter loses what it would need last.
+    fn make_room(&mut self, index: usize) {
+        if self.readers.iter_mut().any(Reader::give_up_unwanted) {
+            return;
+        }
+        let now = self.now;
+        for reader in &mut self.readers {
+            if reader.is_idle(now) {
+                reader.pieces.clear();
+            }
+        }
+        if !Buffer::are_all_taken() {
+            return;
+        }
+        let held = self.readers[index].chunks();
+        let others = self.readers.iter_mut().enumerate();
+        let others = others.filter(|(other, _)| *other != index).map(|(_, r)| r);
+        if let Some(richest) = others.max_by_key(|r| r.chunks())
+            && richest.chunks() > held + 1
+            && let Some(last) = richest.pieces.iter().rposition(|p| p.chunk.is_some())
+        {
+            richest.pieces.remove(last);
+        }
+    }
+}
+
+impl Reader {
+    fn chunks(&self) -> usize {
+        self.pieces.iter().filter(|p| p.chunk.is_some()).count()
+    }
+
+    /// Whether it seems to have stopped reading.
+    fn is_idle(&self, now: u64) -> bool {
+        self.last_used + IDLE_REQUESTS < now
+    }
+
+    /// Gives up the oldest chunk that is not wanted any more; `false` if there is none.
+    /// The last one stays: requests that were overtaken will ask for it.
+    fn give_up_unwanted(&mut self) -> bool {
+        let unwanted = |p: &&Piece| !p.is_wanted && p.chunk.is_some();
+        if self.pieces.iter().filter(unwanted).count() < 2 {
+            return false;
+        }
+        let place = self.pieces.iter().position(|p| unwanted(&p));
+        place.map(|place| self.pieces.remove(place)).is_some()
+    }
+}
