@@ -1,5 +1,6 @@
 //! From the path of one file to all parts of its model.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, BufReader};
 use std::path::{Path, PathBuf};
@@ -36,13 +37,13 @@ pub enum OpenError {
     #[error("{} of {count} parts missing in {folder:?}: {}; download the whole set into one folder", .missing.len(), shortened(.missing))]
     Missing {
         folder: PathBuf,
-        missing: Vec<String>,
+        missing: Vec<OsString>,
         count: u64,
     },
 }
 
 fn raw_cut_hint(path: &Path) -> String {
-    match path.file_name().and_then(|name| name.to_str()) {
+    match path.file_name() {
         Some(name) if looks_like_raw_cut(name) => format!(
             "; {name:?} looks like one piece of a file that was cut by bytes: join all pieces first, in order, with `cat PIECES > model.gguf`"
         ),
@@ -50,9 +51,10 @@ fn raw_cut_hint(path: &Path) -> String {
     }
 }
 
-fn shortened(names: &[String]) -> String {
+fn shortened(names: &[OsString]) -> String {
     const SHOWN: usize = 3;
-    let mut text = names[..names.len().min(SHOWN)].join(", ");
+    let shown = names.iter().take(SHOWN).map(|name| format!("{name:?}"));
+    let mut text = shown.collect::<Vec<_>>().join(", ");
     if names.len() > SHOWN {
         text.push_str(&format!(" and {} more", names.len() - SHOWN));
     }
@@ -113,7 +115,7 @@ fn open_set(given: Opened, keys: SplitKeys) -> Result<Vec<Opened>, OpenError> {
         .into_iter()
         .flatten()
         .filter_map(|path| {
-            let name = PartName::parse(path.file_name()?.to_str()?)?;
+            let name = PartName::parse(path.file_name()?)?;
             (name.number == given_number && name.count == keys.count)
                 .then(|| Some((path.parent()?.to_owned(), name)))?
         })
@@ -123,7 +125,7 @@ fn open_set(given: Opened, keys: SplitKeys) -> Result<Vec<Opened>, OpenError> {
             path: given.path,
             number: given_number,
             count: keys.count,
-            expected: format!("-{given_number:05}-of-{:05}.gguf", keys.count),
+            expected: PartName::ending(given_number, keys.count),
         });
     };
 

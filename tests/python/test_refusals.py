@@ -147,7 +147,7 @@ def test_parts_that_make_no_model_are_refused_in_these_words(tmp_path, why):
 def test_a_part_without_the_others_is_refused_in_these_words(tmp_path):
     path = tmp_path / "m-00002-of-00005.gguf"
     path.write_bytes(part(1, count=5))
-    missing = ", ".join(f"m-0000{n}-of-00005.gguf" for n in (1, 3, 4))
+    missing = ", ".join(f'"m-0000{n}-of-00005.gguf"' for n in (1, 3, 4))
     assert refused(path) == f'4 of 5 parts missing in "{tmp_path}": {missing} and 1 more; download the whole set into one folder'
     lone = path.rename(tmp_path / "lone.gguf")
     assert refused(lone) == (

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 import models
-from odmoe import contents, fail, mounted, promises, sparse_gguf
+from odmoe import contents, fail, mounted, promises, sparse_gguf, succeed
 
 
 @pytest.fixture
@@ -38,6 +38,51 @@ def test_a_renamed_set_gives_the_same_tree(parts, tmp_path):
     before = tree(parts[0], tmp_path / "mnt")
     renamed = [path.rename(path.with_name(path.name.replace("small", "an odd-00001-of-00009 name"))) for path in parts]
     assert tree(renamed[1], tmp_path / "mnt") == before
+
+
+# Prefixes of names as old archives and network shares leave them, and as nobody should name files.
+PREFIXES = {
+    "latin-1": b"mod\xe8le",
+    "shift-jis": "模型".encode("shift-jis"),
+    "no character at all": b"\xff\xfe\x80",
+    "cut in the middle of a character": "modèle".encode()[:4],
+    "nothing": b"",
+    "terminal escapes": b"a\x1b[2J\nb; c",
+    "like another part": b"m-00002-of-00003.gguf",
+}
+
+
+def renamed(parts, prefix):
+    """The parts under another prefix, which need not be text."""
+    folder = os.fsencode(parts[0].parent)
+    paths = [os.path.join(folder, prefix + b"-%05d-of-%05d.gguf" % (n, len(parts))) for n in range(1, len(parts) + 1)]
+    for old, new in zip(parts, paths, strict=True):
+        os.rename(old, new)
+    return [os.fsdecode(path) for path in paths]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_names_of_parts_need_not_be_text(parts, tmp_path, prefix):
+    before = tree(parts[0], tmp_path / "mnt")
+    paths = renamed(parts, PREFIXES[prefix])
+    for path in (paths[0], paths[1], paths[-1]):
+        assert tree(path, tmp_path / "mnt") == before
+    assert "sound" in succeed("verify", paths[1])
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_a_missing_part_is_named_whatever_its_name_is(parts, tmp_path, prefix):
+    paths = renamed(parts, PREFIXES[prefix])
+    os.unlink(paths[1])
+    said = fail("inspect", paths[0], naming=[f"1 of {len(paths)} parts", f"-00002-of-{len(paths):05}.gguf"])
+    assert said.count("\n") == 1 and said.strip().isprintable()
+
+
+def test_a_raw_cut_is_recognised_whatever_its_name_is(small, tmp_path):
+    path = os.path.join(os.fsencode(tmp_path), b"mod\xe8le.gguf.part1of2")
+    with open(path, "wb") as file:
+        file.write(small[0].read_bytes()[:1000])
+    refused(os.fsdecode(path), tmp_path / "mnt", r"mod\xe8le.gguf.part1of2", "join all pieces")
 
 
 def test_parts_that_are_links_into_a_cache_are_found_beside_the_link(parts, tmp_path):

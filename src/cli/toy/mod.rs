@@ -10,7 +10,7 @@ mod plan;
 mod tests;
 mod weights;
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -218,14 +218,10 @@ fn part_paths(out: &Path, count: u16) -> Vec<PathBuf> {
         _ => out.to_owned(),
     };
     let name = PartName {
-        prefix: String::new(), // a path, which may be no UTF-8, goes in front
+        prefix: prefix.into_os_string(),
         number: 1,
         count: count.into(),
     };
-    let path = |number| {
-        let mut path = OsString::from(&prefix);
-        path.push(name.sibling(number));
-        path.into()
-    };
+    let path = |number| name.sibling(number).into();
     (1..=count.into()).map(path).collect()
 }
