@@ -165,7 +165,7 @@ fn experts_times_suffixes_cannot_eat_the_memory() {
     tensors.push(("blk.7.ffn_up_exps.weight", &[1, 1, 65_536], "I8"));
     assert_eq!(
         refusal(&tensors),
-        "the experts up to layer 7 hold 6619136 tensors together, more than any real model"
+        "the experts up to layer 7 hold 6619136 tensors together, more than any real model; if yours is a real model, report it to odmoe-fs"
     );
 }
 
@@ -177,44 +177,44 @@ fn models_without_a_layout_are_refused_with_their_tensors_named() {
                 ("blk.3.ffn_up_exps.weight", &[8, 4, 2][..], "F32"),
                 ("blk.3.ffn_down_exps.weight", &[4, 8, 3], "F32"),
             ][..],
-            r#"tensor "blk.3.ffn_up_exps.weight" [8, 4, 2] F32 and tensor "blk.3.ffn_down_exps.weight" [4, 8, 3] F32 are of the same layer, but disagree on the number of experts"#,
+            r#"tensor "blk.3.ffn_up_exps.weight" [8, 4, 2] F32 and tensor "blk.3.ffn_down_exps.weight" [4, 8, 3] F32 are of the same layer, but disagree on the number of experts; the model was written so: convert it again, or tell its publisher"#,
         ),
         (
             &[
                 ("blk.3.ffn_up_exps.weight", &[8, 4, 2], "F32"),
                 ("blk.3.ffn_up.1.weight", &[8, 4], "F32"),
             ],
-            r#"w3.weight of the same expert comes from both tensor "blk.3.ffn_up_exps.weight" [8, 4, 2] F32 and tensor "blk.3.ffn_up.1.weight" [8, 4] F32"#,
+            r#"w3.weight of the same expert comes from both tensor "blk.3.ffn_up_exps.weight" [8, 4, 2] F32 and tensor "blk.3.ffn_up.1.weight" [8, 4] F32; the model was written so: convert it again, or tell its publisher"#,
         ),
         (
             &[
                 ("blk.3.ffn_gate_up_exps.weight", &[8, 4, 2], "F32"),
                 ("blk.3.ffn_gate_exps.weight", &[8, 2, 2], "F32"),
             ],
-            r#"w1.weight of the same expert comes from both tensor "blk.3.ffn_gate_up_exps.weight" [8, 4, 2] F32 and tensor "blk.3.ffn_gate_exps.weight" [8, 2, 2] F32"#,
+            r#"w1.weight of the same expert comes from both tensor "blk.3.ffn_gate_up_exps.weight" [8, 4, 2] F32 and tensor "blk.3.ffn_gate_exps.weight" [8, 2, 2] F32; the model was written so: convert it again, or tell its publisher"#,
         ),
         (
             &[
                 ("blk.3.ffn_up.1.weight", &[8, 4], "F32"),
                 ("blk.3.ffn.experts.1.w3.weight", &[8, 4], "F32"),
             ],
-            r#"w3.weight of the same expert comes from both tensor "blk.3.ffn_up.1.weight" [8, 4] F32 and tensor "blk.3.ffn.experts.1.w3.weight" [8, 4] F32"#,
+            r#"w3.weight of the same expert comes from both tensor "blk.3.ffn_up.1.weight" [8, 4] F32 and tensor "blk.3.ffn.experts.1.w3.weight" [8, 4] F32; the model was written so: convert it again, or tell its publisher"#,
         ),
         (
             &[("blk.3.ffn_up_exps.weight", &[8, 4, 2, 2], "F32")],
-            r#"tensor "blk.3.ffn_up_exps.weight" [8, 4, 2, 2] F32 has a fourth dimension, but experts are stacked along the third"#,
+            r#"tensor "blk.3.ffn_up_exps.weight" [8, 4, 2, 2] F32 has a fourth dimension, but experts are stacked along the third; the model was written so: convert it again, or tell its publisher"#,
         ),
         (
             &[("blk.3.ffn_gate_up_exps.weight", &[8, 5, 2], "F32")],
-            r#"tensor "blk.3.ffn_gate_up_exps.weight" [8, 5, 2] F32 should hold gate and up rows, half of each, but has an odd number of rows"#,
+            r#"tensor "blk.3.ffn_gate_up_exps.weight" [8, 5, 2] F32 should hold gate and up rows, half of each, but has an odd number of rows; the model was written so: convert it again, or tell its publisher"#,
         ),
         (
             &[("blk.3.ffn_up_exps.weight", &[256, 6, 2], "Q4_K_R4")],
-            r#"tensor "blk.3.ffn_up_exps.weight" [256, 6, 2] Q4_K_R4 interleaves 4 rows, but one expert's matrix has 6, no multiple of that; quantise the model to a type without _R4"#,
+            r#"tensor "blk.3.ffn_up_exps.weight" [256, 6, 2] Q4_K_R4 interleaves 4 rows, but one expert's matrix has 6, which is not a multiple of that; quantise the model to a type without _R4"#,
         ),
         (
             &[("blk.3.ffn_gate_up_exps.weight", &[256, 12, 2], "Q4_K_R4")],
-            r#"tensor "blk.3.ffn_gate_up_exps.weight" [256, 12, 2] Q4_K_R4 interleaves 4 rows, but one expert's matrix has 6, no multiple of that; quantise the model to a type without _R4"#,
+            r#"tensor "blk.3.ffn_gate_up_exps.weight" [256, 12, 2] Q4_K_R4 interleaves 4 rows, but one expert's matrix has 6, which is not a multiple of that; quantise the model to a type without _R4"#,
         ),
         (
             &[("__metadata__", &[1], "F32")],
@@ -222,7 +222,7 @@ fn models_without_a_layout_are_refused_with_their_tensors_named() {
         ),
         (
             &[("blk.0.ffn_up_exps.weight", &[1, 1, 65_537], "I8")],
-            "layer 0 has 65537 experts, which makes 65537 or more in all, more than any real model",
+            "layer 0 has 65537 experts, which makes 65537 or more in all, more than any real model; if yours is a real model, report it to odmoe-fs",
         ),
     ] {
         assert_eq!(refusal(tensors), expected);

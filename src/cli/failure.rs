@@ -170,9 +170,6 @@ fn general_hint(code: &str, error: &anyhow::Error) -> String {
     let family = code.split_once('.').map_or(code, |(family, _)| family);
     let hint = match (family, code) {
         (_, "interrupted") => "say the same command again",
-        ("gguf" | "split" | "layout", _) => {
-            "compare the file's checksum with the published one, and download it again if it differs"
-        }
         (_, "model.io") => "check the path, and that you may read the file",
         ("read", _) => "check the disk that holds the model (`dmesg` tells its errors)",
         ("mount" | "umount", _) => "say `odmoe-fs doctor`, which checks this machine for mounting",

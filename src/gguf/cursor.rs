@@ -154,7 +154,13 @@ impl<R: BufRead + Seek> Cursor<R> {
             return Err(fail(Problem::Empty));
         }
         if count > limit {
-            return Err(fail(Problem::AboveLimit { count, limit }));
+            return Err(fail(match limit {
+                MAX_NAME_BYTES => Problem::LongName {
+                    bytes: count,
+                    limit,
+                },
+                _ => Problem::AboveLimit { count, limit },
+            }));
         }
         let bytes = self.vec(count, field)?;
         if bytes.contains(&0) {

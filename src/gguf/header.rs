@@ -63,7 +63,7 @@ impl Header {
                 offset: infos_start,
                 field: format!("the start of the tensor data (aligned to {alignment})"),
                 problem: Problem::BeyondEnd {
-                    end: data_start,
+                    end: described_end(&tensors, data_start),
                     file_bytes,
                 },
             });
@@ -109,6 +109,7 @@ fn place(
     alignment: u32,
     file_bytes: u64,
 ) -> Result<(), HeaderError> {
+    let described_end = described_end(tensors, data_start);
     let mut expected = 0u64;
     for (index, (info, at)) in tensors.iter_mut().enumerate() {
         let fail = |field: &str, problem| HeaderError {
@@ -134,6 +135,7 @@ fn place(
             .checked_add(info.bytes)
             .ok_or_else(|| fail("data", overflow()))?;
         if end > file_bytes {
+            let end = end.max(described_end);
             return Err(fail("data", Problem::BeyondEnd { end, file_bytes }));
         }
         // The padding after the last tensor may be missing, so it may round beyond the file; a
@@ -146,6 +148,15 @@ fn place(
         info.offset = offset;
     }
     Ok(())
+}
+
+/// Where the last tensor ends, as far as the table can be believed: for messages.
+fn described_end(tensors: &[(TensorInfo, u64)], data_start: u64) -> u64 {
+    let last = tensors.last();
+    last.map_or(data_start, |(info, _)| {
+        let end = data_start.saturating_add(info.offset);
+        end.saturating_add(info.bytes)
+    })
 }
 
 #[cfg(test)]
@@ -227,13 +238,38 @@ mod tests {
     }
 
     #[test]
+    fn a_file_that_is_cut_off_is_compared_with_the_end_of_its_last_tensor() {
+        let mut writer = Writer::new();
+        for name in ["a", "b", "c"] {
+            writer.tensor(name, &[32, 100], GgmlType::from_name("Q8_0").unwrap());
+        }
+        let written = writer.header();
+        let whole = written.data[2].0 + written.data[2].1;
+        for (bytes, tensor, percent) in [
+            (written.bytes.len() as u64, 0, 1),
+            (written.data[1].0 + 10, 1, 34),
+            (whole - 1, 2, 99),
+        ] {
+            let error = Header::read(IoCursor::new(&written.bytes), bytes).unwrap_err();
+            let error = error.to_string();
+            let end = format!(
+                "the tensors end at byte {whole}, but the file has only {bytes} bytes ({percent} %); \
+                 the file is not complete: continue its download, or fetch it again"
+            );
+            assert!(error.ends_with(&end), "{error}");
+            assert!(error.starts_with(&format!("tensor {tensor} ")), "{error}");
+        }
+    }
+
+    #[test]
     fn an_error_names_the_field_and_the_byte() {
         let mut writer = Writer::new();
         writer.key_value("general.alignment", &Value::U32(3));
         let error = read(&writer.header().bytes).unwrap_err().to_string();
         assert_eq!(
             error,
-            "general.alignment, at byte 53: 3 is not a power of two"
+            "general.alignment, at byte 53: 3 is not a power of two; llama.cpp refuses it, too: \
+             convert the model again with a current llama.cpp"
         );
     }
 }

@@ -141,41 +141,55 @@ fn without_dashes(bytes: &[u8]) -> &[u8] {
 #[derive(Debug, thiserror::Error, strum::IntoStaticStr, PartialEq, Eq)]
 #[strum(serialize_all = "snake_case", prefix = "split.")]
 pub enum SplitError {
-    #[error("{key} is no count")]
+    #[error("{key} is not a count; split the model again with a current llama-gguf-split")]
     BadKey { key: &'static str },
-    #[error("split.count is {count}, but {key} is missing")]
+    #[error(
+        "split.count is {count}, but {key} is missing; split the model again with a current llama-gguf-split"
+    )]
     MissingKey { key: &'static str, count: u64 },
     #[error(
-        "split.count is {count}, but at most {MAX_PARTS} parts fit the format; download it again, it is corrupt"
+        "split.count is {count}, but the format allows only {MAX_PARTS} parts; split the model again with a current llama-gguf-split"
     )]
     TooManyParts { count: u64 },
-    #[error("the parts are larger together than any file system can show")]
+    #[error(
+        "the parts together are larger than any file system can show; check that they are those of one model"
+    )]
     TooLarge,
-    #[error("the parts hold {0} tensors together, more than any real model")]
+    #[error(
+        "the parts together hold {0} tensors, more than any real model; if yours has so many, report it to odmoe-fs"
+    )]
     TooManyTensors(u64),
-    #[error("split.no is {no}, but split.count is {count}")]
+    #[error(
+        "split.no is {no}, but split.count is {count}; split the model again with a current llama-gguf-split"
+    )]
     NumberBeyondCount { no: u64, count: u64 },
-    #[error("this is no part of a split set, but part {number} of {count} was expected here")]
+    #[error(
+        "this is not part of a split set, but part {number} of {count} was expected here; put that part in its place, or give this file another name"
+    )]
     NotAPart { number: u64, count: u64 },
     #[error(
         "split.no is {found}, but in this place it must be {expected}; give the file the name that it was published with"
     )]
     WrongNumber { found: u64, expected: u64 },
     #[error(
-        "{key} is {found}, but {expected} in the first part; download the whole set again, its parts are of different models or versions"
+        "{key} is {found}, but {expected} in the first part; keep the parts of one model and one version in a folder of their own"
     )]
     Disagree {
         key: &'static str,
         found: u64,
         expected: u64,
     },
-    #[error("tensor {name:?} is in part {first} and again in part {second}")]
+    #[error(
+        "tensor {name:?} is in part {first} and again in part {second}; check that all parts are of one model and one version"
+    )]
     DuplicateTensor {
         name: String,
         first: usize,
         second: usize,
     },
-    #[error("the parts hold {found} tensors together, but split.tensors.count is {expected}")]
+    #[error(
+        "the parts together hold {found} tensors, but split.tensors.count is {expected}; check that all parts are of one model and one version"
+    )]
     TensorCount { found: u64, expected: u64 },
 }
 

@@ -133,20 +133,24 @@ impl TensorFile {
 #[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
 #[strum(serialize_all = "snake_case", prefix = "layout.")]
 pub enum LayoutError {
-    #[error("{first} and {second} are of the same layer, but disagree on the number of experts")]
+    #[error(
+        "{first} and {second} are of the same layer, but disagree on the number of experts; {CONVERT}"
+    )]
     ExpertCounts { first: String, second: String },
-    #[error("{name} of the same expert comes from both {first} and {second}")]
+    #[error("{name} of the same expert comes from both {first} and {second}; {CONVERT}")]
     TwoSources {
         name: String,
         first: String,
         second: String,
     },
-    #[error("{0} has a fourth dimension, but experts are stacked along the third")]
+    #[error("{0} has a fourth dimension, but experts are stacked along the third; {CONVERT}")]
     FourthDimension(String),
-    #[error("{0} should hold gate and up rows, half of each, but has an odd number of rows")]
+    #[error(
+        "{0} should hold gate and up rows, half of each, but has an odd number of rows; {CONVERT}"
+    )]
     OddFusedRows(String),
     #[error(
-        "{tensor} interleaves {interleave} rows, but one expert's matrix has {rows}, no multiple of that; quantise the model to a type without _R{interleave}"
+        "{tensor} interleaves {interleave} rows, but one expert's matrix has {rows}, which is not a multiple of that; quantise the model to a type without _R{interleave}"
     )]
     Interleave {
         tensor: String,
@@ -154,7 +158,7 @@ pub enum LayoutError {
         interleave: u32,
     },
     #[error(
-        "layer {layer} has {experts} experts, which makes {total} or more in all, more than any real model"
+        "layer {layer} has {experts} experts, which makes {total} or more in all, more than any real model; {REPORT}"
     )]
     TooManyExperts {
         layer: u32,
@@ -162,18 +166,23 @@ pub enum LayoutError {
         total: u64,
     },
     #[error(
-        "the experts up to layer {layer} hold {tensors} tensors together, more than any real model"
+        "the experts up to layer {layer} hold {tensors} tensors together, more than any real model; {REPORT}"
     )]
     TooManyExpertTensors { layer: u32, tensors: usize },
     #[error("a tensor is called {METADATA_KEY:?}, which safetensors reserves; rename it")]
     ReservedName,
     #[error(
-        "the header of {path} takes {bytes} bytes, but safetensors allows only 100000000, so the model has too many tensors"
+        "the model has so many tensors that the header of {path} takes {bytes} bytes, but safetensors allows only 100000000; {REPORT}"
     )]
     HeaderTooLarge { path: String, bytes: u64 },
     #[error(transparent)]
     Partition(#[from] PartitionError),
 }
+
+/// What a converter has written so; another download would be the same.
+const CONVERT: &str = "the model was written so: convert it again, or tell its publisher";
+/// Limits of ours, or of the format that we write.
+const REPORT: &str = "if yours is a real model, report it to odmoe-fs";
 
 /// A tensor as messages name it, with its GGUF dimensions.
 fn described(tensor: &Tensor) -> String {

@@ -99,10 +99,6 @@ def fail(*arguments, status=1, naming=(), **options):
     return said
 
 
-# What an error of a model says if it does not itself say what to do.
-DOWNLOAD = "; compare the file's checksum with the published one, and download it again if it differs"
-
-
 # Code for `ask` that lists the folder `root`.
 LISTING = "answer = sorted(os.listdir(root))"
 
