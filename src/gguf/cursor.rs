@@ -9,6 +9,7 @@ use std::io::{BufRead, Seek, SeekFrom};
 
 use super::MAGIC;
 use super::error::{HeaderError, Problem};
+use super::foreign;
 use super::limits::*;
 use super::tensor::TensorInfo;
 use super::types::{self, GgmlType};
@@ -102,6 +103,13 @@ impl<R: BufRead + Seek> Cursor<R> {
     }
 
     pub(super) fn fixed_header(&mut self) -> Result<u32, HeaderError> {
+        let head = self.reader.fill_buf();
+        let head = head.map(|head| foreign::recognise(head, self.file_bytes));
+        match head {
+            Err(e) => return Err(self.fail("the magic", e.into())),
+            Ok(Some(foreign)) => return Err(self.fail("the magic", Problem::Foreign(foreign))),
+            Ok(None) => {}
+        }
         let magic = self.bytes::<4>(&"the magic")?;
         if magic != MAGIC {
             self.position = 0;

@@ -5,6 +5,7 @@
 
 use std::io;
 
+use super::foreign::Foreign;
 use super::limits::{MAX_ARRAY_DEPTH, MAX_HEADER_BYTES};
 use super::types::GgmlType;
 use super::value::ValueType;
@@ -26,6 +27,10 @@ pub struct HeaderError {
 pub enum Problem {
     #[error("found \"{0}\" instead of \"GGUF\", so this is not a GGUF file")]
     Magic(String),
+    /// The same, of a file whose kind is known.
+    #[error("this is {}", .0.what)]
+    #[strum(serialize = "magic")]
+    Foreign(Foreign),
     #[error("this is a big-endian GGUF")]
     BigEndian,
     #[error("version {0} is not supported (only 2 and 3 are)")]
@@ -115,6 +120,7 @@ impl Problem {
     pub fn hint(&self) -> &str {
         match self {
             Self::Magic(_) => "check which file this is: a GGUF begins with these four letters",
+            Self::Foreign(foreign) => &foreign.advice,
             Self::BigEndian => {
                 "take the little-endian file, or convert a copy with gguf-py's `gguf-convert-endian COPY little`"
             }

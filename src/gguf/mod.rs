@@ -12,6 +12,7 @@
 
 mod cursor;
 mod error;
+mod foreign;
 mod header;
 mod limits;
 mod split;
@@ -21,6 +22,7 @@ mod value;
 pub mod write;
 
 pub use error::{HeaderError, Problem};
+pub use foreign::Foreign;
 pub use header::Header;
 pub use limits::MAX_TENSORS;
 pub use split::{ModelHeader, Part, PartName, SplitError, SplitKeys, Tensor, looks_like_raw_cut};
