@@ -79,6 +79,12 @@ impl Header {
         })
     }
 
+    /// Where the last tensor ends in the file, without padding.
+    pub fn data_end(&self) -> u64 {
+        let last = self.tensors.last();
+        last.map_or(self.data_start, |info| info.offset + info.bytes)
+    }
+
     /// The value of a key.
     pub fn get(&self, key: &str) -> Option<&KeyValue> {
         self.key_values.iter().find(|kv| kv.key == key)
