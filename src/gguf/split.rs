@@ -120,10 +120,13 @@ pub fn looks_like_raw_cut(name: &OsStr) -> bool {
     }
     [&b"-split-"[..], b"-part-", b"."]
         .into_iter()
-        .filter_map(|mark| split_last(&name, mark))
-        .any(|(head, tail)| {
+        .filter_map(|mark| Some((mark, split_last(&name, mark)?)))
+        .any(|(mark, (head, tail))| {
             let is_gguf = head.windows(5).any(|w| w == b".gguf");
-            is_gguf && (digits(tail) || letters(tail))
+            // `split` counts from aa; others are endings such as .bak.
+            let counts =
+                letters(tail) && (mark != b"." || tail.starts_with(b"a") && tail.len() == 2);
+            is_gguf && (digits(tail) || counts)
         })
 }
 
@@ -429,6 +432,7 @@ mod tests {
             b"m.gguf-split-a",
             b"m.gguf-part-ab",
             b"m.gguf.001",
+            b"m.gguf.ab",
             b"mod\xe8le.GGUF.Part1of2",
             b"\xff.gguf-split-a",
         ] {
@@ -441,6 +445,9 @@ mod tests {
             b"sha256-00ff",
             b"my.partition.gguf",
             b"m.gguf.part",
+            b"m.gguf.tmp",
+            b"m.gguf.bak",
+            b"m.gguf.gz",
             b"m.gguf.part\xe8",
             b"m.gguf.part--",
             b"mod\xe8le.gguf",
