@@ -170,7 +170,6 @@ fn general_hint(code: &str, error: &anyhow::Error) -> String {
     let family = code.split_once('.').map_or(code, |(family, _)| family);
     let hint = match (family, code) {
         (_, "interrupted") => "say the same command again",
-        (_, "model.io") => "check the path, and that you may read the file",
         ("read", _) => "check the disk that holds the model (`dmesg` tells its errors)",
         ("mount" | "umount", _) => "say `odmoe-fs doctor`, which checks this machine for mounting",
         _ => cause_hint(error),
@@ -209,6 +208,7 @@ mod tests {
             folder: "/".into(),
             missing: vec!["x".into()],
             count: 2,
+            hint: "y".into(),
         };
         assert_eq!(code(&ModelError::Open(open).into()), "model.missing");
         let error = anyhow::Error::from(MountError::NoDevice).context("more");

@@ -107,7 +107,7 @@ impl<R: BufRead + Seek> Cursor<R> {
         let head = head.map(|head| foreign::recognise(head, self.file_bytes));
         match head {
             Err(e) => return Err(self.fail("the magic", e.into())),
-            Ok(Some(foreign)) => return Err(self.fail("the magic", Problem::Foreign(foreign))),
+            Ok(Some(problem)) => return Err(self.fail("the magic", problem)),
             Ok(None) => {}
         }
         let magic = self.bytes::<4>(&"the magic")?;

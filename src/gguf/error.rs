@@ -31,6 +31,12 @@ pub enum Problem {
     #[error("this is {}", .0.what)]
     #[strum(serialize = "magic")]
     Foreign(Foreign),
+    #[error("this is an empty file")]
+    #[strum(serialize = "magic")]
+    EmptyFile,
+    #[error("this is a file that begins with {0} zeros")]
+    #[strum(serialize = "magic")]
+    Zeros(usize),
     #[error("this is a big-endian GGUF")]
     BigEndian,
     #[error("version {0} is not supported (only 2 and 3 are)")]
@@ -121,6 +127,10 @@ impl Problem {
         match self {
             Self::Magic(_) => "check which file this is: a GGUF begins with these four letters",
             Self::Foreign(foreign) => &foreign.advice,
+            Self::EmptyFile => "download it again, nothing of it was written",
+            Self::Zeros(_) => {
+                "wait for its download or copy to end, or start it again: so far, only room was reserved"
+            }
             Self::BigEndian => {
                 "take the little-endian file, or convert a copy with gguf-py's `gguf-convert-endian COPY little`"
             }

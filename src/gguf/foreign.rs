@@ -10,6 +10,7 @@
 use std::borrow::Cow;
 
 use super::MAGIC;
+use super::error::Problem;
 
 /// Bytes that are looked at, at most.
 const HEAD_BYTES: usize = 64 << 10;
@@ -39,15 +40,12 @@ impl Foreign {
     }
 }
 
-/// What a file of `file_bytes` bytes is that begins with `head`; `None` for a GGUF, for the
-/// beginning of one, and for everything that is not certain.
-pub(super) fn recognise(head: &[u8], file_bytes: u64) -> Option<Foreign> {
+/// What is wrong with a file of `file_bytes` bytes that begins with `head`; `None` for a GGUF, for
+/// the beginning of one, and for everything that is not certain.
+pub(super) fn recognise(head: &[u8], file_bytes: u64) -> Option<Problem> {
     let head = &head[..head.len().min(HEAD_BYTES)];
-    if head.is_empty() && file_bytes == 0 {
-        return Foreign::new(
-            "an empty file",
-            "download it again, nothing of it was written",
-        );
+    if file_bytes == 0 {
+        return Some(Problem::EmptyFile);
     }
     if (head.len() as u64) < file_bytes.min(ENOUGH_BYTES)
         || head.starts_with(&MAGIC)
@@ -61,6 +59,7 @@ pub(super) fn recognise(head: &[u8], file_bytes: u64) -> Option<Foreign> {
         .or_else(|| importance_matrix(head))
         .or_else(|| text(head, file_bytes))
         .or_else(|| further_on(head))
+        .map(Problem::Foreign)
         .or_else(|| zeros(head))
 }
 
@@ -363,14 +362,9 @@ fn further_on(head: &[u8]) -> Option<Foreign> {
     )
 }
 
-fn zeros(head: &[u8]) -> Option<Foreign> {
-    if head.iter().any(|&byte| byte != 0) {
-        return None;
-    }
-    Foreign::new(
-        format!("a file that begins with {} zeros", head.len()),
-        "wait for its download or copy to end, or start it again: so far only room was reserved",
-    )
+fn zeros(head: &[u8]) -> Option<Problem> {
+    let all = head.iter().all(|&byte| byte == 0);
+    all.then_some(Problem::Zeros(head.len()))
 }
 
 fn contains(bytes: &[u8], word: &[u8]) -> bool {
@@ -382,7 +376,10 @@ mod tests {
     use super::*;
 
     fn of(head: &[u8]) -> Option<Foreign> {
-        recognise(head, head.len() as u64)
+        match recognise(head, head.len() as u64)? {
+            Problem::Foreign(foreign) => Some(foreign),
+            _ => None,
+        }
     }
 
     fn what(head: &[u8]) -> String {
@@ -402,7 +399,7 @@ mod tests {
             head.insert(0, 0xf5);
             assert_eq!(of(&head), None, "{expected}, moved");
             // Too little of a longer file is not judged.
-            assert_eq!(recognise(&head[..100], 1 << 40), None);
+            assert!(recognise(&head[..100], 1 << 40).is_none());
         }
     }
 
@@ -411,8 +408,8 @@ mod tests {
         for head in [&b"GGUF\x03\0\0\0"[..], b"GGUF", b"GGU", b"G"] {
             assert_eq!(of(head), None);
         }
-        assert_eq!(what(b""), "an empty file");
-        assert_eq!(recognise(b"", 10), None); // it shrank while we looked
+        assert!(matches!(recognise(b"", 0), Some(Problem::EmptyFile)));
+        assert!(recognise(b"", 10).is_none()); // it shrank while we looked
     }
 
     #[test]
@@ -569,7 +566,8 @@ mod tests {
         ] {
             assert_eq!(of(head), None, "{head:?}");
         }
-        assert!(what(&[0; 4096]).starts_with("a file that begins with 4096 zeros"));
+        let zeros = recognise(&[0; 4096], 1 << 40);
+        assert!(matches!(zeros, Some(Problem::Zeros(4096))));
         let importance = b"\x99\0\0\0\x15\0\0\0blk.0.attn_k.weight";
         assert_eq!(what(importance), "an importance matrix of llama.cpp");
         let wide: Vec<u8> = "\u{feff}Entry not found"

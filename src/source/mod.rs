@@ -13,8 +13,12 @@
 //! disk) wants no second copy of them in memory: with [`PageCache::Unchanged`] reads leave the
 //! page cache of the parts as they found it.
 
+mod error;
+mod folder;
 mod open;
 mod share;
+mod store;
+mod unfinished;
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io;
@@ -25,7 +29,8 @@ use std::time::{Duration, SystemTime};
 
 use memmap2::Mmap;
 
-pub use open::{OpenError, open};
+pub use error::OpenError;
+pub use open::open;
 
 use crate::sys;
 pub use crate::sys::process::raise_descriptor_limit;

@@ -1,80 +1,29 @@
 //! From the path of one file to all parts of its model.
 
-use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, BufReader};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
-use super::{Identity, PageCache, PartFile, Source, open_regular};
-use crate::gguf::{
-    Header, HeaderError, ModelHeader, PartName, SplitError, SplitKeys, looks_like_raw_cut,
-};
+use super::error::OpenError;
+use super::{Identity, PageCache, PartFile, Source, open_regular, unfinished};
+use crate::gguf::{Header, Joined, ModelHeader, PartName, SplitKeys};
 use crate::sys;
 
 /// Headers are read in pieces of this size; 1,097 parts make it worth while to keep it small.
 const HEADER_BUFFER_BYTES: usize = 64 << 10;
 
-/// Why a model cannot be opened.
-#[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
-#[strum(serialize_all = "snake_case", prefix = "model.")]
-pub enum OpenError {
-    #[error("cannot open {path:?}: {cause}")]
-    Io { path: PathBuf, cause: io::Error },
-    #[error("{path:?}: {cause}{}", raw_cut_hint(.path))]
-    Header { path: PathBuf, cause: HeaderError },
-    #[error("{path:?}: {cause}")]
-    Split { path: PathBuf, cause: SplitError },
-    #[error(
-        "{path:?} is part {number} of {count}, but its name does not end in {expected:?}, so the other parts cannot be found; give the parts the names that they were published with"
-    )]
-    PartName {
-        path: PathBuf,
-        number: u64,
-        count: u64,
-        expected: String,
-    },
-    #[error("{} of {count} parts missing in {folder:?}: {}; download the whole set into one folder", .missing.len(), shortened(.missing))]
-    Missing {
-        folder: PathBuf,
-        missing: Vec<OsString>,
-        count: u64,
-    },
-}
-
-fn raw_cut_hint(path: &Path) -> String {
-    match path.file_name() {
-        Some(name) if looks_like_raw_cut(name) => format!(
-            "; {name:?} looks like one piece of a file that was cut by bytes: join all pieces first, in order, with `cat PIECES > model.gguf`"
-        ),
-        _ => String::new(),
-    }
-}
-
-fn shortened(names: &[OsString]) -> String {
-    const SHOWN: usize = 3;
-    let shown = names.iter().take(SHOWN).map(|name| format!("{name:?}"));
-    let mut text = shown.collect::<Vec<_>>().join(", ");
-    if names.len() > SHOWN {
-        text.push_str(&format!(" and {} more", names.len() - SHOWN));
-    }
-    text
-}
-
 /// Opens a model by the path of its file, or of any part of a split set, and reads the headers.
 pub fn open(path: &Path) -> Result<(ModelHeader, Source), OpenError> {
-    let path = std::path::absolute(path).map_err(|cause| OpenError::Io {
-        path: path.to_owned(),
-        cause,
-    })?;
+    let path = std::path::absolute(path).map_err(|cause| OpenError::io(path.to_owned(), cause))?;
     let given = Opened::new(path)?;
-    let keys = SplitKeys::of(&given.header).map_err(|cause| OpenError::Split {
-        path: given.path.clone(),
-        cause,
-    })?;
-    match keys {
-        None => join(vec![given], 0),
-        Some(keys) => join(open_set(given, keys)?, keys.no as usize),
+    match SplitKeys::of(&given.header) {
+        Ok(None) => join(vec![given], 0),
+        Ok(Some(keys)) => join(open_set(given, keys)?, keys.no as usize),
+        Err(cause) => Err(joined_in([&given]).unwrap_or(OpenError::Split {
+            path: given.path,
+            cause,
+        })),
     }
 }
 
@@ -84,24 +33,29 @@ struct Opened {
     header: Header,
     identity: Identity,
     file: Option<File>,
+    /// What the file goes on with behind its tensors, if that is another GGUF.
+    joined: Option<Joined>,
 }
 
 impl Opened {
     fn new(path: PathBuf) -> Result<Self, OpenError> {
-        let (file, metadata) = open_regular(&path).map_err(|cause| OpenError::Io {
-            path: path.clone(),
-            cause,
-        })?;
+        let (file, metadata) = match open_regular(&path) {
+            Ok(opened) => opened,
+            Err(cause) => return Err(OpenError::io(path, cause)),
+        };
         let reader = BufReader::with_capacity(HEADER_BUFFER_BYTES, &file);
-        let header = Header::read(reader, metadata.len()).map_err(|cause| OpenError::Header {
-            path: path.clone(),
-            cause,
-        })?;
+        let header = match Header::read(reader, metadata.len()) {
+            Ok(header) => header,
+            Err(cause) => return Err(OpenError::header(path, &file, cause)),
+        };
+        // What cannot be read behind the tensors is not needed.
+        let joined = Joined::find(BufReader::new(&file), &header, metadata.len());
         Ok(Self {
             path,
             header,
             identity: Identity::of(&metadata),
             file: Some(file),
+            joined: joined.ok().flatten(),
         })
     }
 }
@@ -120,13 +74,9 @@ fn open_set(given: Opened, keys: SplitKeys) -> Result<Vec<Opened>, OpenError> {
                 .then(|| Some((path.parent()?.to_owned(), name)))?
         })
         .collect();
-    let Some((folder, _)) = places.first() else {
-        return Err(OpenError::PartName {
-            path: given.path,
-            number: given_number,
-            count: keys.count,
-            expected: PartName::ending(given_number, keys.count),
-        });
+    let Some((folder, name)) = places.first() else {
+        return Err(joined_in([&given])
+            .unwrap_or_else(|| OpenError::name(given.path, given_number, keys.count)));
     };
 
     let kept_open = descriptors_to_keep();
@@ -146,27 +96,47 @@ fn open_set(given: Opened, keys: SplitKeys) -> Result<Vec<Opened>, OpenError> {
                 }
                 parts.push(part);
             }
-            None => missing.push(places[0].1.sibling(number)),
+            None => missing.push(name.sibling(number)),
         }
     }
     if !missing.is_empty() {
-        return Err(OpenError::Missing {
-            folder: folder.clone(),
-            missing,
-            count: keys.count,
-        });
+        return Err(
+            joined_in(&parts).unwrap_or_else(|| OpenError::missing(folder.clone(), name, missing))
+        );
     }
     Ok(parts)
 }
 
+/// The file among the parts of a set that is none, since it holds several of them. That explains
+/// whatever is wrong with the set.
+fn joined_in<'a>(parts: impl IntoIterator<Item = &'a Opened>) -> Option<OpenError> {
+    parts.into_iter().find_map(|part| {
+        Some(OpenError::Joined {
+            path: part.path.clone(),
+            joined: part.joined.clone()?,
+        })
+    })
+}
+
 fn open_sibling(places: &[(PathBuf, PartName)], number: u64) -> Result<Option<Opened>, OpenError> {
+    let mut dangling = None;
     for (folder, name) in places {
-        match Opened::new(folder.join(name.sibling(number))) {
-            Err(OpenError::Io { cause, .. }) if cause.kind() == io::ErrorKind::NotFound => {}
+        let path = folder.join(name.sibling(number));
+        match Opened::new(path.clone()) {
+            Err(error) if is_not_found(&error) => {
+                // A link that leads nowhere is there, and the answer if there is no other.
+                if path.is_symlink() {
+                    dangling = dangling.or(Some(error));
+                }
+            }
             result => return result.map(Some),
         }
     }
-    Ok(None)
+    dangling.map_or(Ok(None), Err)
+}
+
+fn is_not_found(error: &OpenError) -> bool {
+    matches!(error, OpenError::Io { cause, .. } if cause.kind() == io::ErrorKind::NotFound)
 }
 
 /// A third of the descriptors: another is for reading past the page cache, and the rest for the
@@ -177,6 +147,7 @@ fn descriptors_to_keep() -> usize {
 }
 
 fn join(parts: Vec<Opened>, given: usize) -> Result<(ModelHeader, Source), OpenError> {
+    let joined = joined_in(&parts);
     let mut headers = Vec::with_capacity(parts.len());
     let mut files = Vec::with_capacity(parts.len());
     for part in parts {
@@ -190,10 +161,21 @@ fn join(parts: Vec<Opened>, given: usize) -> Result<(ModelHeader, Source), OpenE
             missed: AtomicBool::new(false),
         });
     }
-    let header = ModelHeader::join(headers).map_err(|(part, cause)| OpenError::Split {
-        path: files[part].path.clone(),
-        cause,
-    })?;
+    let header = match ModelHeader::join(headers) {
+        Ok(header) => header,
+        Err((part, cause)) => {
+            let path = files[part].path.clone();
+            return Err(joined.unwrap_or(OpenError::Split { path, cause }));
+        }
+    };
+    if let Some(OpenError::Joined { path, joined }) = joined {
+        tracing::warn!("{path:?} {joined}; only what its first header describes is shown");
+    }
+    for part in &files {
+        if let Some(advice) = unfinished::advice_if_whole(&part.path) {
+            tracing::warn!("{:?} may lack bytes: {advice}", part.path);
+        }
+    }
     let source = Source {
         parts: files,
         given,

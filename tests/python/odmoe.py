@@ -173,8 +173,9 @@ def file_system(kind, folder, size):
 class FailingDisk:
     """A mount of tests/support/failing_disk.rs: `at` shows the files of a folder, and `fails` makes it fail."""
 
-    def __init__(self, at, faults):
+    def __init__(self, at, faults, pid):
         self.at = at
+        self.pid = pid
         self._faults = faults
 
     def fails(self, *faults):
@@ -188,8 +189,9 @@ class FailingDisk:
 def failing_disk(folder, scratch):
     at = Path(scratch) / "disk"
     at.mkdir()
-    disk = FailingDisk(at, Path(scratch) / "faults")
-    with subprocess.Popen([FAILING_DISK, folder, at, disk._faults], stderr=subprocess.PIPE) as process:
+    faults = Path(scratch) / "faults"
+    with subprocess.Popen([FAILING_DISK, folder, at, faults], stderr=subprocess.PIPE) as process:
+        disk = FailingDisk(at, faults, process.pid)
         try:
             wait_for(lambda: mount_at(at) or process.poll() is not None)
             assert process.poll() is None, process.stderr.read()

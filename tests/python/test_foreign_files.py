@@ -84,7 +84,13 @@ FILES = {
     "a manifest of Ollama": (ollama_manifest(), ["manifest of Ollama", f"blobs/sha256-{1:064x}"]),
     "a Modelfile": (b"# mine\nFROM ./model.gguf\nPARAMETER temperature 1\n", ["Modelfile", "FROM"]),
     "nothing": (b"", ["an empty file", "download it again"]),
-    "zeros": (bytes(100_000), ["zeros", "download or copy"]),
+    "zeros": (
+        bytes(100_000),
+        [
+            "this is a file that begins with 65536 zeros; "
+            "wait for its download or copy to end, or start it again: so far, only room was reserved"
+        ],
+    ),
     "gzip": (archive("gzip"), ["gzip", "gunzip"]),
     "bzip2": (archive("bzip2"), ["bzip2", "bunzip2"]),
     "xz": (archive("xz"), ["xz", "unxz"]),
