@@ -271,6 +271,20 @@ impl ModelHeader {
         self.get("general.architecture")?.value.as_str()
     }
 
+    /// What the file is if it only belongs to a model, with an article: adapters, projectors and the
+    /// like are GGUF files, too.
+    pub fn accessory(&self) -> Option<&'static str> {
+        let text = |key| self.get(key).and_then(|kv| kv.value.as_str());
+        match (text("general.type"), self.architecture()) {
+            (Some("mmproj"), _) | (None, Some("clip")) => Some("a multimodal projector"),
+            (Some("adapter"), _) => Some("an adapter"),
+            (Some("imatrix"), _) | (None, Some("imatrix")) => Some("an importance matrix"),
+            (_, Some("controlvector")) => Some("a control vector"),
+            _ if self.tensors.is_empty() => Some("a GGUF without tensors"),
+            _ => None,
+        }
+    }
+
     /// The pair with the key `ARCHITECTURE.name`.
     pub fn get_of_architecture(&self, name: &str) -> Option<&KeyValue> {
         self.get(&format!("{}.{name}", self.architecture()?))

@@ -171,6 +171,10 @@ fn join(parts: Vec<Opened>, given: usize) -> Result<(ModelHeader, Source), OpenE
     if let Some(OpenError::Joined { path, joined }) = joined {
         tracing::warn!("{path:?} {joined}; only what its first header describes is shown");
     }
+    if let Some(what) = header.accessory() {
+        let path = &files[given].path;
+        tracing::warn!("{path:?} is {what}, not a model; give the model that it belongs to");
+    }
     for part in &files {
         if let Some(advice) = unfinished::advice_if_whole(&part.path) {
             tracing::warn!("{:?} may lack bytes: {advice}", part.path);
