@@ -7,13 +7,13 @@ use std::collections::HashSet;
 use std::fmt::Display;
 use std::io::{BufRead, Seek, SeekFrom};
 
-use super::MAGIC;
 use super::error::{HeaderError, Problem};
 use super::foreign;
 use super::limits::*;
 use super::tensor::TensorInfo;
-use super::types::{self, GgmlType};
+use super::types::{self, GgmlType, OLLAMA_MXFP4};
 use super::value::{KeyValue, Value, ValueType};
+use super::{MAGIC, OLLAMA_GPT_OSS};
 
 impl KeyValue {
     /// Reads the value whole, also what reading the header skipped; arrays of arrays, too. The
@@ -307,6 +307,7 @@ impl<R: BufRead + Seek> Cursor<R> {
     pub(super) fn tensor_infos(
         &mut self,
         count: u64,
+        architecture: Option<&str>,
     ) -> Result<Vec<(TensorInfo, u64)>, HeaderError> {
         let mut infos = Vec::new();
         let mut seen = HashSet::new();
@@ -317,12 +318,17 @@ impl<R: BufRead + Seek> Cursor<R> {
                 self.position = start;
                 return Err(self.fail(format_args!("tensor {index} {name:?}"), Problem::Duplicate));
             }
-            infos.push(self.tensor_info(index, name)?);
+            infos.push(self.tensor_info(index, name, architecture)?);
         }
         Ok(infos)
     }
 
-    fn tensor_info(&mut self, index: u64, name: String) -> Result<(TensorInfo, u64), HeaderError> {
+    fn tensor_info(
+        &mut self,
+        index: u64,
+        name: String,
+        architecture: Option<&str>,
+    ) -> Result<(TensorInfo, u64), HeaderError> {
         let field = |what: &str| format!("tensor {index} {name:?}, {what}");
         let at = self.position;
         let fail = |offset, what: &str, problem| HeaderError {
@@ -352,6 +358,9 @@ impl<R: BufRead + Seek> Cursor<R> {
         let id = self.u32(&field("type"))?;
         let ggml_type = GgmlType::from_id(id).ok_or_else(|| {
             let problem = match types::retired(id) {
+                Some(_) if id == OLLAMA_MXFP4 && architecture == Some(OLLAMA_GPT_OSS) => {
+                    Problem::OllamaMxfp4
+                }
                 Some((name, advice)) => Problem::RetiredType { id, name, advice },
                 None => Problem::UnknownType(id),
             };

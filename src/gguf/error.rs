@@ -5,6 +5,7 @@
 
 use std::io;
 
+use super::OLLAMA_GPT_OSS;
 use super::foreign::Foreign;
 use super::limits::{MAX_ARRAY_DEPTH, MAX_HEADER_BYTES};
 use super::types::GgmlType;
@@ -79,6 +80,10 @@ pub enum Problem {
         name: &'static str,
         advice: &'static str,
     },
+    #[error(
+        "type 4 is Ollama's own MXFP4 here (general.architecture is {OLLAMA_GPT_OSS:?}), which has its nibbles in another order"
+    )]
+    OllamaMxfp4,
     #[error("type {0} is unknown, so the size of the tensor cannot be known")]
     UnknownType(u32),
     #[error(
@@ -119,6 +124,9 @@ const CONVERT: &str = "llama.cpp refuses it, too: convert the model again with a
 /// What llama.cpp may accept.
 const NAMES: &str =
     "the program that wrote the file must give its keys and tensors names that are text";
+/// What to do about gpt-oss as Ollama writes it.
+pub const LLAMA_CPP_GPT_OSS: &str =
+    "take llama.cpp's file of the model, whose general.architecture is \"gpt-oss\"";
 const NEWER: &str = "look for a newer odmoe-fs that knows it";
 
 impl Problem {
@@ -154,6 +162,7 @@ impl Problem {
             | Self::Blocks { .. }
             | Self::Offset { .. } => CONVERT,
             Self::RetiredType { advice, .. } => advice,
+            Self::OllamaMxfp4 => LLAMA_CPP_GPT_OSS,
             Self::BeyondEnd { .. } => {
                 "the file is not complete: continue its download, or fetch it again"
             }

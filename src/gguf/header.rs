@@ -51,7 +51,8 @@ impl Header {
         let alignment = alignment(&key_values)?;
 
         let infos_start = cursor.position;
-        let mut tensors = cursor.tensor_infos(n_tensors)?;
+        let architecture = architecture(&key_values);
+        let mut tensors = cursor.tensor_infos(n_tensors, architecture)?;
         let data_start = if tensors.is_empty() {
             cursor.position
         } else {
@@ -85,10 +86,22 @@ impl Header {
         last.map_or(self.data_start, |info| info.offset + info.bytes)
     }
 
+    /// `general.architecture`; absent in parts of a split set after the first.
+    pub fn architecture(&self) -> Option<&str> {
+        architecture(&self.key_values)
+    }
+
     /// The value of a key.
     pub fn get(&self, key: &str) -> Option<&KeyValue> {
         self.key_values.iter().find(|kv| kv.key == key)
     }
+}
+
+fn architecture(key_values: &[KeyValue]) -> Option<&str> {
+    let kv = key_values
+        .iter()
+        .find(|kv| kv.key == "general.architecture");
+    kv?.value.as_str()
 }
 
 fn alignment(key_values: &[KeyValue]) -> Result<u32, HeaderError> {

@@ -184,13 +184,16 @@ impl fmt::Display for GgmlType {
     }
 }
 
+/// Q4_2 had this id until 2023, before there was GGUF; Ollama has reused it.
+pub const OLLAMA_MXFP4: u32 = 4;
+
 /// What is known of an id without a usable size: `(name, advice)`.
 pub(super) fn retired(id: u32) -> Option<(&'static str, &'static str)> {
     const REMOVED: &str = "quantise the model again, llama.cpp removed it";
     const REPACKED: &str =
         "quantise to Q4_0 or IQ4_NL instead, llama.cpp removed this pre-packed type";
     match id {
-        4 => Some(("Q4_2", REMOVED)),
+        OLLAMA_MXFP4 => Some(("Q4_2", REMOVED)),
         5 => Some(("Q4_3", REMOVED)),
         31 => Some(("Q4_0_4_4", REPACKED)),
         32 => Some(("Q4_0_4_8", REPACKED)),

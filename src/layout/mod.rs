@@ -22,7 +22,7 @@ pub use names::{Component, ExpertName, Holds, Matrix};
 pub use partition::PartitionError;
 
 use self::counting::CountingWriter;
-use crate::gguf::{ModelHeader, Tensor};
+use crate::gguf::{LLAMA_CPP_GPT_OSS, ModelHeader, Tensor};
 use crate::safetensors::{
     self, Dtype, LENGTH_WORD_BYTES, METADATA_KEY, Shape, TensorView, write_header_json,
 };
@@ -30,7 +30,7 @@ use crate::tree::{Content, NewFile, Tree};
 
 /// The version of the mapping from models to trees, `odmoe.layout`: the same parts give the same
 /// bytes under the same number.
-pub const LAYOUT_VERSION: &str = "1";
+pub const LAYOUT_VERSION: &str = "2";
 /// The folder of the always-resident tensors.
 pub const BASE_DIRECTORY: &str = "base_model";
 /// The folder of the routed experts.
@@ -150,6 +150,14 @@ pub enum LayoutError {
     )]
     OddFusedRows(String),
     #[error(
+        "{tensor} holds gate and up rows in turn, as Ollama writes gpt-oss ({sign}); {LLAMA_CPP_GPT_OSS}"
+    )]
+    AlternatingRows {
+        tensor: String,
+        /// What shows that Ollama has written the model.
+        sign: String,
+    },
+    #[error(
         "{tensor} interleaves {interleave} rows, but one expert's matrix has {rows}, which is not a multiple of that; quantise the model to a type without _R{interleave}"
     )]
     Interleave {
@@ -215,7 +223,7 @@ impl Layout {
             files: Vec::new(),
         };
         let mut base = vec![true; layout.model.tensors.len()];
-        let layers = experts::routed_experts(&layout.model.tensors, &mut base)?;
+        let layers = experts::routed_experts(&layout.model, &mut base)?;
         layout.add_base_files(&base)?;
         for (layer, content) in layers {
             layout.add_experts(layer, content)?;

@@ -7,7 +7,10 @@ use std::sync::atomic::AtomicBool;
 
 use super::error::OpenError;
 use super::{Identity, PageCache, PartFile, Source, open_regular, unfinished};
-use crate::gguf::{Header, Joined, ModelHeader, PartName, SplitKeys};
+use crate::gguf::{
+    Header, HeaderError, Joined, ModelHeader, OLLAMA_GPT_OSS, OLLAMA_MXFP4, PartName, Problem,
+    SplitKeys,
+};
 use crate::sys;
 
 /// Headers are read in pieces of this size; 1,097 parts make it worth while to keep it small.
@@ -46,7 +49,12 @@ impl Opened {
         let reader = BufReader::with_capacity(HEADER_BUFFER_BYTES, &file);
         let header = match Header::read(reader, metadata.len()) {
             Ok(header) => header,
-            Err(cause) => return Err(OpenError::header(path, &file, cause)),
+            Err(mut cause) => {
+                if is_ollamas(&path, &cause) {
+                    cause.problem = Problem::OllamaMxfp4;
+                }
+                return Err(OpenError::header(path, &file, cause));
+            }
         };
         // What cannot be read behind the tensors is not needed.
         let joined = Joined::find(BufReader::new(&file), &header, metadata.len());
@@ -57,6 +65,31 @@ impl Opened {
             file: Some(file),
             joined: joined.ok().flatten(),
         })
+    }
+}
+
+/// Whether a type that llama.cpp has removed is Ollama's, since the first part of the set says so:
+/// the others have no architecture.
+fn is_ollamas(path: &Path, cause: &HeaderError) -> bool {
+    if !matches!(
+        cause.problem,
+        Problem::RetiredType {
+            id: OLLAMA_MXFP4,
+            ..
+        }
+    ) {
+        return false;
+    }
+    let first = || {
+        let name = PartName::parse(path.file_name()?)?;
+        let path = path.with_file_name(name.sibling(1));
+        let (file, metadata) = (name.number > 1).then(|| open_regular(&path).ok())??;
+        Some(Header::read(BufReader::new(file), metadata.len()))
+    };
+    match first() {
+        Some(Ok(header)) => header.architecture() == Some(OLLAMA_GPT_OSS),
+        Some(Err(e)) => matches!(e.problem, Problem::OllamaMxfp4),
+        None => false,
     }
 }
 

@@ -169,7 +169,7 @@ ERRORS = ["src/gguf/error.rs", "src/gguf/split.rs", "src/layout/mod.rs", "src/so
 TESTS = ["tests/python/test_refusals.py", "tests/data/hostile/manifest.json", "tests/layout.rs"]
 TESTS += [
     f"tests/python/test_{name}.py"
-    for name in ("refused_layouts", "failing_disk", "foreign_files", "joined_parts", "stores", "unfinished")
+    for name in ("refused_layouts", "failing_disk", "foreign_files", "joined_parts", "stores", "unfinished", "dialects")
 ]
 # What the system says, and sets of sizes that no file system has room for (src/gguf/split.rs).
 ELSEWHERE = ["check the file system", "cannot be read: ", "the parts together are larger", "the parts together hold {0} tensors"]
