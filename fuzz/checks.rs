@@ -6,9 +6,11 @@
 
 use std::alloc::{GlobalAlloc, Layout as Allocation, System};
 use std::cell::Cell;
+use std::ffi::OsStr;
 use std::io::{self, BufRead, Cursor, Read, Seek, SeekFrom};
+use std::os::unix::ffi::OsStrExt;
 
-use odmoe_fs::gguf::{Header, ModelHeader};
+use odmoe_fs::gguf::{Header, Joined, ModelHeader, PartName, looks_like_raw_cut};
 use odmoe_fs::layout::{Doc, Layout};
 use odmoe_fs::tree::{Content, DocId, Kind, NewFile, Origin, ROOT, Tree};
 
@@ -22,6 +24,8 @@ const BYTES_PER_EXPERT: usize = 1024;
 const CONSTANT_BYTES: usize = 192 << 10;
 /// Calls of the reader per byte of a header, at most: a call takes a byte or more.
 const CALLS_PER_BYTE: u64 = 4;
+/// Calls to look behind the tensors of all headers that follow each other in a file, at most.
+const CALLS_BETWEEN_HEADERS: u64 = 64 * 16;
 
 // --- memory and work, counted -----------------------------------------------------------------
 
@@ -140,9 +144,11 @@ fn assert_is_one_line(text: &str) {
 
 /// Any bytes are a header or an error, in little memory and few steps.
 pub fn gguf(data: &[u8]) {
+    name(&data[..data.len().min(255)]);
     let Some(header) = read_header(data, data.len() as u64) else {
         return;
     };
+    joined(data, &header);
     for tensor in &header.tensors {
         assert!(
             tensor
@@ -166,6 +172,36 @@ pub fn gguf(data: &[u8]) {
             kv.key
         );
     }
+}
+
+/// What follows the tensors is looked at in little memory and few steps, too.
+fn joined(data: &[u8], first: &Header) {
+    let calls = Cell::new(0);
+    let reader = Counted {
+        bytes: Cursor::new(data),
+        calls: &calls,
+    };
+    let (found, peak) = measured(|| Joined::find(reader, first, data.len() as u64));
+    assert!(peak <= BYTES_PER_BYTE * data.len() + CONSTANT_BYTES);
+    let most = CALLS_PER_BYTE * data.len() as u64 + CALLS_BETWEEN_HEADERS;
+    assert!(calls.get() <= most, "{} calls", calls.get());
+    if let Some(joined) = found.expect("memory can be read") {
+        assert!(joined.at >= first.data_end() && joined.parts.len() >= 2);
+        assert!(data[joined.at as usize..].starts_with(b"GGUF"));
+        assert_is_one_line(&joined.to_string());
+    }
+}
+
+/// Any bytes that a file name can have are those of a part, whose siblings have them too, or not.
+fn name(bytes: &[u8]) {
+    let name = OsStr::from_bytes(bytes);
+    if let Some(part) = PartName::parse(name) {
+        assert_eq!(part.sibling(part.number), name);
+        let sibling = PartName::parse(&part.sibling(7)).expect("a sibling is a part");
+        assert_eq!((sibling.number, sibling.count), (7, part.count));
+        assert!(!looks_like_raw_cut(name));
+    }
+    looks_like_raw_cut(name);
 }
 
 /// Any parts of a model are files of a tree, or an error.
