@@ -139,7 +139,7 @@ fn a_dropped_expert_dimension_means_one_expert() {
 }
 
 #[test]
-fn what_has_not_one_entry_per_expert_stays_in_the_base_under_its_own_name() {
+fn a_tensor_without_one_entry_per_expert_stays_in_the_base_under_its_own_name() {
     let in_base = |line: &String| line.starts_with("attention_layers: ");
     let lines = listing(&[
         ("blk.0.ffn_up_exps.weight", &[32, 4, 2], "F32"),
@@ -244,7 +244,7 @@ fn rows_that_alternate_as_in_ollamas_gpt_oss_are_refused() {
 }
 
 #[test]
-fn what_is_not_fused_or_not_ollamas_is_shown() {
+fn separate_stacks_and_fused_ones_of_llama_cpp_are_shown() {
     let gate = ("blk.3.ffn_gate_exps.weight", &[32, 2, 2][..], "MXFP4");
     let up = ("blk.3.ffn_up_exps.weight", &[32, 2, 2][..], "MXFP4");
     let bias = ("blk.4.ffn_gate_up_exps.bias", &[4, 2][..], "F32");

@@ -1,6 +1,6 @@
-//! Reading the fields of a header, one after the other.
+//! Reads the fields of a header, one after another.
 //!
-//! Every read compares the length with what is left of the file before a byte is read, skipped or
+//! Every length is compared with what is left of the file before anything is read, skipped or
 //! allocated.
 
 use std::collections::HashSet;
@@ -16,8 +16,8 @@ use super::value::{KeyValue, Value, ValueType};
 use super::{MAGIC, OLLAMA_GPT_OSS};
 
 impl KeyValue {
-    /// Reads the value whole, also what reading the header skipped; arrays of arrays, too. The
-    /// reader must be of the same file, of `file_bytes` bytes; it may stand anywhere.
+    /// Reads the whole value, including all that reading the header skipped. The reader must be of
+    /// the same file, which has `file_bytes` bytes, and may be at any position.
     pub fn read_whole<R: BufRead + Seek>(
         &self,
         mut reader: R,
@@ -37,7 +37,7 @@ impl KeyValue {
     }
 }
 
-/// What values a reader keeps in memory.
+/// Which values a reader keeps in memory.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Keep {
     /// Scalars, and strings and arrays up to [`MAX_KEPT_STRING_BYTES`] and [`MAX_KEPT_ITEMS`].
@@ -194,7 +194,7 @@ impl<R: BufRead + Seek> Cursor<R> {
     }
 
     pub(super) fn key_values(&mut self, count: u64) -> Result<Vec<KeyValue>, HeaderError> {
-        // Not for `count` at once: of a sparse file, it is no more than a claim.
+        // No room for `count` is made at once: in a sparse file it is only a claim.
         let mut key_values: Vec<KeyValue> = Vec::new();
         let mut seen = HashSet::new();
         for index in 0..count {
@@ -240,7 +240,7 @@ impl<R: BufRead + Seek> Cursor<R> {
             ValueType::U32 => Value::U32(self.u32(field)?),
             ValueType::I32 => Value::I32(i32::from_le_bytes(self.bytes(field)?)),
             ValueType::F32 => Value::F32(f32::from_le_bytes(self.bytes(field)?)),
-            // llama.cpp takes any byte but 0 as true.
+            // llama.cpp takes any byte but 0 for true.
             ValueType::Bool => Value::Bool(self.bytes::<1>(field)? != [0]),
             ValueType::U64 => Value::U64(self.u64(field)?),
             ValueType::I64 => Value::I64(i64::from_le_bytes(self.bytes(field)?)),
@@ -281,7 +281,7 @@ impl<R: BufRead + Seek> Cursor<R> {
         }
         let short = len <= MAX_KEPT_ITEMS && of != ValueType::Array;
         let keep = short || self.keep == Keep::Everything;
-        // Items take more memory than their bytes in the file, so not all of it is taken at once.
+        // An item takes more memory than its bytes in the file, so room is made as they come.
         let mut items = keep.then(|| Vec::with_capacity(len.min(MAX_KEPT_ITEMS) as usize));
         match (of, of.fixed_bytes()) {
             (_, Some(bytes)) if !keep => self.skip(len * bytes, field)?,
@@ -303,7 +303,7 @@ impl<R: BufRead + Seek> Cursor<R> {
         Ok(Value::Array { of, len, items })
     }
 
-    /// The tensor table; with each tensor the file offset of its offset field, for messages.
+    /// The tensor table. With each tensor comes the file offset of its offset field, for messages.
     pub(super) fn tensor_infos(
         &mut self,
         count: u64,
@@ -348,7 +348,7 @@ impl<R: BufRead + Seek> Cursor<R> {
             let signed = i64::from_le_bytes(self.bytes(&field("shape"))?);
             ne[dim] = u64::try_from(signed)
                 .map_err(|_| fail(at, "shape", Problem::NegativeDimension(signed)))?;
-            // As llama.cpp: an empty dimension does not excuse the others.
+            // As in llama.cpp, a dimension of 0 does not excuse the others.
             elements = elements
                 .checked_mul(signed.max(1))
                 .ok_or_else(|| fail(at, "shape", Problem::Elements(ne[..n_dims].to_vec())))?;

@@ -14,7 +14,7 @@ use super::error::Problem;
 
 /// Bytes that are looked at, at most.
 const HEAD_BYTES: usize = 64 << 10;
-/// With fewer bytes of a longer file, nothing is certain.
+/// Nothing is certain from fewer bytes of a longer file.
 const ENOUGH_BYTES: u64 = 512;
 /// Texts are quoted up to this many characters.
 const QUOTED_CHARS: usize = 100;
@@ -244,7 +244,7 @@ fn utf16(head: &[u8]) -> Option<Foreign> {
         };
         high == 0 && (low.is_ascii_graphic() || low.is_ascii_whitespace())
     };
-    // Not one character of a binary file; all of most messages.
+    // Most messages are ASCII, and no binary file is for 32 characters.
     let plain = wide.len() > 1 && wide[1..].iter().take(32).all(ascii);
     plain
         .then(|| {
@@ -556,7 +556,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_certain_is_not_named() {
+    fn uncertain_contents_are_not_named() {
         for head in [
             &b"\xf5\xf6\xf7\xf8 and so on"[..],
             b"GGUX\x03\0\0\0",

@@ -27,7 +27,7 @@ pub struct Header {
 }
 
 impl Header {
-    /// Reads the header of a GGUF of `file_bytes` bytes from a reader that stands at its first byte.
+    /// Reads the header of a GGUF of `file_bytes` bytes from a reader at its first byte.
     ///
     /// Time and memory are bounded by the header's real size; the payload is never read.
     pub fn read<R: BufRead + Seek>(reader: R, file_bytes: u64) -> Result<Self, HeaderError> {
@@ -56,7 +56,7 @@ impl Header {
         let data_start = if tensors.is_empty() {
             cursor.position
         } else {
-            // The position is at most MAX_HEADER_BYTES and the alignment fits 32 bits.
+            // The position is at most MAX_HEADER_BYTES and the alignment fits into 32 bits.
             cursor.position.next_multiple_of(alignment.into())
         };
         if data_start > file_bytes {
@@ -224,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_skipped_can_be_read_later() {
+    fn skipped_values_can_be_read_later() {
         let long = Value::String("x".repeat(70_000));
         let nested = Value::array(ValueType::Array, vec![string_array(1), string_array(70)]);
         let mut writer = Writer::new();

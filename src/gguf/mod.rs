@@ -34,8 +34,8 @@ pub use value::{KeyValue, Value, ValueType};
 
 /// The first four bytes of every GGUF.
 pub const MAGIC: [u8; 4] = *b"GGUF";
-/// `general.architecture` of gpt-oss as Ollama writes it, with another order of rows and nibbles than
-/// llama.cpp, where it is `gpt-oss`.
+/// `general.architecture` of gpt-oss as Ollama writes it, with another order of rows and nibbles.
+/// In llama.cpp it is `gpt-oss`.
 pub const OLLAMA_GPT_OSS: &str = "gptoss";
 /// Bytes before the first key/value: magic, version, number of tensors, number of key/values.
 pub const FIXED_HEADER_BYTES: u64 = 24;

@@ -26,7 +26,7 @@ pub struct SplitKeys {
 }
 
 impl SplitKeys {
-    /// The split keys of a part; `None` for a file that is whole. `split.count` decides, not the
+    /// The split keys of a part; `None` for a whole file. `split.count` decides, not the
     /// file name; 0 and 1 mean whole (`gguf-split --merge` leaves 0 behind).
     pub fn of(header: &Header) -> Result<Option<Self>, SplitError> {
         let number = |key: &'static str| {
@@ -87,7 +87,7 @@ impl PartName {
         name
     }
 
-    /// What the name of part `number` (1-based) of `count` ends in.
+    /// The ending of the name of part `number` (1-based) of `count`.
     pub fn ending(number: u64, count: u64) -> String {
         format!("-{number:05}-of-{count:05}.gguf")
     }
@@ -103,8 +103,9 @@ fn decimal(digits: &[u8]) -> Option<u64> {
     str::from_utf8(digits).ok()?.parse().ok()
 }
 
-/// Whether a file name is that of a raw byte cut (`.part1of2`, `.gguf-split-a`, `.gguf.001`), which
-/// has no header of its own and must be joined with its siblings first.
+/// Whether a file name is that of one piece of a file that was cut by bytes (`.part1of2`,
+/// `.gguf-split-a`, `.gguf.001`). Such a piece has no header of its own and must be joined with the
+/// others first.
 pub fn looks_like_raw_cut(name: &OsStr) -> bool {
     let name = name.as_bytes().to_ascii_lowercase();
     let digits = |s: &[u8]| !s.is_empty() && s.iter().all(u8::is_ascii_digit);
@@ -130,7 +131,7 @@ pub fn looks_like_raw_cut(name: &OsStr) -> bool {
         })
 }
 
-/// What dashes and underscores enclose.
+/// Strips dashes and underscores from both ends.
 fn without_dashes(bytes: &[u8]) -> &[u8] {
     let is_plain = |b: &u8| !matches!(b, b'-' | b'_');
     let Some(first) = bytes.iter().position(is_plain) else {
@@ -271,8 +272,8 @@ impl ModelHeader {
         self.get("general.architecture")?.value.as_str()
     }
 
-    /// What the file is if it only belongs to a model, with an article: adapters, projectors and the
-    /// like are GGUF files, too.
+    /// What the file is if it only belongs to a model, with an article: adapters, projectors and
+    /// the like are GGUF files, too.
     pub fn accessory(&self) -> Option<&'static str> {
         let text = |key| self.get(key).and_then(|kv| kv.value.as_str());
         match (text("general.type"), self.architecture()) {
@@ -327,7 +328,7 @@ fn check_keys(headers: &[(Header, u64)]) -> Result<Option<SplitKeys>, (usize, Sp
     Ok(first)
 }
 
-/// What holds for each part must hold for all together, since trees are made of all of them.
+/// Limits of each part must hold for all parts together, since a tree is made of all of them.
 fn check_totals(headers: &[(Header, u64)]) -> Result<(), SplitError> {
     headers
         .iter()
@@ -420,7 +421,7 @@ mod tests {
     }
 
     #[test]
-    fn a_count_that_no_set_can_have_is_refused_before_anybody_counts_to_it() {
+    fn a_count_that_no_set_can_have_is_refused_at_once() {
         let count = 1 << 40;
         assert_eq!(
             SplitKeys::of(&part(Value::U64(count), 0)),

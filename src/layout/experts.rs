@@ -11,7 +11,7 @@ use crate::gguf::{ModelHeader, OLLAMA_GPT_OSS, Tensor};
 use crate::safetensors::Shape;
 
 /// llama.cpp stops at 1,024 experts; the ceilings keep a hostile file from asking for a tree that
-/// does not fit memory.
+/// does not fit into memory.
 const MAX_EXPERTS_PER_LAYER: u64 = 1 << 16;
 const MAX_EXPERTS: u64 = 1 << 18;
 
@@ -92,7 +92,7 @@ fn layer(
                 layer.singles.entry(expert).or_default().push(view);
                 continue;
             }
-            // Without stacked weights nobody knows how many experts a bias or scale is for.
+            // Without stacked weights, the number of experts is not known.
             (_, None) => continue,
             (Holds::Stack(matrix), Some(count)) => {
                 let view = stack(tensor, index, name, matrix, count)?;
@@ -121,13 +121,13 @@ fn sign_of_ollama(model: &ModelHeader) -> Option<String> {
     Some(format!("{:?} has no suffix", sinks.info.name))
 }
 
-/// Gate and up rows of a fused stack that alternate leave no expert a run of either.
+/// Where the gate and up rows of a fused stack alternate, no expert has a run of either.
 fn check_order_of_rows(
     tensors: &[Tensor],
     layer: &Layer,
     sign: &Option<String>,
 ) -> Result<(), LayoutError> {
-    // A fused stack has two views, one behind the other.
+    // A fused stack has two views, one after the other.
     let fused = (layer.stacks.windows(2)).find(|pair| pair[0].tensor == pair[1].tensor);
     let (Some([gate, _]), Some(sign)) = (fused, sign) else {
         return Ok(());
@@ -222,7 +222,7 @@ fn expert_bytes(tensor: &Tensor, suffix: &str, count: u32) -> Option<u64> {
     let axis = expert_axis(suffix);
     let sliceable = info.ne[axis] == u64::from(count)
         && info.ne[axis + 1..].iter().all(|&n| n == 1)
-        // Within a row only single elements can be told apart.
+        // Within a row, only single elements can be sliced.
         && (axis > 0 || (info.ggml_type.block_size == 1 && info.ggml_type.row_meta == 0));
     sliceable.then(|| info.bytes / u64::from(count))
 }

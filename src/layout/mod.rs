@@ -36,10 +36,10 @@ pub const BASE_DIRECTORY: &str = "base_model";
 /// The folder of the routed experts.
 pub const EXPERTS_DIRECTORY: &str = "experts";
 
-/// The page size that payloads are aligned to; that of the file systems that share blocks.
+/// The page size that payloads are aligned to: the block size of file systems that share blocks.
 const PAGE_BYTES: u64 = 4096;
-/// Tensors of all expert files together: 15 times those of Kimi-K2.5. Each costs memory and the time
-/// to describe it, so a hostile model must not multiply experts and suffixes.
+/// Tensors of all expert files together: 15 times those of Kimi-K2.5. Each costs memory and time,
+/// so a hostile model must not multiply experts and suffixes.
 const MAX_EXPERT_TENSORS: usize = 1 << 20;
 /// Payloads start at multiples of this, the widest dtype.
 const PAYLOAD_ALIGNMENT: u64 = 8;
@@ -57,7 +57,7 @@ pub struct View {
     pub first: u64,
     /// Bytes of one run.
     pub bytes: u64,
-    /// From the start of one run to that of the next, in bytes; 0 if there is one run only.
+    /// From the start of one run to that of the next, in bytes; 0 if there is only one run.
     pub stride: u64,
 }
 
@@ -118,7 +118,7 @@ pub struct TensorFile {
     pub header_bytes: u64,
     /// Bytes of payload.
     pub payload_bytes: u64,
-    /// Payload bytes whose place in the file is not, modulo 4096, their place in the model.
+    /// Payload bytes whose offset in the file is not that in the model, modulo 4096.
     pub incongruent_bytes: u64,
 }
 
@@ -154,7 +154,7 @@ pub enum LayoutError {
     )]
     AlternatingRows {
         tensor: String,
-        /// What shows that Ollama has written the model.
+        /// What shows that Ollama wrote the model.
         sign: String,
     },
     #[error(
@@ -187,9 +187,9 @@ pub enum LayoutError {
     Partition(#[from] PartitionError),
 }
 
-/// What a converter has written so; another download would be the same.
+/// For what a converter wrote: another download would be the same.
 const CONVERT: &str = "the model was written so: convert it again, or tell its publisher";
-/// Limits of ours, or of the format that we write.
+/// For limits of this program, or of the format that it writes.
 const REPORT: &str = "if yours is a real model, report it to odmoe-fs";
 
 /// A tensor as messages name it, with its GGUF dimensions.
@@ -254,7 +254,7 @@ impl Layout {
         &self.files[first..]
     }
 
-    /// The file of an expert; `None` if the model has no such.
+    /// The file of an expert; `None` if the model does not have it.
     pub fn expert(&self, layer: u32, expert: u32) -> Option<&TensorFile> {
         let wanted = FileKind::Expert { layer, expert };
         let at = self
@@ -308,7 +308,7 @@ impl Layout {
             bytes: view.bytes,
             gguf_name: &tensor.info.name,
             gguf_part: tensor.part,
-            // The run lies inside the tensor, whose end fits 64 bits.
+            // The run lies inside the tensor, whose end fits into 64 bits.
             gguf_offset: tensor.info.offset + view.first + u64::from(piece.run) * view.stride,
         }
     }
@@ -364,7 +364,7 @@ impl Layout {
         Ok(())
     }
 
-    /// Makes a file of the pieces from `first` on; none if there are none.
+    /// Adds a file of the pieces from `first` on, if there are any.
     fn add_file(&mut self, kind: FileKind, first: u32) -> Result<(), LayoutError> {
         let range = first as usize..self.pieces.len();
         if range.is_empty() {

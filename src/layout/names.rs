@@ -28,10 +28,10 @@ impl Component {
         }
     }
 
-    /// The component of a tensor that is no routed expert.
+    /// The component of a tensor that is not a routed expert's.
     pub fn of(name: &str) -> Self {
         let starts = |prefixes: &[&str]| prefixes.iter().any(|prefix| name.starts_with(prefix));
-        // Tables of which each token takes single rows, however large they are.
+        // Tables from which a token takes single rows, however large they are.
         if name.contains("token_embd")
             || name.contains("engram_embd")
             || starts(&["position_embd.", "token_types.", "per_layer_token_embd."])
@@ -100,7 +100,7 @@ pub enum Holds {
 
 impl<'a> ExpertName<'a> {
     /// Takes the name of a tensor of routed experts apart; `None` for every other name. Names are
-    /// matched whole: `v.blk.3.ffn_gate_exps.weight`, `…_chexps` and `…_shexp` are others.
+    /// matched whole: `v.blk.3.ffn_gate_exps.weight`, `…_chexps` and `…_shexp` are other names.
     pub fn parse(name: &'a str) -> Option<Self> {
         let (layer, name) = name.strip_prefix("blk.")?.split_once('.')?;
         let layer = number(layer)?;
@@ -141,7 +141,7 @@ impl<'a> ExpertName<'a> {
     }
 }
 
-/// A number as a name holds it: digits only.
+/// A number in a name: digits only.
 fn number(word: &str) -> Option<u32> {
     word.bytes().all(|b| b.is_ascii_digit()).then_some(())?;
     word.parse().ok()

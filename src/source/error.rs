@@ -66,7 +66,6 @@ pub enum OpenError {
 impl OpenError {
     /// An error of the system, of a path that was to be opened.
     pub(super) fn io(path: PathBuf, cause: io::Error) -> Self {
-        // Whether it is a directory is asked only now: a link may lead to one.
         if path.is_dir() {
             let hint = directory_hint(&path);
             return Self::Directory { path, hint };
@@ -167,7 +166,7 @@ fn not_found_hint(path: &Path) -> String {
     "check the path".to_owned()
 }
 
-/// What the name of the file, what lies beside it, or its holes tell of a header's problem.
+/// Better advice on a header's problem, from the name of the file, its neighbours or its holes.
 fn header_hint(path: &Path, file: &File, cause: &HeaderError) -> Option<String> {
     let could_be_cut = matches!(
         cause.problem,

@@ -13,7 +13,7 @@ use crate::gguf::{
 };
 use crate::sys;
 
-/// Headers are read in pieces of this size; 1,097 parts make it worth while to keep it small.
+/// Headers are read in pieces of this size. It is small since a model may have 1,097 parts.
 const HEADER_BUFFER_BYTES: usize = 64 << 10;
 
 /// Opens a model by the path of its file, or of any part of a split set, and reads the headers.
@@ -36,7 +36,7 @@ struct Opened {
     header: Header,
     identity: Identity,
     file: Option<File>,
-    /// What the file goes on with behind its tensors, if that is another GGUF.
+    /// The GGUF that follows the tensors, if there is one.
     joined: Option<Joined>,
 }
 
@@ -56,7 +56,7 @@ impl Opened {
                 return Err(OpenError::header(path, &file, cause));
             }
         };
-        // What cannot be read behind the tensors is not needed.
+        // Nothing behind the tensors is needed, so an error there is none of the model.
         let joined = Joined::find(BufReader::new(&file), &header, metadata.len());
         Ok(Self {
             path,
@@ -68,8 +68,8 @@ impl Opened {
     }
 }
 
-/// Whether a type that llama.cpp has removed is Ollama's, since the first part of the set says so:
-/// the others have no architecture.
+/// Whether a type that llama.cpp removed is Ollama's, as the first part of the set tells: only that
+/// part has an architecture.
 fn is_ollamas(path: &Path, cause: &HeaderError) -> bool {
     if !matches!(
         cause.problem,
@@ -93,8 +93,8 @@ fn is_ollamas(path: &Path, cause: &HeaderError) -> bool {
     }
 }
 
-/// Opens the siblings of a part: beside the path that was given first, since a download cache may
-/// show parts as links into a store of other names; then beside what it leads to.
+/// Opens the siblings of a part: beside the given path first, since a download cache may show parts
+/// as links into a store of other names; then beside the file that the path leads to.
 fn open_set(given: Opened, keys: SplitKeys) -> Result<Vec<Opened>, OpenError> {
     let given_number = keys.no + 1;
     let resolved = given.path.canonicalize().ok();
@@ -140,8 +140,8 @@ fn open_set(given: Opened, keys: SplitKeys) -> Result<Vec<Opened>, OpenError> {
     Ok(parts)
 }
 
-/// The file among the parts of a set that is none, since it holds several of them. That explains
-/// whatever is wrong with the set.
+/// The error of the first file that holds several parts of a set, which explains whatever else is
+/// wrong with the set.
 fn joined_in<'a>(parts: impl IntoIterator<Item = &'a Opened>) -> Option<OpenError> {
     parts.into_iter().find_map(|part| {
         Some(OpenError::Joined {
@@ -157,7 +157,7 @@ fn open_sibling(places: &[(PathBuf, PartName)], number: u64) -> Result<Option<Op
         let path = folder.join(name.sibling(number));
         match Opened::new(path.clone()) {
             Err(error) if is_not_found(&error) => {
-                // A link that leads nowhere is there, and the answer if there is no other.
+                // A dangling link is the error if the part is in no other place.
                 if path.is_symlink() {
                     dangling = dangling.or(Some(error));
                 }

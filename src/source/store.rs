@@ -1,7 +1,7 @@
 //! Stores that name files by their content: download caches, Ollama's blobs, git-annex.
 //!
 //! The problem: the parts of a split set find each other by name, and such a store keeps the names
-//! elsewhere, as links that lead into it. Whoever follows a link gives the nameless file.
+//! elsewhere, as links that lead into it. A path that was resolved is that of a nameless file.
 //!
 //! The plan: know a store by its folder `blobs` or `.git`, and look for the links beside it.
 

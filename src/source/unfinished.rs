@@ -1,4 +1,4 @@
-//! Downloads that have not finished, as the names that programs give them show.
+//! Downloads that have not finished, recognised by the names that programs give them.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
@@ -30,8 +30,8 @@ const BESIDE: &[(&str, &str)] = &[
 ];
 const WAIT: &str = "let it finish, or start it again";
 
-/// Advice for a file whose download has not finished, by its own name or by a file beside it;
-/// `None` if neither tells that.
+/// Advice for a file whose download has not finished, as its own name or a file beside it shows;
+/// `None` if neither does.
 pub(super) fn advice(path: &Path) -> Option<String> {
     by_name(path).or_else(|| BESIDE.iter().find_map(|beside| by_neighbour(path, beside)))
 }

@@ -32,7 +32,7 @@ def write(path, kind, architecture, tensors):
 
 
 @pytest.mark.parametrize("what", FILES)
-def test_what_only_belongs_to_a_model_is_called_by_its_name(what, tmp_path):
+def test_a_file_that_only_belongs_to_a_model_is_called_by_its_name(what, tmp_path):
     path = write(tmp_path / "file.gguf", *FILES[what])
     done = odmoe("inspect", path)
     words = f'"{path}" is {what.split(",")[0]}, not a model; give the model that it belongs to'

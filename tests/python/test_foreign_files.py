@@ -128,7 +128,7 @@ def test_a_file_of_another_kind_is_called_by_its_name(what, tmp_path):
 
 
 @pytest.mark.parametrize("data", [b"\xf5\xf6\xf7\xf8" * 100, b"GGUX" + bytes(100), b"\x1b[2Jboo"], ids=repr)
-def test_what_is_not_known_is_only_quoted(data, tmp_path):
+def test_unknown_bytes_are_only_quoted(data, tmp_path):
     path = tmp_path / "model.gguf"
     path.write_bytes(data)
     said = fail("inspect", path, naming=["so this is not a GGUF file; check which file this is"])

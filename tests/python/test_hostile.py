@@ -1,4 +1,4 @@
-"""Malformed and odd files: each gets its verdict in one clear error, at once and in little memory; section 2.2 of the contract."""
+"""Malformed and odd files: each gets one clear error, at once and in little memory."""
 
 import json
 import os

@@ -1,5 +1,5 @@
-"""Every error that a model can meet before it is shown, with its whole text: files made here, for the checks that no file of
-tests/data/hostile reaches, and sets of parts. A text that changes is a change for users, and is to be seen."""
+"""Every error that a model can meet before it is shown, with its whole text: files made here, for the checks that no file
+of tests/data/hostile reaches, and sets of parts. A changed text is a change for users, so it must show here."""
 
 import re
 import struct
@@ -50,9 +50,9 @@ FILES = {
         1 << 29,
         'key 0 "k", value, at byte 45: the header goes beyond 268435456 bytes, which no real model has' + DAMAGED,
     ),
-    "a key that is no UTF-8": (gguf([pair(b"\xff\xfe", U32, 1)]), None, "key 0, at byte 24: is not valid UTF-8" + NAMES),
+    "a key that is not UTF-8": (gguf([pair(b"\xff\xfe", U32, 1)]), None, "key 0, at byte 24: is not valid UTF-8" + NAMES),
     "a key with NUL": (gguf([pair("a\0b", U32, 1)]), None, "key 0, at byte 24: holds a NUL byte" + NAMES),
-    "a name that is no UTF-8": (gguf(tensors=[tensor(b"\xc3\x28", [1])]), 256, "tensor 0, name, at byte 24: is not valid UTF-8" + NAMES),
+    "a name that is not UTF-8": (gguf(tensors=[tensor(b"\xc3\x28", [1])]), 256, "tensor 0, name, at byte 24: is not valid UTF-8" + NAMES),
     "a name that moves the cursor": (
         gguf(tensors=[tensor("\x1b[2J\n\u202e", [3], 43)]),
         256,

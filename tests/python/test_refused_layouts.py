@@ -1,4 +1,4 @@
-"""Models whose files are sound but whose tensors cannot be cut into experts: the errors of section 1.2 of the contract."""
+"""Models whose files are sound but whose tensors cannot be cut into experts: the errors that name them."""
 
 import json
 import os

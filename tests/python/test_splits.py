@@ -104,7 +104,7 @@ def test_a_missing_part_is_named(parts, tmp_path):
     refused(parts[-1], tmp_path / "mnt", parts[2].name)
 
 
-def test_a_part_that_is_no_regular_file_is_refused_and_not_waited_for(parts, tmp_path):
+def test_a_part_that_is_not_a_regular_file_is_refused_at_once(parts, tmp_path):
     parts[2].unlink()
     os.mkfifo(parts[2])
     refused(parts[0], tmp_path / "mnt", parts[2].name)
@@ -143,12 +143,12 @@ def tensors_of_small():
         yield from models.expert_tensors("stacked", layer, models.Type.Q4_0)
 
 
-def test_a_name_that_says_nothing_of_a_split_is_refused_for_a_split_part(parts, tmp_path):
+def test_a_split_part_under_another_name_is_refused(parts, tmp_path):
     lone = parts[1].rename(tmp_path / "lone.gguf")
     refused(lone, tmp_path / "mnt", "lone.gguf", "-00002-of-")
 
 
-def test_a_name_that_speaks_of_a_split_is_fine_for_a_whole_model(small, tmp_path):
+def test_a_whole_model_may_have_the_name_of_a_part(small, tmp_path):
     model = tmp_path / "model-00002-of-00005.gguf"
     shutil.copy(small[0], model)
     assert tree(model, tmp_path / "mnt") == tree(small[0], tmp_path / "mnt")
@@ -157,7 +157,7 @@ def test_a_name_that_speaks_of_a_split_is_fine_for_a_whole_model(small, tmp_path
 @pytest.mark.parametrize(
     "names", [("m.gguf.part1of2", "m.gguf.part2of2"), ("m.gguf-split-a", "m.gguf-split-b")], ids=" ".join
 )
-def test_raw_cuts_of_a_file_are_to_be_joined_first(small, tmp_path, names):
+def test_raw_cuts_of_a_file_must_be_joined_first(small, tmp_path, names):
     data = small[0].read_bytes()
     half = len(data) // 2
     for name, piece in zip(names, (data[:half], data[half:]), strict=True):

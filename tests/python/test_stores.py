@@ -102,7 +102,7 @@ def test_no_command_is_made_of_names_that_a_shell_would_take_apart(parts, tmp_pa
     assert "hf download" not in fail("inspect", links[0], naming=["missing", "download the whole set into one folder"])
 
 
-def test_blobs_of_ollama_have_no_link_so_links_are_to_be_made(parts, tmp_path):
+def test_blobs_of_ollama_have_no_link_so_links_must_be_made(parts, tmp_path):
     (tmp_path / "blobs").mkdir()
     for part in parts:
         part.rename(tmp_path / "blobs" / f"sha256-{name_of(part)}")
@@ -132,7 +132,7 @@ def test_an_object_of_git_annex_leads_to_its_link(parts, tmp_path):
     fail("inspect", links[2].resolve(), naming=[f'give the link that leads to it: "{links[2]}"'])
 
 
-def test_whatever_else_lies_in_a_store_is_neither_opened_nor_followed(parts, tmp_path):
+def test_nothing_else_in_a_store_is_opened_or_followed(parts, tmp_path):
     folder = tmp_path / "models--u--m"
     links, blobs = cache(parts, folder)
     snapshot, name = links[0].parent, links[0].name

@@ -1,5 +1,5 @@
 //! Seeds for the fuzzers: the malformed files, small models of every naming, and the headers of real
-//! models. `cargo run --example seeds -- FOLDER` writes them as one corpus per target.
+//! models. `cargo run --example seeds -- FOLDER` writes one corpus per target.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -24,8 +24,7 @@ fn main() -> std::io::Result<()> {
     Ok(())
 }
 
-/// Whole files, headers without their payload, parts one behind the other, files of other kinds,
-/// and names of files.
+/// Whole files, headers without their payload, joined parts, files of other kinds, and file names.
 pub fn gguf() -> Vec<Vec<u8>> {
     let (hostile, made, real) = (hostile(), made(), real());
     hostile
