@@ -8,7 +8,8 @@ const MOST_ENTRIES: usize = 10_000;
 const MOST_DEPTH: usize = 4;
 
 /// Entries below a folder by path, those of nearer folders first. Links are listed and never
-/// followed; nothing is opened but folders; what cannot be listed is left out.
+/// followed; nothing is opened but folders of the same mount, since another may not answer; what
+/// cannot be listed is left out.
 pub(super) fn entries(root: &Path) -> Vec<(PathBuf, FileType)> {
     let mut found = Vec::new();
     let mut folders = vec![root.to_owned()];
@@ -25,14 +26,30 @@ pub(super) fn entries(root: &Path) -> Vec<(PathBuf, FileType)> {
                 if found.len() == MOST_ENTRIES {
                     return found;
                 }
-                if kind.is_dir() {
-                    below.push(entry.path());
+                let path = entry.path();
+                if kind.is_dir() && !is_mounted_on(&path) {
+                    below.push(path.clone());
                 }
-                found.push((entry.path(), kind));
+                found.push((path, kind));
             }
         }
         below.sort();
         folders = below;
     }
     found
+}
+
+/// Whether something is mounted on a folder, as far as the kernel can tell without asking the
+/// file system that is mounted.
+#[cfg(target_os = "linux")]
+fn is_mounted_on(folder: &Path) -> bool {
+    use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags, statx};
+    let ask_nobody = AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT | AtFlags::SYMLINK_NOFOLLOW;
+    let found = statx(CWD, folder, ask_nobody, StatxFlags::TYPE);
+    found.is_ok_and(|found| found.stx_attributes.contains(StatxAttributes::MOUNT_ROOT))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn is_mounted_on(_: &Path) -> bool {
+    false
 }

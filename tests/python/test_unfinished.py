@@ -156,6 +156,19 @@ def test_nothing_in_a_directory_is_waited_for(tmp_path):
     assert '"a.gguf"' not in said
 
 
+def test_a_mount_in_a_directory_is_not_asked(small, tmp_path):
+    """Whatever lies below it may never answer."""
+    folder = tmp_path / "models"
+    folder.mkdir()
+    (folder / "a.gguf").touch()
+    with failing_disk(small[0].parent, folder) as disk:
+        os.kill(disk.pid, signal.SIGSTOP)
+        try:
+            fail("inspect", folder, naming=['give the model in it: "a.gguf"'])
+        finally:
+            os.kill(disk.pid, signal.SIGCONT)
+
+
 def test_names_in_a_directory_cannot_move_the_cursor(tmp_path):
     folder = tmp_path / "models"
     folder.mkdir()
