@@ -172,11 +172,12 @@ mod tests {
     fn codes_and_hints_are_those_of_the_innermost_error() {
         let open = OpenError::Header {
             path: "m; n.gguf".into(),
-            cause: HeaderError {
+            cause: Box::new(HeaderError {
                 offset: 4,
                 field: "version".to_owned(),
                 problem: Problem::Version(9),
-            },
+            }),
+            hint: None,
         };
         let error = ModelError::Open(open);
         assert_eq!(error.code(), "gguf.version");
@@ -185,7 +186,7 @@ mod tests {
                 .message()
                 .ends_with("version 9 is not supported (only 2 and 3 are)")
         );
-        assert!(error.hint().unwrap().contains("current llama.cpp"));
+        assert!(error.hint().unwrap().contains("newer odmoe-fs"));
 
         let gone = || ReadError::Read {
             path: "m.gguf".into(),

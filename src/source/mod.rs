@@ -15,10 +15,14 @@
 //! that comes from a server or another program is read the way such files are best read: through
 //! one descriptor, with the kernel's own read-ahead.
 
+mod error;
 pub(crate) mod fetch;
+mod folder;
 mod open;
 mod part;
 mod share;
+mod store;
+mod unfinished;
 
 use std::io;
 use std::ops::Range;
@@ -28,7 +32,8 @@ use std::time::SystemTime;
 
 use memmap2::Mmap;
 
-pub use open::{OpenError, open};
+pub use error::OpenError;
+pub use open::open;
 
 use self::fetch::{Chunk, Fetch};
 pub(crate) use self::fetch::{Held, Pace, Run};

@@ -11,7 +11,6 @@ mod plan;
 mod tests;
 mod weights;
 
-use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::ops::RangeInclusive;
@@ -187,14 +186,10 @@ fn part_paths(out: &Path, count: u16) -> Vec<PathBuf> {
         _ => out.to_owned(),
     };
     let name = PartName {
-        prefix: String::new(), // a path, which need not be UTF-8, goes in front
+        prefix: prefix.into_os_string(),
         number: 1,
         count: count.into(),
     };
-    let path = |number| {
-        let mut path = OsString::from(&prefix);
-        path.push(name.sibling(number));
-        path.into()
-    };
+    let path = |number| name.sibling(number).into();
     (1..=count.into()).map(path).collect()
 }

@@ -110,10 +110,6 @@ WITHOUT_HINT = [
     "it is a device, pipe or socket, not a regular file",
 ]
 
-# What an error of a model says if it does not itself say what to do.
-DOWNLOAD = "; compare the file's checksum with the published one, and download it again if it differs"
-
-
 # Code for `ask` that lists the folder `root`.
 LISTING = "answer = sorted(os.listdir(root))"
 
@@ -190,6 +186,7 @@ class FailingDisk:
 
     def __init__(self, at, faults, requests=None):
         self.at = at
+        self.pid = pid
         self._faults = faults
         self._requests = requests
 
