@@ -40,17 +40,10 @@ pub struct Room {
 
 /// The room on the file system of `path`.
 pub fn room(path: &Path) -> io::Result<Room> {
-    let path = c_path(path)?;
-    // SAFETY: statvfs is plain data, for which zeros are a value.
-    let mut stats: libc::statvfs = unsafe { std::mem::zeroed() };
-    // SAFETY: the path ends with NUL and the buffer is a statvfs.
-    check(unsafe { libc::statvfs(path.as_ptr(), &mut stats) })?;
-    // The widths of the fields differ between platforms.
-    #[allow(clippy::unnecessary_cast)]
-    let (block, blocks) = (stats.f_frsize as u64, stats.f_bavail as u64);
+    let stats = rustix::fs::statvfs(path)?;
     Ok(Room {
-        available: blocks.saturating_mul(block),
-        block: block.max(1),
+        available: stats.f_bavail.saturating_mul(stats.f_frsize),
+        block: stats.f_frsize.max(1),
     })
 }
 
