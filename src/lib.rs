@@ -61,12 +61,14 @@ compile_error!("odmoe-fs is for 64-bit machines");
 
 mod ahead;
 pub mod doctor;
+pub mod folder;
 pub mod fuse;
 pub mod gguf;
 pub mod layout;
 pub mod materialize;
 pub mod model;
 pub mod mounts;
+mod on_disk;
 pub mod safetensors;
 pub mod source;
 pub mod stats;

@@ -12,28 +12,29 @@
 mod compare;
 mod copy;
 mod selection;
+mod target;
 mod ways;
 mod write;
 
 use std::collections::HashSet;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
 
 use indicatif::HumanBytes;
 pub use selection::{NotNumbers, Numbers, Selection};
 pub use ways::{Cost, Reflink};
 
-use self::compare::{State, is_folder};
+use self::compare::State;
+use self::target::Target;
 use self::ways::Ways;
 
-use crate::layout::{
-    BASE_DIRECTORY, Doc, EXPERTS_DIRECTORY, FileKind, METADATA_GGUF_PATH, METADATA_PATH,
-    REGISTRY_PATH,
-};
+use crate::folder::Entry;
+use crate::layout::{Doc, FileKind, METADATA_GGUF_PATH, METADATA_PATH, REGISTRY_PATH, TensorFile};
 use crate::model::Model;
+use crate::on_disk::OnDisk;
 use crate::source::ReadError;
 pub use crate::sys::process::ignore_file_size_signal;
+use crate::sys::read;
 use crate::tree::Ino;
 pub use crate::work::Progress;
 
@@ -51,6 +52,10 @@ pub enum MaterializeError {
         "{path:?} exists, but {reason}; it was not made from this model as it is now. Remove it, replace such files with --force, or choose another directory"
     )]
     Foreign { path: PathBuf, reason: String },
+    #[error(
+        "{0:?} is a directory, where a file must be written; remove it, or choose another directory"
+    )]
+    FolderInTheWay(PathBuf),
     #[error(
         "{0:?} was not chosen, but the registry would list it, and it holds other bytes: those of another model of the same shape. Remove it, or choose another directory"
     )]
@@ -132,7 +137,7 @@ pub struct Outcome {
 #[derive(Debug)]
 pub struct Plan<'a> {
     model: &'a Model,
-    target: PathBuf,
+    target: Target,
     /// Files to write, in the order of the model.
     missing: Vec<Ino>,
     /// Of those, the ones to write over what has their name, whatever that is.
@@ -150,42 +155,6 @@ pub struct Plan<'a> {
     incongruent_bytes: u64,
 }
 
-/// The folder of the target that exists: its file system is the one to be written to.
-fn existing_folder(target: &Path) -> Result<&Path, MaterializeError> {
-    for folder in target
-        .ancestors()
-        .filter(|folder| !folder.as_os_str().is_empty())
-    {
-        match folder.metadata() {
-            Ok(metadata) if metadata.is_dir() => return Ok(folder),
-            Ok(_) => return Err(MaterializeError::NotADirectory(folder.to_owned())),
-            // A name below something that is no folder.
-            Err(e)
-                if matches!(
-                    e.kind(),
-                    io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
-                ) => {}
-            Err(e) => return Err(io_error("look at", folder)(e)),
-        }
-    }
-    Ok(Path::new("."))
-}
-
-/// Fails if a folder of the target is a link: somebody else may have put it there.
-fn refuse_links(target: &Path) -> Result<(), MaterializeError> {
-    for directory in DIRECTORIES {
-        let path = target.join(directory);
-        match path.symlink_metadata() {
-            Ok(metadata) if metadata.is_symlink() => return Err(MaterializeError::Link(path)),
-            Ok(metadata) if !metadata.is_dir() => {
-                return Err(MaterializeError::NotADirectory(path));
-            }
-            _ => {}
-        }
-    }
-    Ok(())
-}
-
 impl<'a> Plan<'a> {
     /// Compares a target, which need not exist, with the chosen part of a model's tree, and finds
     /// out what the work will cost. Leaves nothing behind.
@@ -197,17 +166,18 @@ impl<'a> Plan<'a> {
         let layout = model.layout();
         let selection = &options.selection;
         selection.check(layout)?;
-        refuse_links(target)?;
+        let target = Target::open(target, model.tree())?;
+        let ways = Ways::probe(model, target.nearest(), options.reflink)?;
         let mut plan = Self {
             model,
-            target: target.to_owned(),
+            target,
             missing: Vec::new(),
             replaced: HashSet::new(),
             done: Vec::new(),
             touch: Vec::new(),
             chosen: vec![false; layout.files().len()],
             options: options.clone(),
-            ways: Ways::probe(model, existing_folder(target)?, options.reflink)?,
+            ways,
             cost: Cost::default(),
             incongruent_bytes: 0,
         };
@@ -228,10 +198,9 @@ impl<'a> Plan<'a> {
             plan.take(plan.find(METADATA_GGUF_PATH))?;
         }
         for (path, doc) in DOCUMENTS {
-            if !plan.options.force {
-                plan.check_document(path, doc)?;
-            }
-            let bytes = model.tree().size(plan.find(path)).unwrap_or(0);
+            let ino = plan.find(path);
+            plan.check_document(ino, doc)?;
+            let bytes = model.tree().size(ino).unwrap_or(0);
             plan.cost.copied += bytes;
             plan.cost.room += bytes.next_multiple_of(plan.ways.block);
         }
@@ -253,12 +222,13 @@ impl<'a> Plan<'a> {
     /// Experts that the target's registry lists, but that are gone and were not chosen: the registry will list
     /// them no more.
     pub fn lost(&self) -> Result<Vec<String>, MaterializeError> {
-        let registry = self.target.join(REGISTRY_PATH);
-        // Another thing of that name is dealt with elsewhere; a pipe would be waited for.
-        if !registry.symlink_metadata().is_ok_and(|m| m.is_file()) {
+        let (tree, there) = (self.model.tree(), self.target.there());
+        let ino = self.find(REGISTRY_PATH);
+        // Anything else of that name is dealt with elsewhere.
+        let Ok(Entry::There(Ok(registry))) = there.read(tree, ino, tree.size(ino).unwrap_or(0))
+        else {
             return Ok(Vec::new());
-        }
-        let registry = std::fs::read(registry).unwrap_or_default();
+        };
         let registry: serde_json::Map<String, serde_json::Value> =
             serde_json::from_slice(&registry).unwrap_or_default();
         let mut lost = Vec::new();
@@ -266,7 +236,10 @@ impl<'a> Plan<'a> {
             let stem = file.kind.stem();
             if !chosen
                 && registry.contains_key(&stem)
-                && matches!(self.state(self.find(&file.kind.path()))?, State::Missing)
+                && matches!(
+                    self.state(there, self.find(&file.kind.path()))?,
+                    State::Missing
+                )
             {
                 lost.push(stem);
             }
@@ -307,17 +280,17 @@ impl<'a> Plan<'a> {
             let cause = cause
                 .raw_os_error()
                 .map_or_else(|| cause.kind().into(), io::Error::from_raw_os_error);
-            return Err(io_error("make files in", existing_folder(&self.target)?)(
+            return Err(io_error("make files in", self.target.nearest().path())(
                 cause,
             ));
         }
         let (needed, mut available) = (self.cost.room, self.ways.available);
-        if needed > available && self.target.is_dir() {
+        if needed > available {
             available = self.room_without_leftovers()?;
         }
         if needed > available {
             return Err(MaterializeError::NoRoom {
-                target: self.target.clone(),
+                target: self.target.path().to_owned(),
                 needed,
                 available,
                 replacing: !self.replaced.is_empty(),
@@ -330,7 +303,7 @@ impl<'a> Plan<'a> {
         match &self.ways.refusal {
             Some(reason) if self.options.reflink == Reflink::Always && !self.missing.is_empty() => {
                 Err(MaterializeError::CannotShare {
-                    target: self.target.clone(),
+                    target: self.target.path().to_owned(),
                     reason: reason.clone(),
                 })
             }
@@ -351,7 +324,8 @@ impl<'a> Plan<'a> {
                 self.done.push(ino);
                 self.touch.push(ino);
             }
-            State::Foreign(_) if self.options.force && !is_folder(&self.path(ino)) => {
+            State::Folder => return Err(MaterializeError::FolderInTheWay(self.path(ino))),
+            State::Foreign(_) if self.options.force => {
                 self.replaced.insert(ino);
                 self.plan_to_write(ino)?;
                 return Ok(true);
@@ -367,7 +341,7 @@ impl<'a> Plan<'a> {
 
     /// As [`state`](Self::state), but where only the time differs all bytes are compared.
     fn compared_state(&self, ino: Ino) -> Result<State, MaterializeError> {
-        Ok(match self.state(ino)? {
+        Ok(match self.state(self.target.there(), ino)? {
             State::OtherTime if self.holds_other_bytes(ino)? => {
                 State::Foreign("holds other bytes".into())
             }
@@ -376,9 +350,15 @@ impl<'a> Plan<'a> {
     }
 
     fn holds_other_bytes(&self, ino: Ino) -> Result<bool, MaterializeError> {
-        let (mut buffer, stop) = (copy::buffer(1), AtomicBool::new(false));
-        let difference = self.payload_difference(ino, &mut buffer, &stop, &|_| {})?;
-        Ok(difference.is_some())
+        let tree = self.model.tree();
+        let opened = self.target.there().open(tree, ino);
+        let Entry::There((file, metadata)) = opened.map_err(io_error("open", &self.path(ino)))?
+        else {
+            return Ok(true); // exchanged meanwhile
+        };
+        let size = tree.size(ino).unwrap_or(0);
+        read::forget(&file);
+        Ok(metadata.len() != size || self.differs(ino, &file, size, &mut copy::buffer(1))?)
     }
 
     fn plan_to_write(&mut self, ino: Ino) -> Result<(), MaterializeError> {
@@ -389,7 +369,7 @@ impl<'a> Plan<'a> {
 
     fn path(&self, ino: Ino) -> PathBuf {
         let path = self.model.tree().path(ino).unwrap_or_default();
-        self.target.join(path)
+        self.target.path().join(path)
     }
 
     fn foreign(&self, ino: Ino, reason: &str) -> MaterializeError {
@@ -406,7 +386,7 @@ impl<'a> Plan<'a> {
         let others = files.filter(|(_, chosen)| !**chosen);
         let others: Vec<_> = others.map(|(f, _)| self.find(&f.kind.path())).collect();
         for ino in others {
-            if matches!(self.state(ino)?, State::OtherTime) {
+            if matches!(self.state(self.target.there(), ino)?, State::OtherTime) {
                 if self.holds_other_bytes(ino)? {
                     return Err(MaterializeError::OtherModel(self.path(ino)));
                 }
@@ -418,12 +398,14 @@ impl<'a> Plan<'a> {
 
     /// Which files the documents shall list, by index in `Layout::files`: those that were chosen, and
     /// those that other runs of this model have left there.
-    fn present(&self) -> Result<Vec<bool>, MaterializeError> {
+    fn present(&self, there: &OnDisk) -> Result<Vec<bool>, MaterializeError> {
         let files = self.model.layout().files().iter().zip(&self.chosen);
+        let is_done = |file: &TensorFile| {
+            let state = self.state(there, self.find(&file.kind.path()));
+            state.map(|state| matches!(state, State::Done))
+        };
         files
-            .map(|(file, &chosen)| {
-                Ok(chosen || matches!(self.state(self.find(&file.kind.path()))?, State::Done))
-            })
+            .map(|(file, &chosen)| Ok(chosen || is_done(file)?))
             .collect()
     }
 }
@@ -433,6 +415,3 @@ const DOCUMENTS: [(&str, Doc); 2] = [
     (REGISTRY_PATH, Doc::Registry),
     (METADATA_PATH, Doc::Metadata),
 ];
-
-/// Both folders of the tree.
-const DIRECTORIES: [&str; 2] = [BASE_DIRECTORY, EXPERTS_DIRECTORY];

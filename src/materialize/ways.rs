@@ -10,6 +10,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use super::{MaterializeError, io_error};
+use crate::folder::Folder;
 use crate::model::Model;
 use crate::source::ReadError;
 use crate::sys::{self, copy};
@@ -86,8 +87,13 @@ pub struct Cost {
 
 impl Ways {
     /// Finds out what is possible in a folder, by a file without a name, which leaves no trace.
-    pub fn probe(model: &Model, folder: &Path, reflink: Reflink) -> Result<Self, MaterializeError> {
-        let room = sys::room(folder).map_err(io_error("ask for room in", folder))?;
+    pub fn probe(
+        model: &Model,
+        folder: &Folder,
+        reflink: Reflink,
+    ) -> Result<Self, MaterializeError> {
+        let room = sys::room(folder.file());
+        let room = room.map_err(io_error("ask for room in", folder.path()))?;
         let mut ways = Self {
             block: room.block,
             available: room.available,
@@ -97,7 +103,12 @@ impl Ways {
             flushes_whole: false,
             in_kernel: false,
         };
-        let probe = match tempfile::tempfile_in(folder) {
+        let probe = match folder.nameless() {
+            Ok(Some(probe)) => Ok(probe),
+            Ok(None) => folder.temporary().map(|(probe, _)| probe),
+            Err(e) => Err(e),
+        };
+        let probe = match probe {
             Ok(probe) => probe,
             // An error only if there is something to write.
             Err(e) => {

@@ -38,9 +38,9 @@ pub struct Room {
     pub block: u64,
 }
 
-/// The room on the file system of `path`.
-pub fn room(path: &Path) -> io::Result<Room> {
-    let stats = rustix::fs::statvfs(path)?;
+/// The room on the file system of a file or directory.
+pub fn room(file: &File) -> io::Result<Room> {
+    let stats = rustix::fs::fstatvfs(file)?;
     Ok(Room {
         available: stats.f_bavail.saturating_mul(stats.f_frsize),
         block: stats.f_frsize.max(1),

@@ -1,13 +1,13 @@
 //! What a tree's documents say that it holds.
 
 use std::collections::HashSet;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::Ordering;
 
 use serde_json::Value;
 
-use super::{Comparison, DOCUMENTS, VerifyError, What};
+use super::{Comparison, DOCUMENTS, NO_FILE, VerifyError, What};
+use crate::folder::Entry;
 use crate::layout::{FileKind, METADATA_GGUF_PATH, METADATA_PATH, REGISTRY_PATH, TensorFile};
 use crate::model::Model;
 use crate::tree::Ino;
@@ -110,27 +110,20 @@ impl Comparison<'_> {
             self.add(ino, None, None, What::Missing);
             return Ok(None);
         }
-        let Some((file, size)) = self.open(ino)? else {
-            return Ok(None);
-        };
         // A part of the model has shorter lists, never longer ones.
         let longest = self.model.tree().size(ino).unwrap_or(0);
-        if size > longest {
-            let what = What::Size {
+        let what = match self.tree.read(self.model.tree(), ino, longest) {
+            Ok(Entry::There(Ok(bytes))) => return Ok(Some(bytes)),
+            Ok(Entry::There(Err(found))) => What::Size {
                 expected: longest,
-                found: size,
-            };
-            self.add(ino, None, None, what);
-            return Ok(None);
-        }
-        let mut bytes = vec![0; size as usize];
-        match file.read_exact_at(&mut bytes, 0) {
-            Ok(()) => Ok(Some(bytes)),
-            Err(e) => {
-                self.add(ino, None, None, What::Unreadable(e.to_string()));
-                Ok(None)
-            }
-        }
+                found,
+            },
+            Ok(Entry::Missing) => What::Missing,
+            Ok(Entry::Other(_)) => NO_FILE,
+            Err(cause) => self.unreadable(ino, cause)?,
+        };
+        self.add(ino, None, None, what);
+        Ok(None)
     }
 }
 

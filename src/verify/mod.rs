@@ -12,11 +12,10 @@ mod claims;
 mod difference;
 mod listing;
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -25,8 +24,10 @@ use parking_lot::Mutex;
 use self::claims::Expected;
 pub use self::difference::{Difference, TensorNames, What};
 use self::listing::Listing;
+use crate::folder::Entry;
 use crate::layout::{METADATA_PATH, REGISTRY_PATH};
 use crate::model::Model;
+use crate::on_disk::{Comparer, Fault, OnDisk, Run};
 use crate::source::ReadError;
 use crate::sys::read;
 use crate::tree::Ino;
@@ -92,6 +93,7 @@ pub struct Report {
 pub struct Comparison<'a> {
     model: &'a Model,
     root: &'a Path,
+    tree: OnDisk,
     depth: Depth,
     /// What is there and is to be there, sorted by inode number; without the two documents.
     expected: Vec<Expected<'a>>,
@@ -104,12 +106,6 @@ pub struct Comparison<'a> {
     differences: Mutex<Vec<Difference>>,
 }
 
-/// Who watches a comparison.
-struct Watch<'a> {
-    stop: &'a AtomicBool,
-    progress: &'a (dyn Fn(Progress) + Sync),
-}
-
 impl<'a> Comparison<'a> {
     /// Finds out what the tree at `root` claims to hold, and whether that, and nothing else, is there.
     pub fn new(model: &'a Model, root: &'a Path, depth: Depth) -> Result<Self, VerifyError> {
@@ -117,6 +113,7 @@ impl<'a> Comparison<'a> {
         let mut comparison = Self {
             model,
             root,
+            tree: found.tree,
             depth,
             expected: Vec::new(),
             documents: 0,
@@ -165,11 +162,21 @@ impl<'a> Comparison<'a> {
         stop: &AtomicBool,
         progress: &(dyn Fn(Progress) + Sync),
     ) -> Result<Report, VerifyError> {
-        let watch = Watch { stop, progress };
+        let told = |bytes| {
+            self.bytes.fetch_add(bytes, Ordering::Relaxed);
+            progress(Progress { bytes, files: 0 });
+        };
+        let comparer = Comparer {
+            model: self.model,
+            stop,
+            progress: &told,
+        };
         let buffer = || vec![0; 2 * PIECE_BYTES];
         let files: Vec<&Expected> = self.expected.iter().collect();
         in_parallel(jobs, &files, buffer, |file, buffer| {
-            self.compare(file, buffer, &watch)
+            let compared = self.compare(file, buffer, &comparer);
+            progress(Progress { bytes: 0, files: 1 });
+            compared
         })?;
         let mut differences = self.differences.into_inner();
         differences.sort();
@@ -199,50 +206,47 @@ impl<'a> Comparison<'a> {
             .expect("every tree has its documents")
     }
 
-    /// Opens a file of the tree, and tells its size. What is no regular file is never followed and
-    /// never waited for.
-    fn open(&self, ino: Ino) -> Result<Option<(File, u64)>, VerifyError> {
-        let path = self
-            .root
-            .join(self.model.tree().path(ino).unwrap_or_default());
-        let what = match fs::symlink_metadata(&path) {
-            Ok(metadata) if !metadata.is_file() => What::Kind {
-                expected: "regular file",
-            },
-            Err(e) if e.kind() == io::ErrorKind::NotFound => What::Missing,
-            Err(e) => What::Unreadable(e.to_string()),
-            Ok(_) => {
-                let opened = OpenOptions::new()
-                    .read(true)
-                    .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-                    .open(&path)
-                    .and_then(|file| Ok((file.metadata()?.len(), file)));
-                match opened {
-                    Ok((size, file)) => return Ok(Some((file, size))),
-                    Err(cause)
-                        if matches!(cause.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) =>
-                    {
-                        return Err(VerifyError::Descriptors { path, cause });
-                    }
-                    Err(e) => What::Unreadable(e.to_string()),
-                }
+    /// What is said of a file that cannot be opened or read.
+    fn unreadable(&self, ino: Ino, cause: io::Error) -> Result<What, VerifyError> {
+        match cause.raw_os_error() {
+            Some(libc::EMFILE | libc::ENFILE) => {
+                let path = self.model.tree().path(ino).unwrap_or_default();
+                let path = self.root.join(path);
+                Err(VerifyError::Descriptors { path, cause })
             }
-        };
-        self.add(ino, None, None, what);
-        Ok(None)
+            _ => Ok(What::Unreadable(cause.to_string())),
+        }
     }
 
     fn compare(
         &self,
         expected: &Expected,
         buffer: &mut [u8],
-        watch: &Watch,
+        comparer: &Comparer,
     ) -> Result<(), VerifyError> {
         let ino = expected.ino;
-        let Some((file, found)) = self.open(ino)? else {
-            return Ok(());
+        let what = match self.tree.open(self.model.tree(), ino) {
+            Ok(Entry::There((file, metadata))) => {
+                return self.compare_file(expected, &file, metadata.len(), buffer, comparer);
+            }
+            Ok(Entry::Missing) => What::Missing,
+            Ok(Entry::Other(_)) => NO_FILE,
+            Err(cause) => self.unreadable(ino, cause)?,
         };
-        read::forget(&file);
+        self.add(ino, None, None, what);
+        Ok(())
+    }
+
+    fn compare_file(
+        &self,
+        expected: &Expected,
+        file: &File,
+        found: u64,
+        buffer: &mut [u8],
+        comparer: &Comparer,
+    ) -> Result<(), VerifyError> {
+        let ino = expected.ino;
+        read::forget(file);
         let size = self.model.tree().size(ino).unwrap_or(0);
         if found != size {
             let end = found.min(size);
@@ -254,59 +258,24 @@ impl<'a> Comparison<'a> {
             };
             self.add(ino, Some(end), cut.and_then(|region| region.tensor), what);
         }
-        for mut region in self.regions(expected, self.depth) {
-            region.range.end = region.range.end.min(found);
-            self.compare_region(ino, &file, region, buffer, watch)?;
-        }
-        (watch.progress)(Progress { bytes: 0, files: 1 });
-        Ok(())
-    }
-
-    fn compare_region(
-        &self,
-        ino: Ino,
-        file: &File,
-        region: Region,
-        buffer: &mut [u8],
-        watch: &Watch,
-    ) -> Result<(), VerifyError> {
-        let told = |bytes| {
-            self.bytes.fetch_add(bytes, Ordering::Relaxed);
-            (watch.progress)(Progress { bytes, files: 0 });
-        };
-        let Region {
-            range,
-            tensor,
-            what,
-        } = region;
-        let piece = buffer.len() as u64 / 2;
-        let mut start = range.start;
-        while start < range.end {
-            if watch.stop.load(Ordering::Relaxed) {
-                return Err(VerifyError::Stopped);
-            }
-            // Up to where a page of the file ends, so that no page is read twice.
-            let end = range.end.min(start - start % piece + piece);
-            match first_difference(self.model, ino, file, start..end, buffer) {
-                Ok(None) => told(end - start),
-                Ok(Some(offset)) => {
-                    told(range.end - start);
-                    self.add(ino, Some(offset), tensor, what);
-                    return Ok(());
-                }
+        for region in self.regions(expected, self.depth) {
+            let start = region.range.start;
+            let run = Run {
+                ino,
+                start,
+                len: region.range.end.min(found).saturating_sub(start),
+                found_start: start,
+            };
+            match comparer.first_difference(run, file, buffer) {
+                Ok(None) => {}
+                Ok(Some(offset)) => self.add(ino, Some(offset), region.tensor, region.what),
                 Err(Fault::File { offset, cause }) => {
-                    told(range.end - start);
-                    self.add(
-                        ino,
-                        Some(offset),
-                        tensor,
-                        What::Unreadable(cause.to_string()),
-                    );
-                    return Ok(());
+                    let what = What::Unreadable(cause.to_string());
+                    self.add(ino, Some(offset), region.tensor, what);
                 }
                 Err(Fault::Model(e)) => return Err(e.into()),
+                Err(Fault::Stopped) => return Err(VerifyError::Stopped),
             }
-            start = end;
         }
         Ok(())
     }
@@ -345,6 +314,11 @@ impl<'a> Comparison<'a> {
     }
 }
 
+/// What is said of a link, a folder or a device where a file should be.
+const NO_FILE: What = What::Kind {
+    expected: "regular file",
+};
+
 /// The documents that say what a tree holds.
 const DOCUMENTS: [&str; 2] = [REGISTRY_PATH, METADATA_PATH];
 
@@ -353,40 +327,4 @@ struct Region {
     range: Range<u64>,
     tensor: Option<TensorNames>,
     what: What,
-}
-
-/// Why two runs of bytes could not be compared.
-pub(crate) enum Fault {
-    /// The model cannot be read.
-    Model(ReadError),
-    /// The file cannot be read, from this byte on.
-    File { offset: u64, cause: io::Error },
-}
-
-/// Where a file differs first from what the model's tree holds, within a range that it has. The
-/// buffer takes a piece of each. Reads past the page cache where the kernel can do that, so that
-/// the disk is asked and not the memory.
-pub(crate) fn first_difference(
-    model: &Model,
-    ino: Ino,
-    file: &File,
-    range: Range<u64>,
-    buffer: &mut [u8],
-) -> Result<Option<u64>, Fault> {
-    let (expected, found) = buffer.split_at_mut(buffer.len() / 2);
-    let mut offset = range.start;
-    while offset < range.end {
-        let len = (range.end - offset).min(expected.len() as u64) as usize;
-        let (expected, found) = (&mut expected[..len], &mut found[..len]);
-        model.read_at(ino, offset, expected).map_err(Fault::Model)?;
-        let plainly = |buffer: &mut [u8], offset| file.read_exact_at(buffer, offset);
-        read::read_exact_uncached(file, found, offset, plainly)
-            .map_err(|cause| Fault::File { offset, cause })?;
-        if expected != found {
-            let same = expected.iter().zip(&*found).take_while(|(a, b)| a == b);
-            return Ok(Some(offset + same.count() as u64));
-        }
-        offset += len as u64;
-    }
-    Ok(None)
 }
