@@ -1,7 +1,9 @@
 //! Long work on many files: each is dealt with by one of a few threads, which say how far they are.
 
+use std::io;
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::Builder;
 
 use parking_lot::Mutex;
 
@@ -30,19 +32,27 @@ fn most_jobs() -> usize {
     (left.saturating_sub(8) / 2).max(1)
 }
 
-/// Deals with each item in one of `jobs` threads, or fewer where descriptors are short, until one
-/// fails; its error is the result. Each thread makes itself a `state`, such as a buffer.
-pub(crate) fn in_parallel<T: Copy + Sync, S, E: Send>(
+/// Address space that must be left when a thread is started, for its stack and for what all of them
+/// allocate while they work: what is refused then ends the process.
+const SPARE_BYTES: usize = 32 << 20;
+
+/// Deals with each item in one of `jobs` threads until one fails; its error is the result. Each
+/// thread gets a `state` of its own, such as a buffer. The calling thread is one of them, and the
+/// only one where a limit allows no more: there are fewer where descriptors are short, or where a
+/// thread is refused (`ulimit -u`, the pids limit of a control group, `ulimit -v`).
+pub(crate) fn in_parallel<T: Copy + Sync, S: Send, E: Send>(
     jobs: NonZeroUsize,
     items: &[T],
-    state: impl Fn() -> S + Sync,
+    state: impl Fn() -> S,
     work: impl Fn(T, &mut S) -> Result<(), E> + Sync,
 ) -> Result<(), E> {
+    if items.is_empty() {
+        return Ok(());
+    }
     let next = AtomicUsize::new(0);
     let failed = AtomicBool::new(false);
     let first_error = Mutex::new(None);
-    let worker = || {
-        let mut state = state();
+    let worker = |mut state: S| {
         while !failed.load(Ordering::Relaxed) {
             let index = next.fetch_add(1, Ordering::Relaxed);
             let Some(&item) = items.get(index) else {
@@ -54,10 +64,22 @@ pub(crate) fn in_parallel<T: Copy + Sync, S, E: Send>(
             }
         }
     };
+    let jobs = jobs.get().min(items.len()).min(most_jobs());
+    let own_state = state();
     std::thread::scope(|scope| {
-        for _ in 0..jobs.get().min(items.len()).min(most_jobs()) {
-            scope.spawn(worker);
+        let start = || {
+            Vec::<u8>::new().try_reserve_exact(SPARE_BYTES)?;
+            let (worker, state) = (&worker, state());
+            Builder::new().spawn_scoped(scope, move || worker(state))?;
+            Ok(())
+        };
+        for started in 1..jobs {
+            if let Err::<(), io::Error>(e) = start() {
+                tracing::info!("going on with {started} of {jobs} threads: {e}");
+                break;
+            }
         }
+        worker(own_state);
     });
     first_error.into_inner().map_or(Ok(()), Err)
 }

@@ -21,12 +21,16 @@ impl Stop {
             flag: flag.clone(),
             signal: signal.clone(),
         };
-        std::thread::spawn(move || {
+        let wait = move || {
             if let Ok(first) = signals.wait() {
                 let _ = signal.set(first);
                 flag.store(true, Ordering::Relaxed);
             }
-        });
+        };
+        if let Err(e) = std::thread::Builder::new().spawn(wait) {
+            tracing::info!("signals end this command at once, since no thread waits for them: {e}");
+            signals.unblock()?;
+        }
         Ok(stop)
     }
 
