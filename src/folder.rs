@@ -194,15 +194,26 @@ impl Folder {
 
     /// The names in it, but for `.` and `..`.
     pub fn names(&self) -> io::Result<Vec<OsString>> {
-        let mut names = Vec::new();
+        let entries = self.entries()?;
+        Ok(entries.into_iter().map(|(name, _)| name).collect())
+    }
+
+    /// The names in it, and what each of them is, as far as the folder itself tells: what is mounted
+    /// on one is not asked, and may never answer.
+    pub fn entries(&self) -> io::Result<Vec<(OsString, Option<Kind>)>> {
+        let mut entries = Vec::new();
         for entry in Dir::new(self.again()?)? {
             let entry = entry?;
             let name = entry.file_name().to_bytes();
             if name != b"." && name != b".." {
-                names.push(OsStr::from_bytes(name).to_owned());
+                let kind = match entry.file_type() {
+                    FileType::Unknown => None,
+                    kind => Some(Kind::of(kind.as_raw_mode())),
+                };
+                entries.push((OsStr::from_bytes(name).to_owned(), kind));
             }
         }
-        Ok(names)
+        Ok(entries)
     }
 
     /// Whether the path that it was opened by still leads to it.

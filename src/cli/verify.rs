@@ -3,12 +3,11 @@
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
-use anyhow::ensure;
 use odmoe_fs::layout::Layout;
 use odmoe_fs::model::Model;
 use odmoe_fs::mounts::{State, odmoe_mount_of, state_of};
 use odmoe_fs::source::PageCache;
-use odmoe_fs::verify::{Comparison, Depth, Difference, Report};
+use odmoe_fs::verify::{Comparison, Depth, Difference, Report, VerifyError};
 use odmoe_fs::work::default_jobs;
 use serde::Serialize;
 
@@ -62,11 +61,7 @@ pub fn run(args: &VerifyArgs, quiet: bool) -> anyhow::Result<bool> {
     let jobs = jobs.unwrap_or_else(default_jobs);
     let mount = odmoe_mount_of(directory);
     if let Some(mount) = &mount {
-        ensure!(
-            state_of(&mount.directory) != State::Stale,
-            "the process of the mount on {:?} is dead, so nothing can be compared; mount it again",
-            mount.directory
-        );
+        ask(&mount.directory)?;
     }
     let stop = Stop::on_signals()?;
     let comparison = Comparison::new(&model, directory, depth)?;
@@ -78,11 +73,9 @@ pub fn run(args: &VerifyArgs, quiet: bool) -> anyhow::Result<bool> {
         // What is held of a mount stays readable when it is unmounted lazily.
         let is_dead =
             || !report.differences.is_empty() && state_of(&mount.directory) == State::Stale;
-        ensure!(
-            odmoe_mount_of(directory).as_ref() == Some(&mount) && !is_dead(),
-            "the mount on {:?} ended during the comparison; mount it, and compare again",
-            mount.directory
-        );
+        if odmoe_mount_of(directory).as_ref() != Some(&mount) || is_dead() {
+            return Err(VerifyError::Ended(mount.directory).into());
+        }
     }
     if args.json {
         print_json(&TreeReport::of(&report, depth, model.layout()))?;
@@ -90,6 +83,18 @@ pub fn run(args: &VerifyArgs, quiet: bool) -> anyhow::Result<bool> {
         print(&in_words(&report, depth, model.layout(), directory))?;
     }
     Ok(report.differences.is_empty())
+}
+
+/// Fails if the mount on a directory cannot be read. A call into one that does not answer could not
+/// even be interrupted.
+fn ask(directory: &Path) -> Result<(), VerifyError> {
+    let fail = |error: fn(PathBuf) -> VerifyError| Err(error(directory.to_owned()));
+    match state_of(directory) {
+        // What is not readable says why when it is opened.
+        State::Alive | State::NotReadable => Ok(()),
+        State::NotAnswering => fail(VerifyError::NotAnswering),
+        State::Stale => fail(VerifyError::Stale),
+    }
 }
 
 /// A model that has no fault; one that has does not get so far.

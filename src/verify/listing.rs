@@ -1,6 +1,7 @@
 //! What lies in a tree's folders.
 
 use std::collections::HashSet;
+use std::ffi::OsString;
 use std::fs::Metadata;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
@@ -8,7 +9,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::{Difference, VerifyError, What};
-use crate::folder::{Entry, Folder};
+use crate::folder::{Entry, Folder, Kind};
 use crate::model::Model;
 use crate::on_disk::OnDisk;
 use crate::tree::{Ino, ROOT};
@@ -36,9 +37,10 @@ impl Listing {
             known: HashSet::new(),
             strangers: Vec::new(),
         };
-        for name in names(&root)? {
+        for (name, kind) in entries(&root)? {
             let Some(directory) = tree.lookup(ROOT, name.as_bytes()) else {
-                if !is_part(model, &path.join(&name)) {
+                let may_be_part = !matches!(kind, Some(Kind::Folder | Kind::Special));
+                if !may_be_part || !is_part(model, &path.join(&name)) {
                     listing.stranger(name.into(), What::Extra);
                 }
                 continue;
@@ -57,7 +59,7 @@ impl Listing {
                     continue;
                 }
             };
-            for file in names(&folder)? {
+            for (file, _) in entries(&folder)? {
                 match tree.lookup(directory, file.as_bytes()) {
                     Some(ino) => {
                         listing.known.insert(ino);
@@ -80,9 +82,9 @@ impl Listing {
     }
 }
 
-fn names(folder: &Folder) -> Result<Vec<std::ffi::OsString>, VerifyError> {
-    let names = folder.names();
-    names.map_err(|cause| list_error(folder.path(), cause))
+fn entries(folder: &Folder) -> Result<Vec<(OsString, Option<Kind>)>, VerifyError> {
+    let entries = folder.entries();
+    entries.map_err(|cause| list_error(folder.path(), cause))
 }
 
 fn list_error(path: &Path, cause: io::Error) -> VerifyError {

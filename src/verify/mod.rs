@@ -53,6 +53,16 @@ pub enum VerifyError {
     Descriptors { path: PathBuf, cause: io::Error },
     #[error("stopped before everything was compared")]
     Stopped,
+    #[error(
+        "the mount on {0:?} does not answer, so nothing can be compared; see with `odmoe-fs status` which process serves it"
+    )]
+    NotAnswering(PathBuf),
+    #[error(
+        "the process of the mount on {0:?} is dead, so nothing can be compared; mount it again"
+    )]
+    Stale(PathBuf),
+    #[error("the mount on {0:?} ended during the comparison; mount it, and compare again")]
+    Ended(PathBuf),
     /// The model, not the tree, cannot be read, so nothing can be said.
     #[error(transparent)]
     Model(#[from] ReadError),
@@ -61,6 +71,9 @@ pub enum VerifyError {
 fn hint(cause: &io::Error) -> &'static str {
     match cause.raw_os_error() {
         Some(libc::ENOTCONN) => "; its process is dead, so mount it again",
+        Some(libc::EACCES) => {
+            "; only a user who may read it can compare it, and a mount may be entered only by the user who made it"
+        }
         _ => "",
     }
 }

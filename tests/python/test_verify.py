@@ -15,6 +15,7 @@ from odmoe import (
     BINARY,
     DATA,
     PATIENCE,
+    daemon_of,
     detach,
     expert_gguf,
     fail,
@@ -325,6 +326,50 @@ def verifying(model, root):
     # It blocks the signals, and starts its workers, right before it compares.
     wait_for(lambda: len(os.listdir(f"/proc/{process.pid}/task")) > 2 or process.poll() is not None)
     return process
+
+
+@contextlib.contextmanager
+def stopped(where):
+    """A mount that does not answer."""
+    pid = daemon_of(where)
+    os.kill(pid, signal.SIGSTOP)
+    tasks = Path(f"/proc/{pid}/task")
+    wait_for(lambda: all(" T " in (task / "stat").read_text() for task in tasks.iterdir()))
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+@promises("`verify` does not wait for a daemon that is stopped when it begins.")
+@pytest.mark.parametrize("flags", [[], ["--quick"], ["--json"]], ids=str)
+@pytest.mark.parametrize("name", ["mnt", "link", "mnt/experts", "other/../mnt"])
+def test_a_mount_that_does_not_answer_is_an_error_and_is_not_waited_for(small, tmp_path, name, flags):
+    (tmp_path / "link").symlink_to("mnt")
+    (tmp_path / "other").mkdir()
+    with mounted(small[0], tmp_path / "mnt") as root, stopped(root):
+        said = fail("verify", small[0], tmp_path / name, *flags, naming=[root, "does not answer", "odmoe-fs status"])
+        assert "-v" not in said
+
+
+def test_a_mount_beside_a_tree_that_does_not_answer_holds_nobody_up(small, tmp_path):
+    succeed("materialize", small[0], tmp_path)
+    with mounted(small[0], tmp_path / "mnt") as root, stopped(root):
+        assert differences(small[0], tmp_path) == [("mnt", "extra")]
+        assert "nothing to write" in succeed("materialize", small[0], tmp_path)
+
+
+def test_a_mount_whose_process_is_dead_is_an_error(small, tmp_path):
+    where = tmp_path / "mnt"
+    with contextlib.suppress(AssertionError), mounted(small[0], where):
+        os.kill(daemon_of(where), signal.SIGKILL)
+        fail("verify", small[0], where, naming=[where, "is dead", "mount it again"])
+
+
+@needs_root
+def test_a_mount_of_another_user_is_an_error_that_says_who_may_read_it(model, public, nobody):
+    with mounted(model, public / "mnt") as root:
+        fail("verify", model, root, user=nobody, naming=[root, "Permission denied", "the user who made it"])
 
 
 def test_a_mount_that_ends_during_the_comparison_is_one_error_and_no_difference(tmp_path):
