@@ -56,7 +56,9 @@ impl Plan<'_> {
         if self.differs(ino, &file, header, &mut buffer)? {
             return Ok(State::Foreign("has another header".into()));
         }
-        let modified = metadata.modified().map_err(io_error("look at", &path))?;
+        let modified = metadata
+            .modified()
+            .map_err(io_error("read the time of", &path))?;
         Ok(if modified == self.model.source().modified() {
             State::Done
         } else {

@@ -111,7 +111,9 @@ impl Copier<'_> {
         let Target { ino, file, path } = target;
         if segment.len >= SMALL_BYTES {
             match copy::allocate(file, segment.start, segment.len) {
-                Err(e) if !copy::is_refusal(&e) => return Err(io_error("make room for", path)(e)),
+                Err(e) if !copy::is_refusal(&e) => {
+                    return Err(io_error("reserve room for", path)(e));
+                }
                 _ => {}
             }
         }

@@ -11,7 +11,7 @@ use crate::source::ReadError;
 #[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
 #[strum(serialize_all = "snake_case", prefix = "materialize.")]
 pub enum MaterializeError {
-    #[error("cannot {action} {path:?}: {cause}")]
+    #[error("cannot {action} {path:?}: {cause}{}", after(action, .cause))]
     Io {
         action: &'static str,
         path: PathBuf,
@@ -25,6 +25,10 @@ pub enum MaterializeError {
         "{0:?} is a directory, where a file must be written; remove it, or choose another directory"
     )]
     FolderInTheWay(PathBuf),
+    #[error(
+        "{0:?} appeared while the tree was written, and is not what belongs there; run the same command again once nothing else writes to that directory"
+    )]
+    Appeared(PathBuf),
     #[error(
         "{0:?} was not chosen, but the registry would list it, and it holds other bytes: those of another model of the same shape. Remove it, or choose another directory"
     )]
@@ -64,7 +68,9 @@ pub enum MaterializeError {
         asked: String,
         existing: String,
     },
-    #[error("nothing to write: of the chosen layers, none has an expert of the chosen numbers")]
+    #[error(
+        "nothing to write: of the chosen layers, none has an expert of the chosen numbers; choose others with --layers or --experts"
+    )]
     NothingSelected,
     #[error(
         "stopped; files that have their names are complete, and the same command goes on from there"
@@ -82,5 +88,134 @@ pub(super) fn io_error(
         action,
         path: path.to_owned(),
         cause,
+    }
+}
+
+/// The action that gives a file the tree's time.
+pub(super) const SET_TIME: &str = "set the time of";
+
+/// What to do after an error of the system, as the end of its text. Nothing where its number does
+/// not tell.
+fn after(action: &str, cause: &io::Error) -> String {
+    let step = match cause.raw_os_error() {
+        Some(libc::EFBIG) => too_large(),
+        Some(libc::EPERM) if action == SET_TIME => {
+            "only the owner of a file may do that: run it as that user, or remove the file"
+        }
+        Some(errno) => step(errno),
+        None => "",
+    };
+    match step {
+        "" => String::new(),
+        step => format!("; {step}"),
+    }
+}
+
+fn too_large() -> &'static str {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Fsize);
+    match limit.current {
+        Some(_) => "raise the limit on the size of files with `ulimit -f`",
+        None => "choose a file system that holds files of this size: FAT ends at 4 GiB",
+    }
+}
+
+/// The next step after an error number (errno(3)) of the target.
+fn step(errno: i32) -> &'static str {
+    match errno {
+        libc::ENOSPC => {
+            "free some room, or inodes (`df -h` and `df -i` show both), and the same command goes on"
+        }
+        libc::EDQUOT => "free some of the quota, or have it raised, and the same command goes on",
+        libc::EROFS => {
+            "choose a directory elsewhere, since this file system is mounted read-only: one that finds itself damaged becomes so by itself, and `dmesg` says it"
+        }
+        libc::EACCES => {
+            "check the permissions of that directory and of those above it, or choose another"
+        }
+        libc::EPERM => {
+            "look with `lsattr -d` whether it is immutable, and with `ls -ld` whose it is: in a directory such as /tmp, nobody else can replace or remove it"
+        }
+        libc::EISDIR => "remove the directory that is in the way, or choose another",
+        libc::ENOTDIR => "remove what is in the way of a directory, or choose another",
+        libc::ENAMETOOLONG => "choose a directory with a shorter path",
+        libc::ELOOP => "check the links on the path",
+        libc::ENOENT => {
+            "it was removed while the tree was written, and the same command makes it anew"
+        }
+        libc::EBUSY => "unmount what is mounted there, or choose another directory",
+        libc::ETXTBSY => "end the program that runs from it, or `swapoff` it",
+        libc::EMFILE => "allow more open files with `ulimit -n`, or use fewer --jobs",
+        libc::ENFILE => "wait until other programs have closed some of the files of this machine",
+        libc::ENOMEM => "free some memory, and the same command goes on",
+        libc::EIO => "check the disk that holds it, whose errors `dmesg` shows",
+        libc::ENXIO | libc::ENODEV => "attach the disk again, and the same command goes on",
+        libc::ESTALE => "mount it again, since its file server has replaced it",
+        libc::ENOTCONN | libc::ECONNABORTED => {
+            "unmount that file system, whose process is dead, and mount it again"
+        }
+        libc::ETIMEDOUT
+        | libc::EHOSTDOWN
+        | libc::EHOSTUNREACH
+        | libc::ENETDOWN
+        | libc::ENETUNREACH
+        | libc::ECONNREFUSED
+        | libc::ECONNRESET => "check the file server and the network to it",
+        libc::EOPNOTSUPP | libc::ENOSYS => {
+            "choose a directory on another file system, since this one cannot do that"
+        }
+        _ => "",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn text(action: &'static str, errno: i32) -> String {
+        io_error(action, Path::new("x"))(io::Error::from_raw_os_error(errno)).to_string()
+    }
+
+    #[test]
+    fn the_next_step_follows_the_number_of_the_error() {
+        for (errno, words) in [
+            (libc::ENOSPC, "df -i"),
+            (libc::EDQUOT, "quota"),
+            (libc::EROFS, "read-only"),
+            (libc::EACCES, "permissions"),
+            (libc::EPERM, "lsattr"),
+            (libc::EISDIR, "in the way"),
+            (libc::ENOTDIR, "in the way"),
+            (libc::ENAMETOOLONG, "shorter"),
+            (libc::ELOOP, "links"),
+            (libc::ENOENT, "removed while"),
+            (libc::EBUSY, "unmount"),
+            (libc::ETXTBSY, "swapoff"),
+            (libc::EMFILE, "ulimit -n"),
+            (libc::ENFILE, "other programs"),
+            (libc::ENOMEM, "memory"),
+            (libc::EIO, "dmesg"),
+            (libc::ENXIO, "attach"),
+            (libc::ENODEV, "attach"),
+            (libc::ESTALE, "file server"),
+            (libc::ENOTCONN, "process is dead"),
+            (libc::ETIMEDOUT, "network"),
+            (libc::ECONNRESET, "network"),
+            (libc::EOPNOTSUPP, "another file system"),
+        ] {
+            let text = text("write", errno);
+            let (what, step) = text.split_once("; ").unwrap_or_default();
+            assert!(what.contains(r#"cannot write "x": "#), "{text}");
+            assert!(step.contains(words) && !step.contains("; "), "{text}");
+        }
+        assert!(text(SET_TIME, libc::EPERM).contains("only the owner"));
+    }
+
+    #[test]
+    fn where_the_number_does_not_tell_nothing_is_advised() {
+        for errno in [libc::EINVAL, libc::EBADF, libc::EFAULT, libc::EXDEV] {
+            assert!(!text("write", errno).contains(';'));
+        }
+        let other = io_error("write", Path::new("x"))(io::Error::other("y"));
+        assert_eq!(other.to_string(), r#"cannot write "x": y"#);
     }
 }

@@ -206,7 +206,7 @@ impl<'a> Plan<'a> {
             let cause = cause
                 .raw_os_error()
                 .map_or_else(|| cause.kind().into(), io::Error::from_raw_os_error);
-            return Err(io_error("make files in", self.target.nearest().path())(
+            return Err(io_error("create files in", self.target.nearest().path())(
                 cause,
             ));
         }

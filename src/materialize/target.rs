@@ -112,7 +112,7 @@ impl Target {
 fn make_folder(folder: &Folder, name: &Path) -> Result<Folder, MaterializeError> {
     let path = folder.path().join(name);
     let made = folder.make_folder(name.as_os_str());
-    match made.map_err(io_error("make", &path))? {
+    match made.map_err(io_error("create", &path))? {
         Entry::There(folder) => Ok(folder),
         Entry::Missing => Err(MaterializeError::Replaced(path)),
         Entry::Other(kind) => Err(in_the_way(path, kind)),

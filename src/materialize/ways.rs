@@ -93,7 +93,10 @@ impl Ways {
         reflink: Reflink,
     ) -> Result<Self, MaterializeError> {
         let room = sys::room(folder.file());
-        let room = room.map_err(io_error("ask for room in", folder.path()))?;
+        let room = room.map_err(io_error(
+            "find out how much room there is in",
+            folder.path(),
+        ))?;
         let mut ways = Self {
             block: room.block,
             available: room.available,

@@ -20,6 +20,7 @@ use parking_lot::Mutex;
 
 use super::compare::State;
 use super::copy::{self, Copier, Target};
+use super::error::SET_TIME;
 use super::{DOCUMENTS, MaterializeError, Outcome, Plan, io_error};
 use crate::folder::{Entry, Folder, Unnamed};
 use crate::layout::{Doc, TensorFile};
@@ -74,7 +75,7 @@ impl Plan<'_> {
                 _ => Err(io::ErrorKind::NotFound.into()), // exchanged meanwhile
             }
         });
-        opened.map_err(io_error("set the time of", &self.path(ino)))
+        opened.map_err(io_error(SET_TIME, &self.path(ino)))
     }
 
     /// Fails if the name of the target, or of a folder in it, leads elsewhere by now.
@@ -130,7 +131,10 @@ impl Plan<'_> {
         let flushed = sys::copy::flush_file_system(&lock);
         flushed.map_err(io_error("flush", self.target.path()))?;
         let room = sys::room(root.file());
-        let room = room.map_err(io_error("ask for room in", self.target.path()))?;
+        let room = room.map_err(io_error(
+            "find out how much room there is in",
+            self.target.path(),
+        ))?;
         Ok(room.available)
     }
 
@@ -229,7 +233,7 @@ impl Plan<'_> {
             .and_then(|()| file.sync_all())
             .map_err(io_error("write", &path))?;
         let named = unnamed.replace(name.as_ref());
-        named.map_err(io_error("name", &path))?;
+        named.map_err(io_error("give its name to", &path))?;
         Ok(true)
     }
 
@@ -356,10 +360,10 @@ impl<'a> Publisher<'a> {
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
                 match self.plan.state(self.target, ino)? {
                     State::Done => {}
-                    _ => return Err(self.plan.foreign(ino, "was put there meanwhile")),
+                    _ => return Err(MaterializeError::Appeared(self.plan.path(ino))),
                 }
             }
-            Err(e) => return Err(io_error("name", &self.plan.path(ino))(e)),
+            Err(e) => return Err(io_error("give its name to", &self.plan.path(ino))(e)),
             Ok(()) => {}
         }
         (self.progress)(Progress { bytes: 0, files: 1 });
@@ -374,18 +378,22 @@ fn flush(folder: &Folder) -> Result<(), MaterializeError> {
 
 fn temporary_in(folder: &Folder) -> Result<(File, Unnamed<'_>), MaterializeError> {
     let made = folder.temporary();
-    made.map_err(io_error("make files in", folder.path()))
+    made.map_err(io_error("create files in", folder.path()))
 }
 
 /// Removes the temporary files of runs that were killed. Only with the lock: a run that lives has such
 /// files, too.
 fn remove_leftovers(folder: &Folder, _lock: &File) -> Result<(), MaterializeError> {
-    let found = folder
-        .temporaries()
-        .map_err(io_error("clean", folder.path()))?;
+    let found = folder.temporaries().map_err(io_error(
+        "remove what a killed run has left in",
+        folder.path(),
+    ))?;
     for (name, _) in found {
         let removed = folder.remove(&name);
-        removed.map_err(io_error("clean", folder.path()))?;
+        removed.map_err(io_error(
+            "remove what a killed run has left in",
+            folder.path(),
+        ))?;
     }
     Ok(())
 }
