@@ -18,7 +18,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, RenameFlags, Stat};
+use rustix::fs::{Access, AtFlags, Dir, FileType, Mode, OFlags, RenameFlags, Stat};
 use rustix::io::Errno;
 
 /// Temporary files are named `.odmoe-RANDOM.tmp`: no loader takes them for a model.
@@ -233,6 +233,13 @@ impl Folder {
             self.stat(name)
                 .is_ok_and(|named| identity(named) == identity(held))
         })
+    }
+
+    /// Fails if this user can make no file in it, as far as that is known without trying.
+    pub fn check_writable(&self) -> io::Result<()> {
+        let access = Access::WRITE_OK | Access::EXEC_OK;
+        let flags = AtFlags::EACCESS; // that of the process, also if it is set-user-id
+        Ok(rustix::fs::accessat(&self.file, ".", access, flags)?)
     }
 
     /// Makes a file that never has a name. `None` where the file system has no such files.

@@ -36,8 +36,8 @@ fn most_jobs() -> usize {
 /// allocate while they work: what is refused then ends the process.
 const SPARE_BYTES: usize = 32 << 20;
 
-/// Deals with each item in one of `jobs` threads until one fails; its error is the result. Each
-/// thread gets a `state` of its own, such as a buffer. The calling thread is one of them, and the
+/// Deals with each item in one of `jobs` threads until one fails; the error of the first that does,
+/// in the order of the items, is the result. Each thread gets a `state` of its own, such as a buffer. The calling thread is one of them, and the
 /// only one where a limit allows no more: there are fewer where descriptors are short, or where a
 /// thread is refused (`ulimit -u`, the pids limit of a control group, `ulimit -v`).
 pub(crate) fn in_parallel<T: Copy + Sync, S: Send, E: Send>(
@@ -51,7 +51,7 @@ pub(crate) fn in_parallel<T: Copy + Sync, S: Send, E: Send>(
     }
     let next = AtomicUsize::new(0);
     let failed = AtomicBool::new(false);
-    let first_error = Mutex::new(None);
+    let first_error: Mutex<Option<(usize, E)>> = Mutex::new(None);
     let worker = |mut state: S| {
         while !failed.load(Ordering::Relaxed) {
             let index = next.fetch_add(1, Ordering::Relaxed);
@@ -60,7 +60,10 @@ pub(crate) fn in_parallel<T: Copy + Sync, S: Send, E: Send>(
             };
             if let Err(e) = work(item, &mut state) {
                 failed.store(true, Ordering::Relaxed);
-                first_error.lock().get_or_insert(e);
+                let mut first = first_error.lock();
+                if first.as_ref().is_none_or(|(earlier, _)| index < *earlier) {
+                    *first = Some((index, e));
+                }
             }
         }
     };
@@ -81,5 +84,55 @@ pub(crate) fn in_parallel<T: Copy + Sync, S: Send, E: Send>(
         }
         worker(own_state);
     });
-    first_error.into_inner().map_or(Ok(()), Err)
+    match first_error.into_inner() {
+        Some((_, e)) => Err(e),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(jobs: usize, work: impl Fn(usize) -> Result<(), usize> + Sync) -> Result<(), usize> {
+        let items: Vec<usize> = (0..100).collect();
+        let jobs = NonZeroUsize::new(jobs).unwrap();
+        in_parallel(jobs, &items, || (), |item, ()| work(item))
+    }
+
+    #[test]
+    fn every_item_is_dealt_with_once_by_any_number_of_threads() {
+        for jobs in [1, 2, 7, 300] {
+            let done = Mutex::new(Vec::new());
+            run(jobs, |item| {
+                done.lock().push(item);
+                Ok(())
+            })
+            .unwrap();
+            let mut done = done.into_inner();
+            done.sort();
+            assert_eq!(done, (0..100).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn the_first_item_that_fails_is_the_one_that_is_told() {
+        let together = std::sync::Barrier::new(2);
+        let failed = run(2, |item| match item {
+            10 => {
+                together.wait(); // the other thread has failed, or is about to
+                Err(10)
+            }
+            11 => {
+                together.wait();
+                Err(11)
+            }
+            _ => Ok(()),
+        });
+        assert_eq!(failed, Err(10));
+        assert_eq!(
+            run(5, |item| if item < 20 { Ok(()) } else { Err(item) }),
+            Err(20)
+        );
+    }
 }

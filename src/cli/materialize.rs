@@ -94,16 +94,24 @@ pub fn run(args: &MaterializeArgs, quiet: bool) -> anyhow::Result<()> {
         selection,
         reflink: args.reflink.into(),
         force: args.force,
+        dry_run: args.dry_run,
     };
     let plan = Plan::new(&model, &args.directory, &options)?;
-    let to_write = text::counted(plan.files(), "file");
     let done = match plan.files_done() {
         0 => String::new(),
         done => format!(" ({} complete already)", text::count(done as u64)),
     };
-    let announcement = format!("{to_write}, {}{done}", text::size(plan.bytes()));
+    let amount = |files, bytes| format!("{}, {}", text::counted(files, "file"), text::size(bytes));
+    let to_write = format!("to write: {}{done}", amount(plan.files(), plan.bytes()));
+    let to_compare = match plan.files_to_compare() {
+        0 => String::new(),
+        files => format!(
+            "to compare: {}, that look complete but have another time\n",
+            amount(files, plan.bytes_to_compare())
+        ),
+    };
     if args.dry_run {
-        print(&format!("to write: {announcement}\n{}", costs(&plan)))?;
+        print(&format!("{to_compare}{to_write}\n{}", costs(&plan)))?;
         return Ok(plan.check_room()?);
     }
     plan.check_room()?;
@@ -114,14 +122,15 @@ pub fn run(args: &MaterializeArgs, quiet: bool) -> anyhow::Result<()> {
             text::counted(lost.len(), "expert")
         );
     }
-    if !quiet && plan.files() > 0 {
-        let taken = text::size(plan.cost().room);
-        let _ = writeln!(
-            Diagnostics,
-            "to write: {announcement}, taking {taken} of room"
-        );
+    if !quiet {
+        let mut announced = to_compare;
+        if plan.files() > 0 {
+            let taken = text::size(plan.cost().room);
+            announced += &format!("{to_write}, taking {taken} of room\n");
+        }
+        let _ = Diagnostics.write_all(announced.as_bytes());
     }
-    let meter = Meter::new(plan.bytes(), quiet);
+    let meter = Meter::new(plan.bytes_to_compare() + plan.bytes(), quiet);
     let jobs = args.jobs.and_then(|n| NonZeroUsize::new(n.into()));
     let jobs = jobs.unwrap_or_else(default_jobs);
     let stop = Stop::on_signals()?;
@@ -129,13 +138,22 @@ pub fn run(args: &MaterializeArgs, quiet: bool) -> anyhow::Result<()> {
     meter.finish();
     let outcome = stop.explain(result)?;
     let directory = text::path(&args.directory);
-    say(&match plan.files() {
+    say(&match outcome.files {
         0 if outcome.documents_written => format!(
             "nothing to write but the documents: all other files are complete in {directory}\n"
         ),
         0 => format!("nothing to write: all files are complete in {directory}\n"),
-        _ => format!("wrote {announcement} into {directory}\n"),
+        files => {
+            let written = amount(files, outcome.bytes);
+            format!("wrote {written}{done} into {directory}\n")
+        }
     });
+    if let [first, ..] = &outcome.untimed[..] {
+        tracing::warn!(
+            "the time of {}, such as {first:?}, cannot be set, so that every run compares their bytes",
+            text::counted(outcome.untimed.len(), "file")
+        );
+    }
     if let [first, ..] = &outcome.unlisted[..] {
         tracing::warn!(
             "{directory} also holds {} of another model, or of nobody, such as {first:?}; remove what loaders shall not find",

@@ -1,15 +1,19 @@
 //! What is in the target, compared with what would be written.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
+use std::num::NonZeroUsize;
 use std::sync::atomic::AtomicBool;
 
-use super::{MaterializeError, Plan, io_error};
+use parking_lot::Mutex;
+
+use super::{MaterializeError, Plan, copy, io_error};
 use crate::folder::{Entry, Kind};
 use crate::layout::Doc;
 use crate::on_disk::{Comparer, Fault, OnDisk, Run};
 use crate::sys::read;
 use crate::tree::Ino;
+use crate::work::{Progress, in_parallel};
 
 /// Headers are compared in pieces of this size; most take one.
 const PIECE_BYTES: u64 = 64 << 10;
@@ -23,6 +27,22 @@ pub(super) enum State {
     Foreign(String),
     /// Something that no file can replace.
     Folder,
+}
+
+/// A file of the right size, with the right header, but with another time.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Unsure {
+    pub ino: Ino,
+    /// Otherwise it is there from another run, and the documents would list it.
+    pub is_chosen: bool,
+}
+
+/// What became of the files whose bytes had to be compared.
+#[derive(Debug, Default)]
+pub(super) struct Compared {
+    pub same: Vec<Ino>,
+    /// Chosen ones that are to be replaced.
+    pub different: Vec<Ino>,
 }
 
 impl Plan<'_> {
@@ -53,33 +73,77 @@ impl Plan<'_> {
         // Else the kernel reads payload ahead.
         read::only_what_is_read(&file);
         let mut buffer = vec![0; 2 * header.min(PIECE_BYTES) as usize];
-        if self.differs(ino, &file, header, &mut buffer)? {
-            return Ok(State::Foreign("has another header".into()));
-        }
-        let modified = metadata
-            .modified()
-            .map_err(io_error("read the time of", &path))?;
-        Ok(if modified == self.model.source().modified() {
-            State::Done
-        } else {
-            State::OtherTime
-        })
-    }
-
-    /// Whether a file of the target holds other bytes than would be written, within its first
-    /// `len` bytes.
-    pub(super) fn differs(
-        &self,
-        ino: Ino,
-        file: &File,
-        len: u64,
-        buffer: &mut [u8],
-    ) -> Result<bool, MaterializeError> {
         let comparer = Comparer {
             model: self.model,
             stop: &AtomicBool::new(false),
             progress: &|_| {},
         };
+        if self.differs(&comparer, ino, &file, header, &mut buffer)? {
+            return Ok(State::Foreign("has another header".into()));
+        }
+        Ok(match self.has_time(&metadata) {
+            true => State::Done,
+            false => State::OtherTime,
+        })
+    }
+
+    /// Whether a file has the tree's time, or what the target's file system makes of it.
+    pub(super) fn has_time(&self, metadata: &Metadata) -> bool {
+        let times = &self.ways.times;
+        metadata.modified().is_ok_and(|time| times.contains(&time))
+    }
+
+    /// Compares the bytes of the files that have another time with `jobs` workers.
+    pub(super) fn compare_unsure(
+        &self,
+        target: &OnDisk,
+        jobs: NonZeroUsize,
+        stop: &AtomicBool,
+        progress: &(dyn Fn(Progress) + Sync),
+    ) -> Result<Compared, MaterializeError> {
+        let compared = Mutex::new(Compared::default());
+        let comparer = Comparer {
+            model: self.model,
+            stop,
+            progress: &|bytes| progress(Progress { bytes, files: 0 }),
+        };
+        let tree = self.model.tree();
+        let buffer = || copy::buffer(jobs.get().min(self.unsure.len()));
+        in_parallel(jobs, &self.unsure, buffer, |unsure, buffer| {
+            let Unsure { ino, is_chosen } = unsure;
+            let size = tree.size(ino).unwrap_or(0);
+            let opened = target.open(tree, ino);
+            let differs = match opened.map_err(io_error("open", &self.path(ino)))? {
+                Entry::There((file, metadata)) if metadata.len() == size => {
+                    read::forget(&file);
+                    self.differs(&comparer, ino, &file, size, buffer)?
+                }
+                _ => true, // exchanged meanwhile
+            };
+            progress(Progress { bytes: 0, files: 1 });
+            match differs {
+                false => compared.lock().same.push(ino),
+                true if is_chosen && self.options.force => compared.lock().different.push(ino),
+                true if is_chosen => return Err(self.foreign(ino, "holds other bytes")),
+                true => return Err(MaterializeError::OtherModel(self.path(ino))),
+            }
+            Ok(())
+        })?;
+        let mut compared = compared.into_inner();
+        compared.different.sort_unstable(); // the order of the model
+        Ok(compared)
+    }
+
+    /// Whether a file of the target holds other bytes than would be written, within its first
+    /// `len` bytes.
+    fn differs(
+        &self,
+        comparer: &Comparer,
+        ino: Ino,
+        file: &File,
+        len: u64,
+        buffer: &mut [u8],
+    ) -> Result<bool, MaterializeError> {
         let run = Run {
             ino,
             start: 0,

@@ -11,7 +11,7 @@ use crate::source::ReadError;
 #[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
 #[strum(serialize_all = "snake_case", prefix = "materialize.")]
 pub enum MaterializeError {
-    #[error("cannot {action} {path:?}: {cause}{}", after(action, .cause))]
+    #[error("cannot {action} {path:?}: {cause}{}", after(.cause))]
     Io {
         action: &'static str,
         path: PathBuf,
@@ -30,7 +30,7 @@ pub enum MaterializeError {
     )]
     Appeared(PathBuf),
     #[error(
-        "{0:?} was not chosen, but the registry would list it, and it holds other bytes: those of another model of the same shape. Remove it, or choose another directory"
+        "{0:?} was not chosen, but the registry would list it, and it holds other bytes, as of another model of the same shape; remove it, or choose another directory"
     )]
     OtherModel(PathBuf),
     #[error("{0:?} is not a directory; choose another place to write to")]
@@ -91,17 +91,13 @@ pub(super) fn io_error(
     }
 }
 
-/// The action that gives a file the tree's time.
-pub(super) const SET_TIME: &str = "set the time of";
+pub(super) const FIND_ROOM: &str = "find out how much room there is in";
 
 /// What to do after an error of the system, as the end of its text. Nothing where its number does
 /// not tell.
-fn after(action: &str, cause: &io::Error) -> String {
+fn after(cause: &io::Error) -> String {
     let step = match cause.raw_os_error() {
         Some(libc::EFBIG) => too_large(),
-        Some(libc::EPERM) if action == SET_TIME => {
-            "only the owner of a file may do that: run it as that user, or remove the file"
-        }
         Some(errno) => step(errno),
         None => "",
     };
@@ -171,8 +167,8 @@ fn step(errno: i32) -> &'static str {
 mod tests {
     use super::*;
 
-    fn text(action: &'static str, errno: i32) -> String {
-        io_error(action, Path::new("x"))(io::Error::from_raw_os_error(errno)).to_string()
+    fn text(errno: i32) -> String {
+        io_error("write", Path::new("x"))(io::Error::from_raw_os_error(errno)).to_string()
     }
 
     #[test]
@@ -202,18 +198,17 @@ mod tests {
             (libc::ECONNRESET, "network"),
             (libc::EOPNOTSUPP, "another file system"),
         ] {
-            let text = text("write", errno);
+            let text = text(errno);
             let (what, step) = text.split_once("; ").unwrap_or_default();
             assert!(what.contains(r#"cannot write "x": "#), "{text}");
             assert!(step.contains(words) && !step.contains("; "), "{text}");
         }
-        assert!(text(SET_TIME, libc::EPERM).contains("only the owner"));
     }
 
     #[test]
     fn where_the_number_does_not_tell_nothing_is_advised() {
         for errno in [libc::EINVAL, libc::EBADF, libc::EFAULT, libc::EXDEV] {
-            assert!(!text("write", errno).contains(';'));
+            assert!(!text(errno).contains(';'));
         }
         let other = io_error("write", Path::new("x"))(io::Error::other("y"));
         assert_eq!(other.to_string(), r#"cannot write "x": y"#);

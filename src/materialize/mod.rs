@@ -2,12 +2,13 @@
 //!
 //! The problem: hundreds of gigabytes that must never look finished when they are not.
 //!
-//! The plan: [`Plan::new`] compares the target with the tree (`compare`), finds out which bytes can
-//! be shared, skipped or must be copied (`ways`), and refuses before anything is written.
-//! [`Plan::run`] writes every missing file (`copy`) under a temporary name, gives it the tree's
-//! time, flushes a group of such files together, and only then gives them their names (`write`).
-//! So a file that has its name is complete, and the same command finishes what was interrupted.
-//! At the end the documents are made anew from the files that are there.
+//! The plan: [`Plan::new`] opens the target (`target`), compares sizes, times and headers with the
+//! tree's (`compare`), finds out which bytes can be shared, skipped or must be copied (`ways`), and
+//! refuses before anything is written. [`Plan::run`] first compares the bytes of files that look
+//! complete but have another time. Then it writes every missing file (`copy`) under a temporary
+//! name, gives it the tree's time, flushes a group of such files together, and only then gives them
+//! their names (`write`). So a file that has its name is complete, and the same command finishes
+//! what was interrupted. At the end the documents are made anew from the files that are there.
 
 mod compare;
 mod copy;
@@ -26,7 +27,7 @@ pub use error::MaterializeError;
 pub use selection::{NotNumbers, Numbers, Selection};
 pub use ways::{Cost, Reflink};
 
-use self::compare::State;
+use self::compare::{State, Unsure};
 use self::target::Target;
 use self::ways::Ways;
 
@@ -35,7 +36,6 @@ use crate::layout::{Doc, FileKind, METADATA_GGUF_PATH, METADATA_PATH, REGISTRY_P
 use crate::model::Model;
 use crate::on_disk::OnDisk;
 pub use crate::sys::process::ignore_file_size_signal;
-use crate::sys::read;
 use crate::tree::Ino;
 pub use crate::work::Progress;
 
@@ -48,11 +48,18 @@ pub struct Options {
     pub reflink: Reflink,
     /// Replace files that are there but are not what would be written.
     pub force: bool,
+    /// Change nothing in the target, not even for a moment: the plan is to be looked at, not run.
+    pub dry_run: bool,
 }
 
-/// What a run has done besides writing files.
+/// What a run has done.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Outcome {
+    /// Files that were written, without the two documents, and their bytes.
+    pub files: usize,
+    pub bytes: u64,
+    /// Complete files whose time could not be set, so that the next run compares their bytes again.
+    pub untimed: Vec<PathBuf>,
     /// Whether a document had to be made anew.
     pub documents_written: bool,
     /// What lies in the target's folders, but is not listed: files of another model, or of nobody.
@@ -70,8 +77,8 @@ pub struct Plan<'a> {
     replaced: HashSet<Ino>,
     /// Chosen files that are complete already.
     done: Vec<Ino>,
-    /// Complete files, chosen or not, that only need the tree's time.
-    touch: Vec<Ino>,
+    /// Files that look complete, but have another time: their bytes are to be compared.
+    unsure: Vec<Unsure>,
     /// By index in [`Layout::files`](crate::layout::Layout::files): is chosen, so that it will be
     /// there when the plan has been run.
     chosen: Vec<bool>,
@@ -93,14 +100,14 @@ impl<'a> Plan<'a> {
         let selection = &options.selection;
         selection.check(layout)?;
         let target = Target::open(target, model.tree())?;
-        let ways = Ways::probe(model, target.nearest(), options.reflink)?;
+        let ways = Ways::probe(model, target.nearest(), options)?;
         let mut plan = Self {
             model,
             target,
             missing: Vec::new(),
             replaced: HashSet::new(),
             done: Vec::new(),
-            touch: Vec::new(),
+            unsure: Vec::new(),
             chosen: vec![false; layout.files().len()],
             options: options.clone(),
             ways,
@@ -130,7 +137,7 @@ impl<'a> Plan<'a> {
             plan.cost.copied += bytes;
             plan.cost.room += bytes.next_multiple_of(plan.ways.block);
         }
-        plan.check_others()?;
+        plan.look_at_others()?;
         plan.check_sharing()?;
         Ok(plan)
     }
@@ -143,6 +150,19 @@ impl<'a> Plan<'a> {
     /// The number of chosen files that are complete already.
     pub fn files_done(&self) -> usize {
         self.done.len()
+    }
+
+    /// The number of files that look complete, but have another time than the tree. A run compares
+    /// their bytes first.
+    pub fn files_to_compare(&self) -> usize {
+        self.unsure.len()
+    }
+
+    /// Their bytes.
+    pub fn bytes_to_compare(&self) -> u64 {
+        let tree = self.model.tree();
+        let sizes = self.unsure.iter().map(|unsure| tree.size(unsure.ino));
+        sizes.flatten().sum()
     }
 
     /// Experts that the target's registry lists, but that are gone and were not chosen: the registry will list
@@ -200,9 +220,13 @@ impl<'a> Plan<'a> {
     }
 
     /// Fails if the target cannot be written to, or its file system has less room than the plan needs.
-    /// Before it does, it removes what a killed run has left there, which nobody else can use.
+    /// Before it does, it removes what a killed run has left there, which nobody else can use; in a
+    /// dry run it only counts that.
     pub fn check_room(&self) -> Result<(), MaterializeError> {
-        if let (Some(cause), false) = (&self.ways.unwritable, self.missing.is_empty()) {
+        if self.missing.is_empty() {
+            return Ok(());
+        }
+        if let Some(cause) = &self.ways.unwritable {
             let cause = cause
                 .raw_os_error()
                 .map_or_else(|| cause.kind().into(), io::Error::from_raw_os_error);
@@ -214,20 +238,33 @@ impl<'a> Plan<'a> {
         if needed > available {
             available = self.room_without_leftovers()?;
         }
-        if needed > available {
-            return Err(MaterializeError::NoRoom {
-                target: self.target.path().to_owned(),
-                needed,
-                available,
-                replacing: !self.replaced.is_empty(),
-            });
+        self.compare_room(needed, available, !self.replaced.is_empty())
+    }
+
+    fn compare_room(
+        &self,
+        needed: u64,
+        available: u64,
+        replacing: bool,
+    ) -> Result<(), MaterializeError> {
+        if needed <= available {
+            return Ok(());
         }
-        Ok(())
+        Err(MaterializeError::NoRoom {
+            target: self.target.path().to_owned(),
+            needed,
+            available,
+            replacing,
+        })
     }
 
     fn check_sharing(&self) -> Result<(), MaterializeError> {
         match &self.ways.refusal {
-            Some(reason) if self.options.reflink == Reflink::Always && !self.missing.is_empty() => {
+            Some(reason)
+                if self.options.reflink == Reflink::Always
+                    && !self.missing.is_empty()
+                    && !self.ways.is_untried =>
+            {
                 Err(MaterializeError::CannotShare {
                     target: self.target.path().to_owned(),
                     reason: reason.clone(),
@@ -244,12 +281,12 @@ impl<'a> Plan<'a> {
 
     /// Puts a chosen file where it belongs in the plan; says whether it is to be written.
     fn take(&mut self, ino: Ino) -> Result<bool, MaterializeError> {
-        match self.compared_state(ino)? {
+        match self.state(self.target.there(), ino)? {
             State::Done => self.done.push(ino),
-            State::OtherTime => {
-                self.done.push(ino);
-                self.touch.push(ino);
-            }
+            State::OtherTime => self.unsure.push(Unsure {
+                ino,
+                is_chosen: true,
+            }),
             State::Folder => return Err(MaterializeError::FolderInTheWay(self.path(ino))),
             State::Foreign(_) if self.options.force => {
                 self.replaced.insert(ino);
@@ -263,28 +300,6 @@ impl<'a> Plan<'a> {
             }
         }
         Ok(false)
-    }
-
-    /// As [`state`](Self::state), but where only the time differs all bytes are compared.
-    fn compared_state(&self, ino: Ino) -> Result<State, MaterializeError> {
-        Ok(match self.state(self.target.there(), ino)? {
-            State::OtherTime if self.holds_other_bytes(ino)? => {
-                State::Foreign("holds other bytes".into())
-            }
-            state => state,
-        })
-    }
-
-    fn holds_other_bytes(&self, ino: Ino) -> Result<bool, MaterializeError> {
-        let tree = self.model.tree();
-        let opened = self.target.there().open(tree, ino);
-        let Entry::There((file, metadata)) = opened.map_err(io_error("open", &self.path(ino)))?
-        else {
-            return Ok(true); // exchanged meanwhile
-        };
-        let size = tree.size(ino).unwrap_or(0);
-        read::forget(&file);
-        Ok(metadata.len() != size || self.differs(ino, &file, size, &mut copy::buffer(1))?)
     }
 
     fn plan_to_write(&mut self, ino: Ino) -> Result<(), MaterializeError> {
@@ -305,30 +320,31 @@ impl<'a> Plan<'a> {
         }
     }
 
-    /// Fails if a file that was not chosen looks like one of this model, so that the documents would
-    /// list it, but holds other bytes: those of another model of the same shape.
-    fn check_others(&mut self) -> Result<(), MaterializeError> {
+    /// Finds files that were not chosen and look like those of this model, so that the documents
+    /// would list them, but may be those of another model of the same shape.
+    fn look_at_others(&mut self) -> Result<(), MaterializeError> {
         let files = self.model.layout().files().iter().zip(&self.chosen);
         let others = files.filter(|(_, chosen)| !**chosen);
         let others: Vec<_> = others.map(|(f, _)| self.find(&f.kind.path())).collect();
         for ino in others {
             if matches!(self.state(self.target.there(), ino)?, State::OtherTime) {
-                if self.holds_other_bytes(ino)? {
-                    return Err(MaterializeError::OtherModel(self.path(ino)));
-                }
-                self.touch.push(ino);
+                self.unsure.push(Unsure {
+                    ino,
+                    is_chosen: false,
+                });
             }
         }
         Ok(())
     }
 
     /// Which files the documents shall list, by index in `Layout::files`: those that were chosen, and
-    /// those that other runs of this model have left there.
-    fn present(&self, there: &OnDisk) -> Result<Vec<bool>, MaterializeError> {
+    /// those that other runs of this model have left there, as their time tells, or their bytes.
+    fn present(&self, there: &OnDisk, same: &[Ino]) -> Result<Vec<bool>, MaterializeError> {
         let files = self.model.layout().files().iter().zip(&self.chosen);
         let is_done = |file: &TensorFile| {
-            let state = self.state(there, self.find(&file.kind.path()));
-            state.map(|state| matches!(state, State::Done))
+            let ino = self.find(&file.kind.path());
+            let state = self.state(there, ino);
+            state.map(|state| matches!(state, State::Done) || same.contains(&ino))
         };
         files
             .map(|(file, &chosen)| Ok(chosen || is_done(file)?))

@@ -8,8 +8,11 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::path::Path;
+use std::time::{Duration, SystemTime};
 
-use super::{MaterializeError, io_error};
+use super::error::FIND_ROOM;
+use super::write::file_times;
+use super::{MaterializeError, Options, io_error};
 use crate::folder::Folder;
 use crate::model::Model;
 use crate::source::ReadError;
@@ -18,6 +21,16 @@ use crate::tree::{Content, Ino};
 
 /// What a file system takes for a file beside its bytes is counted as this much.
 const FILE_OVERHEAD_BYTES: u64 = 4096;
+
+/// The units in which file systems store times, if not in nanoseconds: NTFS and SMB, UDF, exFAT,
+/// ext4 with small inodes and HFS+, FAT.
+const UNITS: [Duration; 5] = [
+    Duration::from_nanos(100),
+    Duration::from_micros(1),
+    Duration::from_millis(10),
+    Duration::from_secs(1),
+    Duration::from_secs(2),
+];
 
 /// Whether files shall share disk blocks with the model.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -40,8 +53,13 @@ pub(super) struct Ways {
     pub available: u64,
     /// By part of the model: its blocks can be shared. Tried, not guessed.
     shares: Vec<bool>,
+    /// What the tree's time may have become in the target: on some file systems it is cut to whole
+    /// seconds, or to what 32 bits hold.
+    pub times: Vec<SystemTime>,
     /// Why no file can be made there.
     pub unwritable: Option<io::Error>,
+    /// Nothing was tried: that would have changed the target.
+    pub is_untried: bool,
     /// Why the first part of which they cannot be shared cannot.
     pub refusal: Option<String>,
     /// One call flushes all that was written; else each file is flushed by itself.
@@ -86,58 +104,84 @@ pub struct Cost {
 }
 
 impl Ways {
-    /// Finds out what is possible in a folder, by a file without a name, which leaves no trace.
+    /// Finds out what is possible in a folder, by a file without a name, which leaves no trace. Where
+    /// the file system has no such files, by one that is removed at once; a dry run tries nothing
+    /// there.
     pub fn probe(
         model: &Model,
         folder: &Folder,
-        reflink: Reflink,
+        options: &Options,
     ) -> Result<Self, MaterializeError> {
         let room = sys::room(folder.file());
-        let room = room.map_err(io_error(
-            "find out how much room there is in",
-            folder.path(),
-        ))?;
+        let room = room.map_err(io_error(FIND_ROOM, folder.path()))?;
         let mut ways = Self {
             block: room.block,
             available: room.available,
             shares: vec![false; model.source().paths().len()],
+            times: vec![model.source().modified()],
             unwritable: None,
+            is_untried: false,
             refusal: None,
             flushes_whole: false,
             in_kernel: false,
         };
+        let mut unnamed = None;
         let probe = match folder.nameless() {
-            Ok(Some(probe)) => Ok(probe),
-            Ok(None) => folder.temporary().map(|(probe, _)| probe),
-            Err(e) => Err(e),
+            Ok(None) if options.dry_run => folder.check_writable().map(|()| None),
+            Ok(None) => folder.temporary().map(|(probe, named)| {
+                unnamed = Some(named);
+                Some(probe)
+            }),
+            probe => probe,
         };
-        let probe = match probe {
-            Ok(probe) => probe,
-            // An error only if there is something to write.
-            Err(e) => {
-                ways.unwritable = Some(e);
+        match probe {
+            Ok(Some(probe)) => {
+                ways.try_out(model, &probe, options.reflink)?;
+                drop(unnamed);
                 return Ok(ways);
             }
-        };
-        ways.flushes_whole = copy::flushes_whole(&probe);
+            Ok(None) => {
+                ways.is_untried = true;
+                ways.refusal = Some("a dry run makes no file here to try it with".into());
+            }
+            // An error only if there is something to write.
+            Err(e) => ways.unwritable = Some(e),
+        }
+        let coarser = UNITS.map(|unit| in_whole(ways.times[0], unit));
+        ways.times.extend(coarser);
+        Ok(ways)
+    }
+
+    fn try_out(
+        &mut self,
+        model: &Model,
+        probe: &File,
+        reflink: Reflink,
+    ) -> Result<(), MaterializeError> {
+        // Where no times are stored, this one is not found again either, and files are compared.
+        let stored = probe
+            .set_times(file_times(self.times[0]))
+            .and_then(|()| probe.metadata()?.modified());
+        self.times.extend(stored);
+        self.flushes_whole = copy::flushes_whole(probe);
         if reflink == Reflink::Never {
-            ways.refusal = Some("not wanted".into());
-            return Ok(ways);
+            self.refusal = Some("not wanted".into());
+            return Ok(());
         }
         for (part, path) in model.source().paths().enumerate() {
             // The header of a part is never a hole.
-            let len = room.block.min(model.source().part_bytes(part as u32));
-            let clone = |file: &File| copy::clone_range(file, 0, len, &probe, 0);
+            let len = self.block.min(model.source().part_bytes(part as u32));
+            let clone = |file: &File| copy::clone_range(file, 0, len, probe, 0);
             match model.source().with_part(part as u32, clone)? {
-                Ok(()) => ways.shares[part] = true,
-                Err(e) if ways.refusal.is_none() => ways.refusal = Some(refusal(&e, path)),
+                Ok(()) => self.shares[part] = true,
+                Err(e) if self.refusal.is_none() => self.refusal = Some(refusal(&e, path)),
                 Err(_) => {}
             }
         }
         // On a disk, read and write past the cache are as fast and disturb nobody. Without them,
         // a network file system may copy on its server.
-        ways.in_kernel = !copy::takes_uncached_writes(&probe);
-        Ok(ways)
+        self.in_kernel = !copy::takes_uncached_writes(probe);
+        Ok(())
     }
 
     /// Cuts a file of the tree into runs, in order.
@@ -193,6 +237,16 @@ impl Ways {
     }
 }
 
+/// A time in whole units, the part that is over cut off.
+fn in_whole(time: SystemTime, unit: Duration) -> SystemTime {
+    let unit = unit.as_nanos();
+    let over = match time.duration_since(SystemTime::UNIX_EPOCH) {
+        Ok(since) => since.as_nanos() % unit,
+        Err(before) => (unit - before.duration().as_nanos() % unit) % unit,
+    };
+    time - Duration::from_nanos(over as u64)
+}
+
 /// The runs so far, side by side; those of the same way become one, but shared ones, whose source
 /// may be elsewhere.
 struct Cut(Vec<Segment>);
@@ -238,7 +292,9 @@ mod tests {
             block: 4096,
             available: 0,
             shares: vec![shares],
+            times: vec![SystemTime::UNIX_EPOCH],
             unwritable: None,
+            is_untried: false,
             refusal: None,
             flushes_whole: true,
             in_kernel: false,
@@ -260,6 +316,29 @@ mod tests {
         assert_eq!(cut(true, 100, 4196..12287), [(100, 8091, Copy)]);
         assert_eq!(cut(true, 101, 4196..12289), [(101, 8093, Copy)]);
         assert_eq!(cut(false, 100, 4196..12289), [(100, 8093, Copy)]);
+    }
+
+    #[test]
+    fn times_are_cut_to_whole_units_also_before_1970() {
+        let at = |nanoseconds: i64| {
+            let distance = Duration::from_nanos(nanoseconds.unsigned_abs());
+            match nanoseconds < 0 {
+                true => SystemTime::UNIX_EPOCH - distance,
+                false => SystemTime::UNIX_EPOCH + distance,
+            }
+        };
+        for (time, expected) in [
+            (
+                3_987_654_321,
+                [21, 321, 7_654_321, 987_654_321, 1_987_654_321],
+            ),
+            (0, [0; 5]),
+            (-1, [99, 999, 9_999_999, 999_999_999, 1_999_999_999]),
+            (-2_000_000_000, [0; 5]),
+        ] {
+            let cut = UNITS.map(|unit| at(time).duration_since(in_whole(at(time), unit)).unwrap());
+            assert_eq!(cut.map(|over| over.as_nanos()), expected);
+        }
     }
 
     #[test]

@@ -15,12 +15,13 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
+use std::time::SystemTime;
 
 use parking_lot::Mutex;
 
 use super::compare::State;
 use super::copy::{self, Copier, Target};
-use super::error::SET_TIME;
+use super::error::FIND_ROOM;
 use super::{DOCUMENTS, MaterializeError, Outcome, Plan, io_error};
 use crate::folder::{Entry, Folder, Unnamed};
 use crate::layout::{Doc, TensorFile};
@@ -34,9 +35,9 @@ use crate::work::{Progress, in_parallel};
 const GROUP_FILES: usize = 256;
 const GROUP_BYTES: u64 = 2 << 30;
 impl Plan<'_> {
-    /// Writes what the plan found missing with `jobs` workers, and the documents. `progress` is
-    /// called from the workers. Once `stop` is set, it ends early, without leaving anything
-    /// unfinished behind.
+    /// Compares what looks complete but has another time, and writes what is missing, with `jobs`
+    /// workers; then the documents. `progress` is called from the workers. Once `stop` is set, it
+    /// ends early, without leaving anything unfinished behind.
     pub fn run(
         &self,
         jobs: NonZeroUsize,
@@ -48,12 +49,30 @@ impl Plan<'_> {
         for folder in target.folders() {
             remove_leftovers(folder, &lock)?;
         }
-        for &ino in &self.touch {
-            self.touch(&target, ino)?;
+        let compared = self.compare_unsure(&target, jobs, stop, progress)?;
+        if !compared.different.is_empty() {
+            self.check_room_to_replace(&compared.different)?;
         }
-        self.write_files(&target, jobs, stop, progress)?;
-        let present = self.present(&target)?;
+        let same = compared.same.iter().copied();
+        let untimed = same.filter(|&ino| !self.touch(&target, ino));
+        let untimed = untimed.map(|ino| self.path(ino)).collect();
+        let files = [&self.missing[..], &compared.different].concat();
+        let replaced = self.replaced.iter().chain(&compared.different).copied();
+        let publisher = Publisher {
+            plan: self,
+            target: &target,
+            replaced: replaced.collect(),
+            progress,
+            pending: Mutex::default(),
+            failed: Mutex::new(false),
+        };
+        self.write_files(&files, publisher, jobs, stop)?;
+        let present = self.present(&target, &compared.same)?;
+        let sizes = files.iter().filter_map(|&ino| self.model.tree().size(ino));
         let mut outcome = Outcome {
+            files: files.len(),
+            bytes: sizes.sum(),
+            untimed,
             documents_written: false,
             unlisted: self.unlisted(&target, &present)?,
         };
@@ -67,15 +86,32 @@ impl Plan<'_> {
         Ok(outcome)
     }
 
-    /// Gives a complete file the tree's time.
-    fn touch(&self, target: &OnDisk, ino: Ino) -> Result<(), MaterializeError> {
-        let opened = target.open(self.model.tree(), ino).and_then(|entry| {
+    /// Fails if there is not enough room for files that are to be replaced, beside those that are
+    /// missing.
+    fn check_room_to_replace(&self, files: &[Ino]) -> Result<(), MaterializeError> {
+        let mut cost = self.cost;
+        for &ino in files {
+            self.ways.add_cost(self.model, ino, &mut cost)?;
+        }
+        let nearest = self.target.nearest();
+        let room = sys::room(nearest.file());
+        let room = room.map_err(io_error(FIND_ROOM, nearest.path()))?;
+        self.compare_room(cost.room, room.available, true)
+    }
+
+    /// Gives a file whose bytes are right the tree's time; says whether that could be done. Only
+    /// its owner may, and it is right without.
+    fn touch(&self, target: &OnDisk, ino: Ino) -> bool {
+        let touched = target.open(self.model.tree(), ino).and_then(|entry| {
             match entry {
                 Entry::There((file, _)) => file.set_times(self.times()),
                 _ => Err(io::ErrorKind::NotFound.into()), // exchanged meanwhile
             }
         });
-        opened.map_err(io_error(SET_TIME, &self.path(ino)))
+        if let Err(e) = &touched {
+            tracing::info!("the time of {:?} cannot be set: {e}", self.path(ino));
+        }
+        touched.is_ok()
     }
 
     /// Fails if the name of the target, or of a folder in it, leads elsewhere by now.
@@ -117,13 +153,22 @@ impl Plan<'_> {
     }
 
     /// Removes what killed runs have left in the target, and returns the bytes that may then be
-    /// written to its file system.
+    /// written to its file system. A dry run only counts.
     pub(super) fn room_without_leftovers(&self) -> Result<u64, MaterializeError> {
         let there = self.target.there();
         let Some(root) = there.root() else {
             return Ok(self.ways.available); // there are none before the first run
         };
         let lock = self.lock(there)?;
+        if self.options.dry_run {
+            let mut room = self.ways.available;
+            for folder in there.folders() {
+                let left = folder.temporaries();
+                let left = left.map_err(io_error("list", folder.path()))?;
+                room += left.iter().map(|(_, bytes)| bytes).sum::<u64>();
+            }
+            return Ok(room);
+        }
         for folder in there.folders() {
             remove_leftovers(folder, &lock)?;
         }
@@ -131,10 +176,7 @@ impl Plan<'_> {
         let flushed = sys::copy::flush_file_system(&lock);
         flushed.map_err(io_error("flush", self.target.path()))?;
         let room = sys::room(root.file());
-        let room = room.map_err(io_error(
-            "find out how much room there is in",
-            self.target.path(),
-        ))?;
+        let room = room.map_err(io_error(FIND_ROOM, self.target.path()))?;
         Ok(room.available)
     }
 
@@ -154,28 +196,22 @@ impl Plan<'_> {
 
     fn write_files(
         &self,
-        target: &OnDisk,
+        files: &[Ino],
+        publisher: Publisher,
         jobs: NonZeroUsize,
         stop: &AtomicBool,
-        progress: &(dyn Fn(Progress) + Sync),
     ) -> Result<(), MaterializeError> {
+        let target = publisher.target;
         let copier = Copier {
             model: self.model,
             ways: &self.ways,
             reflink: self.options.reflink,
             stop,
-            progress,
+            progress: publisher.progress,
             in_kernel: AtomicBool::new(self.ways.in_kernel),
         };
-        let publisher = Publisher {
-            plan: self,
-            target,
-            progress,
-            pending: Mutex::default(),
-            failed: Mutex::new(false),
-        };
-        let buffer = || copy::buffer(jobs.get().min(self.missing.len()));
-        let written = in_parallel(jobs, &self.missing, buffer, |ino, buffer| {
+        let buffer = || copy::buffer(jobs.get().min(files.len()));
+        let written = in_parallel(jobs, files, buffer, |ino, buffer| {
             let path = self.path(ino);
             let (folder, _) = self.place(target, ino);
             let (file, unnamed) = temporary_in(folder)?;
@@ -240,9 +276,8 @@ impl Plan<'_> {
     /// Whether a document is there, with these bytes and the tree's time.
     fn is_written(&self, target: &OnDisk, ino: Ino, bytes: &[u8]) -> bool {
         let tree = self.model.tree();
-        let modified = self.model.source().modified();
         let has_time = target.open(tree, ino).is_ok_and(|entry| match entry {
-            Entry::There((_, metadata)) => metadata.modified().is_ok_and(|time| time == modified),
+            Entry::There((_, metadata)) => self.has_time(&metadata),
             _ => false,
         });
         let found = target.read(tree, ino, bytes.len() as u64);
@@ -250,7 +285,7 @@ impl Plan<'_> {
     }
 
     /// The folder that a file of the tree is written into, and its name.
-    fn place<'b>(&'b self, target: &'b OnDisk, ino: Ino) -> (&'b Folder, &'b str) {
+    fn place<'t>(&self, target: &'t OnDisk, ino: Ino) -> (&'t Folder, &str) {
         let place = target.place(self.model.tree(), ino);
         place.expect("every folder of the target was made")
     }
@@ -265,17 +300,23 @@ impl Plan<'_> {
     }
 
     fn times(&self) -> FileTimes {
-        let modified = self.model.source().modified();
-        FileTimes::new()
-            .set_modified(modified)
-            .set_accessed(modified)
+        file_times(self.model.source().modified())
     }
+}
+
+/// The times of a file that is complete. Always both: some file systems take only that.
+pub(super) fn file_times(modified: SystemTime) -> FileTimes {
+    FileTimes::new()
+        .set_modified(modified)
+        .set_accessed(modified)
 }
 
 /// Gives complete files their names, in groups.
 struct Publisher<'a> {
     plan: &'a Plan<'a>,
     target: &'a OnDisk,
+    /// Files to write over what has their name.
+    replaced: HashSet<Ino>,
     progress: &'a (dyn Fn(Progress) + Sync),
     pending: Mutex<Group<'a>>,
     /// Held during a flush; set when one failed. Of whose bytes were lost then, nobody knows, so
@@ -351,7 +392,7 @@ impl<'a> Publisher<'a> {
     /// run may have made it.
     fn name(&self, ino: Ino, file: Unnamed) -> Result<(), MaterializeError> {
         let (_, name) = self.plan.place(self.target, ino);
-        let named = if self.plan.replaced.contains(&ino) {
+        let named = if self.replaced.contains(&ino) {
             file.replace(name.as_ref())
         } else {
             file.persist(name.as_ref())

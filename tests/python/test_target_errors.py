@@ -144,17 +144,6 @@ def test_a_folder_that_cannot_be_changed(model, tmp_path):
 
 
 @needs_root
-def test_a_file_of_another_user_whose_time_is_to_be_set(public, nobody):
-    (model,) = models.write_small(public)
-    out = public / "out"
-    succeed("materialize", model, out)
-    for folder in (out, out / "experts", out / "base_model"):
-        folder.chmod(0o777)
-    os.utime(out / EXPERT, (1, 1))
-    refused(model, out, user=nobody, saying="cannot set the time of", step="only the owner")
-
-
-@needs_root
 def test_something_mounted_in_the_place_of_a_file(model, tmp_path):
     out = tmp_path / "out"
     (out / EXPERT).parent.mkdir(parents=True)
