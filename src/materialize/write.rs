@@ -1,27 +1,18 @@
-//! Writing: temporary names, workers, groups that are flushed together, the documents at the end.
-//!
-//! The problem: a flush of each of 23,040 files costs minutes, and a name on bytes that are not on
-//! the disk is a lie after the next power cut.
-//!
-//! The plan: workers complete files under temporary names. Once enough are complete, one call
-//! flushes the whole file system, and then each of them gets its name. The flush is short: most of
-//! the bytes went to the disk while they were written (`copy`).
+//! A run: files are compared, written by workers under temporary names, and handed to `publish`; the
+//! documents that describe what is there come last.
 
 use std::collections::HashSet;
 use std::fs::{File, FileTimes, TryLockError};
 use std::io::{self, Write};
 use std::num::NonZeroUsize;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::time::SystemTime;
 
-use parking_lot::Mutex;
-
-use super::compare::State;
 use super::copy::{self, Copier, Target};
 use super::error::FIND_ROOM;
+use super::publish::{Publisher, flush};
 use super::{DOCUMENTS, MaterializeError, Outcome, Plan, io_error};
 use crate::folder::{Entry, Folder, Unnamed};
 use crate::layout::{Doc, TensorFile};
@@ -30,10 +21,6 @@ use crate::sys;
 use crate::tree::Ino;
 use crate::work::{Progress, in_parallel};
 
-/// Complete files that are flushed together: so many, or so many bytes of them. What is killed
-/// before its flush is written again by the next run.
-const GROUP_FILES: usize = 256;
-const GROUP_BYTES: u64 = 2 << 30;
 impl Plan<'_> {
     /// Compares what looks complete but has another time, and writes what is missing, with `jobs`
     /// workers; then the documents. `progress` is called from the workers. Once `stop` is set, it
@@ -58,14 +45,7 @@ impl Plan<'_> {
         let untimed = untimed.map(|ino| self.path(ino)).collect();
         let files = [&self.missing[..], &compared.different].concat();
         let replaced = self.replaced.iter().chain(&compared.different).copied();
-        let publisher = Publisher {
-            plan: self,
-            target: &target,
-            replaced: replaced.collect(),
-            progress,
-            pending: Mutex::default(),
-            failed: Mutex::new(false),
-        };
+        let publisher = Publisher::new(self, &target, replaced.collect(), progress);
         self.write_files(&files, publisher, jobs, stop)?;
         let present = self.present(&target, &compared.same)?;
         let sizes = files.iter().filter_map(|&ino| self.model.tree().size(ino));
@@ -115,7 +95,7 @@ impl Plan<'_> {
     }
 
     /// Fails if the name of the target, or of a folder in it, leads elsewhere by now.
-    fn check_places(&self, target: &OnDisk) -> Result<(), MaterializeError> {
+    pub(super) fn check_places(&self, target: &OnDisk) -> Result<(), MaterializeError> {
         let root = target.root().expect("the target was made");
         if !root.is_in_place() {
             return Err(MaterializeError::Replaced(self.target.path().to_owned()));
@@ -285,7 +265,7 @@ impl Plan<'_> {
     }
 
     /// The folder that a file of the tree is written into, and its name.
-    fn place<'t>(&self, target: &'t OnDisk, ino: Ino) -> (&'t Folder, &str) {
+    pub(super) fn place<'t>(&self, target: &'t OnDisk, ino: Ino) -> (&'t Folder, &str) {
         let place = target.place(self.model.tree(), ino);
         place.expect("every folder of the target was made")
     }
@@ -309,112 +289,6 @@ pub(super) fn file_times(modified: SystemTime) -> FileTimes {
     FileTimes::new()
         .set_modified(modified)
         .set_accessed(modified)
-}
-
-/// Gives complete files their names, in groups.
-struct Publisher<'a> {
-    plan: &'a Plan<'a>,
-    target: &'a OnDisk,
-    /// Files to write over what has their name.
-    replaced: HashSet<Ino>,
-    progress: &'a (dyn Fn(Progress) + Sync),
-    pending: Mutex<Group<'a>>,
-    /// Held during a flush; set when one failed. Of whose bytes were lost then, nobody knows, so
-    /// nothing gets a name any more.
-    failed: Mutex<bool>,
-}
-
-/// Files that are complete, but not flushed.
-#[derive(Default)]
-struct Group<'a> {
-    files: Vec<(Ino, Unnamed<'a>)>,
-    bytes: u64,
-}
-
-impl<'a> Publisher<'a> {
-    /// Takes a complete file; publishes the group that it fills.
-    fn take(&self, ino: Ino, file: Unnamed<'a>) -> Result<(), MaterializeError> {
-        let full = {
-            let mut group = self.pending.lock();
-            group.files.push((ino, file));
-            group.bytes += self.plan.model.tree().size(ino).unwrap_or(0);
-            if group.files.len() < GROUP_FILES && group.bytes < GROUP_BYTES {
-                return Ok(());
-            }
-            std::mem::take(&mut *group)
-        };
-        self.publish(full)
-    }
-
-    fn finish(self) -> Result<(), MaterializeError> {
-        let rest = std::mem::take(&mut *self.pending.lock());
-        self.publish(rest)
-    }
-
-    fn publish(&self, group: Group<'a>) -> Result<(), MaterializeError> {
-        if group.files.is_empty() {
-            return Ok(());
-        }
-        let mut failed = self.failed.lock();
-        if *failed {
-            return Ok(());
-        }
-        if let Err(e) = self.flush() {
-            *failed = true;
-            return Err(io_error(
-                "flush what was written to",
-                self.plan.target.path(),
-            )(e));
-        }
-        self.plan.check_places(self.target)?;
-        for (ino, file) in group.files {
-            self.name(ino, file)?;
-        }
-        for folder in self.target.folders() {
-            flush(folder)?;
-        }
-        Ok(())
-    }
-
-    fn flush(&self) -> io::Result<()> {
-        let mut flushed = None;
-        for file in self.target.folders().map(Folder::file) {
-            let file_system = Some(file.metadata()?.dev());
-            if flushed != file_system {
-                sys::copy::flush_file_system(file)?;
-                flushed = file_system;
-            }
-        }
-        Ok(())
-    }
-
-    /// Gives a file its name, but not over a file that has appeared since the plan was made; another
-    /// run may have made it.
-    fn name(&self, ino: Ino, file: Unnamed) -> Result<(), MaterializeError> {
-        let (_, name) = self.plan.place(self.target, ino);
-        let named = if self.replaced.contains(&ino) {
-            file.replace(name.as_ref())
-        } else {
-            file.persist(name.as_ref())
-        };
-        match named {
-            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
-                match self.plan.state(self.target, ino)? {
-                    State::Done => {}
-                    _ => return Err(MaterializeError::Appeared(self.plan.path(ino))),
-                }
-            }
-            Err(e) => return Err(io_error("give its name to", &self.plan.path(ino))(e)),
-            Ok(()) => {}
-        }
-        (self.progress)(Progress { bytes: 0, files: 1 });
-        Ok(())
-    }
-}
-
-fn flush(folder: &Folder) -> Result<(), MaterializeError> {
-    let flushed = folder.file().sync_all();
-    flushed.map_err(io_error("flush", folder.path()))
 }
 
 fn temporary_in(folder: &Folder) -> Result<(File, Unnamed<'_>), MaterializeError> {
