@@ -41,7 +41,7 @@ pub(super) struct Unsure {
 #[derive(Debug, Default)]
 pub(super) struct Compared {
     pub same: Vec<Ino>,
-    /// Chosen ones that are to be replaced.
+    /// Chosen ones that are to be written.
     pub different: Vec<Ino>,
 }
 
@@ -116,16 +116,22 @@ impl Plan<'_> {
             let differs = match opened.map_err(io_error("open", &self.path(ino)))? {
                 Entry::There((file, metadata)) if metadata.len() == size => {
                     read::forget(&file);
-                    self.differs(&comparer, ino, &file, size, buffer)?
+                    Some(self.differs(&comparer, ino, &file, size, buffer)?)
                 }
-                _ => true, // exchanged meanwhile
+                Entry::Missing => None, // removed meanwhile
+                _ => Some(true),
             };
             progress(Progress { bytes: 0, files: 1 });
             match differs {
-                false => compared.lock().same.push(ino),
-                true if is_chosen && self.options.force => compared.lock().different.push(ino),
-                true if is_chosen => return Err(self.foreign(ino, "holds other bytes")),
-                true => return Err(MaterializeError::OtherModel(self.path(ino))),
+                Some(false) => compared.lock().same.push(ino),
+                Some(true) if !is_chosen => {
+                    return Err(MaterializeError::OtherModel(self.path(ino)));
+                }
+                Some(true) if !self.options.force => {
+                    return Err(self.foreign(ino, "holds other bytes"));
+                }
+                _ if is_chosen => compared.lock().different.push(ino),
+                _ => {}
             }
             Ok(())
         })?;
