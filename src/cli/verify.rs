@@ -161,7 +161,10 @@ impl<'a> TreeReport<'a> {
             kind: difference.what.code(),
             offset: difference.offset,
             tensor: difference.tensor.as_ref().map(|t| t.name.as_str()),
-            gguf_name: difference.tensor.as_ref().map(|t| t.gguf_name.as_str()),
+            gguf_name: difference
+                .tensor
+                .as_ref()
+                .and_then(|t| t.gguf_name.as_deref()),
             message: difference.to_string(),
         };
         Self {

@@ -20,8 +20,8 @@ pub struct Difference {
 pub struct TensorNames {
     /// In the safetensors file.
     pub name: String,
-    /// In the model.
-    pub gguf_name: String,
+    /// In the model; `None` if it has no such tensor.
+    pub gguf_name: Option<String>,
 }
 
 /// What is different.
@@ -41,6 +41,15 @@ pub enum What {
     },
     Header,
     Payload,
+    /// The file's own header has no tensor of that name.
+    TensorMissing,
+    /// The file's own header has a tensor that the model does not have there.
+    TensorExtra,
+    /// In the file's own header, a tensor has so many bytes.
+    TensorSize {
+        expected: u64,
+        found: u64,
+    },
     Document,
     /// The tree cannot be read there; the reason.
     Unreadable(String),
@@ -56,6 +65,9 @@ impl What {
             Self::Size { .. } => "size",
             Self::Header => "header",
             Self::Payload => "payload",
+            Self::TensorMissing => "tensor_missing",
+            Self::TensorExtra => "tensor_extra",
+            Self::TensorSize { .. } => "tensor_size",
             Self::Document => "document",
             Self::Unreadable(_) => "unreadable",
         }
@@ -64,6 +76,7 @@ impl What {
 
 impl fmt::Display for Difference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let tensor = Named(self.tensor.as_ref());
         match &self.what {
             What::Missing => write!(f, "is missing")?,
             What::Extra => write!(f, "does not belong there")?,
@@ -73,18 +86,36 @@ impl fmt::Display for Difference {
             }
             What::Header => write!(f, "has another header")?,
             What::Payload => write!(f, "holds other bytes")?,
+            What::TensorMissing => return write!(f, "lacks {tensor}"),
+            What::TensorExtra => return write!(f, "holds {tensor}, which does not belong there"),
+            What::TensorSize { expected, found } => {
+                return write!(f, "holds {found} bytes instead of {expected} of {tensor}");
+            }
             What::Document => write!(f, "says something else")?,
             What::Unreadable(reason) => write!(f, "cannot be read ({reason})")?,
         }
         if let Some(offset) = self.offset {
             write!(f, ", from byte {offset}")?;
         }
-        if let Some(TensorNames { name, gguf_name }) = &self.tensor {
-            write!(f, ", in tensor {name:?}")?;
-            if name != gguf_name {
-                write!(f, " ({gguf_name:?} of the model)")?;
-            }
+        if self.tensor.is_some() {
+            write!(f, ", in {tensor}")?;
         }
         Ok(())
+    }
+}
+
+/// A tensor, as messages name it.
+struct Named<'a>(Option<&'a TensorNames>);
+
+impl fmt::Display for Named<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Some(TensorNames { name, gguf_name }) = self.0 else {
+            return Ok(());
+        };
+        write!(f, "tensor {name:?}")?;
+        match gguf_name {
+            Some(gguf_name) if gguf_name != name => write!(f, " ({gguf_name:?} of the model)"),
+            _ => Ok(()),
+        }
     }
 }

@@ -5,11 +5,13 @@
 //!
 //! The plan: the two documents say which files the tree claims to hold, so they are read first.
 //! Listing its folders finds what is missing and what is extra. Then each file is compared with the
-//! model, several at a time: size, header, and every tensor, each of which is named once, at the
-//! first of its bytes that differs.
+//! model, several at a time: header, size, and every tensor, each of which is named once, at the
+//! first of its bytes that differs. Where the header is another one, tensors are compared where it
+//! says that they are (`header`).
 
 mod claims;
 mod difference;
+mod header;
 mod listing;
 
 use std::fs::File;
@@ -23,9 +25,10 @@ use parking_lot::Mutex;
 
 use self::claims::Expected;
 pub use self::difference::{Difference, TensorNames, What};
+use self::header::FoundHeader;
 use self::listing::Listing;
 use crate::folder::Entry;
-use crate::layout::{METADATA_PATH, REGISTRY_PATH};
+use crate::layout::{METADATA_PATH, REGISTRY_PATH, TensorFile};
 use crate::model::Model;
 use crate::on_disk::{Comparer, Fault, OnDisk, Run};
 use crate::source::ReadError;
@@ -258,72 +261,139 @@ impl<'a> Comparison<'a> {
         buffer: &mut [u8],
         comparer: &Comparer,
     ) -> Result<(), VerifyError> {
-        let ino = expected.ino;
         read::forget(file);
-        let size = self.model.tree().size(ino).unwrap_or(0);
-        if found != size {
-            let end = found.min(size);
-            let mut regions = self.regions(expected, Depth::Whole).into_iter();
-            let cut = regions.find(|region| region.range.contains(&end));
-            let what = What::Size {
-                expected: size,
-                found,
+        let size = self.model.tree().size(expected.ino).unwrap_or(0);
+        let against = Against {
+            ino: expected.ino,
+            file,
+            found,
+            comparer,
+        };
+        let Some(layout) = expected.file else {
+            let region = Region {
+                start: 0,
+                len: size,
+                found: 0..size,
+                tensor: None,
+                what: What::Document,
             };
-            self.add(ino, Some(end), cut.and_then(|region| region.tensor), what);
-        }
-        for region in self.regions(expected, self.depth) {
-            let start = region.range.start;
-            let run = Run {
-                ino,
-                start,
-                len: region.range.end.min(found).saturating_sub(start),
-                found_start: start,
-            };
-            match comparer.first_difference(run, file, buffer) {
-                Ok(None) => {}
-                Ok(Some(offset)) => self.add(ino, Some(offset), region.tensor, region.what),
-                Err(Fault::File { offset, cause }) => {
-                    let what = What::Unreadable(cause.to_string());
-                    self.add(ino, Some(offset), region.tensor, what);
-                }
-                Err(Fault::Model(e)) => return Err(e.into()),
-                Err(Fault::Stopped) => return Err(VerifyError::Stopped),
+            self.compare_region(&against, region, buffer)?;
+            self.compare_size(&against, size, &[]);
+            return Ok(());
+        };
+        let header = Region {
+            start: 0,
+            len: layout.header_bytes,
+            found: 0..layout.header_bytes,
+            tensor: None,
+            what: What::Header,
+        };
+        let has_header = self.compare_region(&against, header, buffer)?;
+        let own_header = match has_header {
+            true => None,
+            false => FoundHeader::read(file, found, layout.header_bytes),
+        };
+        let end = own_header.as_ref().map_or(size, |header| header.end);
+        let regions = self.tensors(&against, layout, own_header);
+        self.compare_size(&against, end, &regions);
+        if self.depth == Depth::Whole {
+            for region in regions {
+                self.compare_region(&against, region, buffer)?;
             }
         }
         Ok(())
     }
 
-    /// The runs of a file that are compared one by one.
-    fn regions(&self, expected: &Expected, depth: Depth) -> Vec<Region> {
-        let Some(file) = expected.file else {
-            let size = self.model.tree().size(expected.ino).unwrap_or(0);
-            return vec![Region {
-                range: 0..size,
-                tensor: None,
-                what: What::Document,
-            }];
-        };
+    /// Where the tensors of a file are: where its own header says, if it has one, or else where they
+    /// should be. What is wrong with that header's list of tensors is a difference.
+    fn tensors(
+        &self,
+        against: &Against,
+        file: &TensorFile,
+        header: Option<FoundHeader>,
+    ) -> Vec<Region> {
+        let mut left = header.map(|header| header.tensors);
         let mut end = file.header_bytes;
-        let mut regions = vec![Region {
-            range: 0..end,
-            tensor: None,
-            what: What::Header,
-        }];
-        if depth == Depth::Whole {
-            regions.extend(self.model.layout().tensors(file).map(|tensor| {
-                let start = end;
-                end += tensor.bytes;
-                Region {
-                    range: start..end,
-                    tensor: Some(TensorNames {
-                        name: tensor.name.to_owned(),
-                        gguf_name: tensor.gguf_name.to_owned(),
-                    }),
-                    what: What::Payload,
-                }
-            }));
+        let mut regions = Vec::new();
+        for tensor in self.model.layout().tensors(file) {
+            let start = end;
+            end += tensor.bytes;
+            let names = Some(TensorNames {
+                name: tensor.name.to_owned(),
+                gguf_name: Some(tensor.gguf_name.to_owned()),
+            });
+            let found = match &mut left {
+                None => Some(start..end),
+                Some(left) => left.remove(tensor.name),
+            };
+            let Some(found) = found else {
+                self.add(against.ino, None, names, What::TensorMissing);
+                continue;
+            };
+            let bytes = found.end - found.start;
+            if bytes != tensor.bytes {
+                let what = What::TensorSize {
+                    expected: tensor.bytes,
+                    found: bytes,
+                };
+                self.add(against.ino, Some(found.start), names, what);
+                continue;
+            }
+            regions.push(Region {
+                start,
+                len: bytes,
+                found,
+                tensor: names,
+                what: What::Payload,
+            });
+        }
+        for (name, found) in left.into_iter().flatten() {
+            let names = Some(TensorNames {
+                name,
+                gguf_name: None,
+            });
+            self.add(against.ino, Some(found.start), names, What::TensorExtra);
         }
         regions
+    }
+
+    /// Says so if a file is not as long as it should be, by the model or by its own header.
+    fn compare_size(&self, against: &Against, expected: u64, regions: &[Region]) {
+        let Against { ino, found, .. } = *against;
+        if found == expected {
+            return;
+        }
+        let end = found.min(expected);
+        let cut = regions.iter().find(|region| region.found.contains(&end));
+        let tensor = cut.and_then(|region| region.tensor.clone());
+        self.add(ino, Some(end), tensor, What::Size { expected, found });
+    }
+
+    /// Compares a run of a file, as far as the file goes; says whether it is the model's.
+    fn compare_region(
+        &self,
+        against: &Against,
+        region: Region,
+        buffer: &mut [u8],
+    ) -> Result<bool, VerifyError> {
+        let run = Run {
+            ino: against.ino,
+            start: region.start,
+            len: region
+                .len
+                .min(against.found.saturating_sub(region.found.start)),
+            found_start: region.found.start,
+        };
+        let compared = against.comparer.first_difference(run, against.file, buffer);
+        let (offset, what) = match compared {
+            Ok(None) => return Ok(true),
+            Ok(Some(offset)) => (offset, region.what),
+            Err(Fault::File { offset, cause }) => (offset, What::Unreadable(cause.to_string())),
+            Err(Fault::Model(e)) => return Err(e.into()),
+            Err(Fault::Stopped) => return Err(VerifyError::Stopped),
+        };
+        self.add(against.ino, Some(offset), region.tensor, what);
+        Ok(false)
     }
 }
 
@@ -335,9 +405,23 @@ const NO_FILE: What = What::Kind {
 /// The documents that say what a tree holds.
 const DOCUMENTS: [&str; 2] = [REGISTRY_PATH, METADATA_PATH];
 
-/// A run of bytes of a file that is compared, and named, as one.
+/// A file on disk that is compared.
+#[derive(Clone, Copy)]
+struct Against<'a> {
+    ino: Ino,
+    file: &'a File,
+    /// Its size.
+    found: u64,
+    comparer: &'a Comparer<'a>,
+}
+
+/// A run of bytes that is compared, and named, as one.
 struct Region {
-    range: Range<u64>,
+    /// First byte in the model's tree.
+    start: u64,
+    len: u64,
+    /// Where it is on disk.
+    found: Range<u64>,
     tensor: Option<TensorNames>,
     what: What,
 }

@@ -3,12 +3,14 @@
 import contextlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import models
 from odmoe import (
@@ -239,6 +241,134 @@ def test_what_is_there_is_compared_when_the_documents_are_not(small, tree):
         (EXPERT, "payload"),
         (REGISTRY, "missing"),
     ]
+
+
+# --- another header -------------------------------------------------------------------------------------------------
+
+
+def parts_of(path):
+    """The tensors of a safetensors file: name, entry of the header, bytes."""
+    header = read_header(path)
+    data = path.read_bytes()
+    cut = lambda info: data[header.start + info["data_offsets"][0] : header.start + info["data_offsets"][1]]  # noqa: E731
+    return [(name, info, cut(info)) for name, info in header.tensors.items()]
+
+
+def write_tensors(path, tensors, metadata=None, padding=0, gap=0):
+    """A safetensors file as another program may write it; returns where each tensor begins."""
+    entries, payload = {"__metadata__": metadata} if metadata else {}, b""
+    starts = {}
+    for name, info, data in tensors:
+        payload += bytes(gap)
+        starts[name] = len(payload)
+        entries[name] = info | {"data_offsets": [len(payload), len(payload) + len(data)]}
+        payload += data
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8 + padding)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + payload)
+    return {name: 8 + len(text) + start for name, start in starts.items()}
+
+
+REWRITTEN = {
+    "without metadata": {},
+    "with other metadata": {"metadata": {"format": "np", "by": "another program"}},
+    "with more padding": {"padding": 4096},
+    "with gaps": {"gap": 64},
+    "all of it": {"metadata": {"x": "y" * 5000}, "padding": 64, "gap": 8},
+}
+
+
+@pytest.mark.parametrize("order", ["the same order", "reversed"])
+@pytest.mark.parametrize("how", REWRITTEN)
+@pytest.mark.parametrize("name", [EXPERT, EMBEDDINGS, "base_model/norms.safetensors"])
+def test_a_file_that_another_program_has_written_anew_only_has_another_header(small, tree, name, how, order):
+    tensors = parts_of(tree / name)
+    starts = write_tensors(tree / name, tensors if order != "reversed" else tensors[::-1], **REWRITTEN[how])
+    for flags in [], ["--quick"]:
+        (only,) = report(small[0], tree, *flags)["differences"]
+        assert (only["path"], only["kind"], only["tensor"]) == (name, "header", None)
+        assert only["message"].startswith("has another header, from byte ")
+    # And a byte of it that is wrong, too, is found where it is now.
+    victim, _, data = tensors[-1]
+    at = change(tree / name, starts[victim] + len(data) - 1)
+    said = report(small[0], tree)["differences"]
+    assert [(d["kind"], d["tensor"], d["offset"]) for d in said] == [("header", None, 0), ("payload", victim, at)]
+
+
+def test_a_file_that_the_reference_writes_anew_only_has_another_header(small, tree):
+    save_file(load_file(tree / EXPERT), tree / EXPERT)
+    assert [kind for _, kind in differences(small[0], tree)] == ["header"]
+
+
+def test_tensors_that_another_header_lacks_adds_or_cuts_are_named(small, tree):
+    tensors = parts_of(tree / EXPERT)
+    (first, info, data), second, third = tensors
+    write_tensors(tree / EXPERT, [("new", info, data), (second[0], second[1], second[2][:-4]), third])
+    for flags in [], ["--quick"]:
+        said = report(small[0], tree, *flags)["differences"]
+        found = {(d["kind"], d["tensor"], d["gguf_name"] is None) for d in said}
+        assert found == {
+            ("header", None, True),
+            ("tensor_missing", first, False),
+            ("tensor_extra", "new", True),
+            ("tensor_size", second[0], False),
+        }
+        texts = "\n".join(d["message"] for d in said)
+        assert f'lacks tensor "{first}" ("blk.0.' in texts and 'holds tensor "new", which does not belong there' in texts
+        assert f'holds {len(second[2]) - 4} bytes instead of {len(second[2])} of tensor "{second[0]}"' in texts
+
+
+def test_a_file_that_was_written_anew_and_cut_is_too_short_and_no_more(small, tree):
+    write_tensors(tree / EXPERT, parts_of(tree / EXPERT), {"a": "b"})
+    size = (tree / EXPERT).stat().st_size
+    os.truncate(tree / EXPERT, size - 10)
+    said = report(small[0], tree)["differences"]
+    assert sorted((d["kind"], d["offset"]) for d in said) == [("header", 0), ("size", size - 10)]
+    assert any(f"has {size - 10} bytes instead of {size}" in d["message"] for d in said)
+
+
+WORDS = {
+    "longer than the file": lambda length, size: size,
+    "of all ones": lambda length, size: (1 << 64) - 1,
+    "a byte longer": lambda length, size: length + 1,
+    "a byte shorter": lambda length, size: length - 1,
+    "shorter": lambda length, size: length - 8,
+    "nothing": lambda length, size: 0,
+}
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_wrong_length_of_the_header_is_no_difference_of_the_tensors(small, tree, word):
+    data = bytearray((tree / EXPERT).read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    data[:8] = WORDS[word](length, len(data)).to_bytes(8, "little")
+    (tree / EXPERT).write_bytes(data)
+    assert [kind for _, kind in differences(small[0], tree)] == ["header"]
+    change(tree / EXPERT, -1)
+    assert [kind for _, kind in differences(small[0], tree)] == ["header", "payload"]
+
+
+NONSENSE = {
+    "no JSON": b"{" * 50,
+    "deep": b"[" * 100_000,
+    "of another kind": b"[1, 2]",
+    "offsets beyond all": b'{"w1.weight":{"data_offsets":[18446744073709551615,18446744073709551615]}}',
+    "offsets that turn": b'{"w1.weight":{"data_offsets":[9,3]}}',
+    "offsets that are no numbers": b'{"w1.weight":{"data_offsets":["a",-1]}}',
+    "twice the same": b'{"w1.weight":{"data_offsets":[0,1]},"w1.weight":{"data_offsets":[0,2]}}',
+    "huge": b" " * 70_000_000 + b"{}",
+}
+
+
+@pytest.mark.parametrize("what", NONSENSE)
+def test_nonsense_in_the_place_of_a_header_does_no_harm(small, tree, what):
+    text = NONSENSE[what]
+    data = (tree / EXPERT).read_bytes()
+    (tree / EXPERT).write_bytes(len(text).to_bytes(8, "little") + text + data[read_header(tree / EXPERT).start :])
+    limit = 400 << 20
+    held = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit))}
+    said = report(small[0], tree, **held)["differences"]
+    assert "header" in {d["kind"] for d in said} and {d["path"] for d in said} == {EXPERT}
 
 
 def test_a_document_that_is_too_long_is_not_read(small, tree):
