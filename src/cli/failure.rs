@@ -31,7 +31,7 @@ pub const EXIT_STATUSES: [(&str, &str); 6] = [
     ("2", "wrong usage"),
     (
         "3",
-        "verify found a difference, or doctor something that keeps mounts from working",
+        "verify found a difference or a model that may be incomplete, or doctor something that keeps mounts from working",
     ),
     ("130", "ended by Ctrl-C (SIGINT)"),
     ("143", "ended by SIGTERM"),

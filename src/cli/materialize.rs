@@ -14,6 +14,7 @@ use odmoe_fs::verify::{Comparison, Depth, What};
 use odmoe_fs::work::default_jobs;
 
 use super::progress::Meter;
+use super::verify::warn_of_unfinished;
 use super::{Diagnostics, ModelArg, Stop, print, say, text};
 
 /// Write the tree of a model as real files
@@ -81,6 +82,7 @@ pub fn run(args: &MaterializeArgs, quiet: bool) -> anyhow::Result<()> {
     // Beyond `ulimit -f`, writing shall be an error and not the end.
     ignore_file_size_signal();
     let mut model = Model::open(&args.model.model)?;
+    warn_of_unfinished(&model)?;
     // Each byte is read once: 578 GiB shall not wash out what others have cached.
     model.set_page_cache(PageCache::Unchanged);
     let selection = Selection {

@@ -12,6 +12,7 @@ use odmoe_fs::mounts::{
 
 use super::diagnostics::{self, LogFormat};
 use super::doctor::complaints;
+use super::verify::warn_of_unfinished;
 use super::{ModelArg, say, text};
 
 /// Show a model as base_model/ and experts/ on a directory
@@ -164,6 +165,7 @@ fn mount(args: &MountArgs) -> anyhow::Result<()> {
             args.model.model
         );
     }
+    warn_of_unfinished(&model)?;
     if args.is_fake {
         return Ok(());
     }

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use odmoe_fs::layout::Layout;
 use odmoe_fs::model::Model;
 use odmoe_fs::mounts::{State, odmoe_mount_of, state_of};
-use odmoe_fs::source::PageCache;
-use odmoe_fs::verify::{Comparison, Depth, Difference, Report, VerifyError};
+use odmoe_fs::source::{PageCache, ReadError};
+use odmoe_fs::verify::{Comparison, Depth, Difference, Report, Unfinished, VerifyError};
 use odmoe_fs::work::default_jobs;
 use serde::Serialize;
 
@@ -16,10 +16,11 @@ use super::{ModelArg, Stop, print, print_json, text};
 
 /// Check a model, or compare a mounted or materialized tree with it, byte for byte
 ///
-/// Without DIR, it checks the model alone: that every part is there, whole, and well-formed, and that
-/// every byte of every tensor is in exactly one file of the tree. With DIR, it compares that tree
-/// with the model: what its documents list, and nothing more, must be there and be the same. The
-/// exit status is 3 if there is a difference.
+/// Without DIR, it checks the model alone: that every part is there, whole, and well-formed, that
+/// every byte of every tensor is in exactly one file of the tree, and that nothing shows that some
+/// of them were never written, as in a download that is not complete. With DIR, it compares that
+/// tree with the model: what its documents list, and nothing more, must be there and be the same.
+/// The exit status is 3 if the model may be incomplete, or if there is a difference.
 #[derive(clap::Args)]
 pub struct VerifyArgs {
     #[command(flatten)]
@@ -42,13 +43,14 @@ pub struct VerifyArgs {
 pub fn run(args: &VerifyArgs, quiet: bool) -> anyhow::Result<bool> {
     let mut model = Model::open(&args.model.model)?;
     let Some(directory) = &args.directory else {
-        let sound = Sound::of(&model);
+        let unfinished = Unfinished::of(&model)?;
+        let report = ModelReport::of(&model, &unfinished);
         if args.json {
-            print_json(&sound)?;
+            print_json(&report)?;
         } else {
-            print(&sound.text(&args.model.model))?;
+            print(&report.text(&args.model.model, &unfinished))?;
         }
-        return Ok(true);
+        return Ok(report.sound);
     };
     // Each byte is read once, and shall not wash out what others have cached.
     model.set_page_cache(PageCache::Unchanged);
@@ -97,36 +99,75 @@ fn ask(directory: &Path) -> Result<(), VerifyError> {
     }
 }
 
-/// A model that has no fault; one that has does not get so far.
+/// Warns of a model that was not written to its end, as far as that shows at a glance.
+pub fn warn_of_unfinished(model: &Model) -> Result<(), ReadError> {
+    let unfinished = Unfinished::at_a_glance(model)?;
+    if !unfinished.is_nothing() {
+        tracing::warn!(
+            "{:?} may be incomplete, since {}; `odmoe-fs verify MODEL.gguf` tells more",
+            model.source().given_path(),
+            unfinished.reasons().join(", and ")
+        );
+    }
+    Ok(())
+}
+
+/// A model that is well-formed; one that is not does not get so far.
 #[derive(Serialize)]
-struct Sound {
+struct ModelReport<'a> {
+    /// Whether nothing speaks against its being complete.
+    sound: bool,
     parts: usize,
     tensors: usize,
     /// Payload bytes of all tensors.
     tensor_bytes: u64,
     /// Files of the tree.
     files: usize,
+    /// Payload bytes that are holes, and how many tensors have some.
+    unwritten_bytes: u64,
+    unwritten_tensors: usize,
+    first_unwritten_tensor: Option<&'a str>,
+    /// Bytes of all parts, and how many of them take room if that is suspicious.
+    part_bytes: u64,
+    stored_bytes: Option<u64>,
+    /// Files with names of downloads that are not complete.
+    download_files: Vec<std::borrow::Cow<'a, str>>,
 }
 
-impl Sound {
-    fn of(model: &Model) -> Self {
-        let tensors = &model.layout().model().tensors;
+impl<'a> ModelReport<'a> {
+    fn of(model: &Model, unfinished: &'a Unfinished) -> Self {
+        let marks = unfinished.marks.iter();
         Self {
+            sound: unfinished.is_nothing(),
             parts: model.source().paths().len(),
-            tensors: tensors.len(),
-            tensor_bytes: tensors.iter().map(|tensor| tensor.info.bytes).sum(),
+            tensors: unfinished.tensors,
+            tensor_bytes: unfinished.tensor_bytes,
             files: model.tree().files().count(),
+            unwritten_bytes: unfinished.unwritten_bytes,
+            unwritten_tensors: unfinished.unwritten_tensors,
+            first_unwritten_tensor: unfinished.first_tensor.as_deref(),
+            part_bytes: unfinished.part_bytes,
+            stored_bytes: unfinished.stored_bytes,
+            download_files: marks.map(|path| path.to_string_lossy()).collect(),
         }
     }
 
-    fn text(&self, path: &Path) -> String {
+    fn text(&self, path: &Path, unfinished: &Unfinished) -> String {
+        let path = text::path(path);
+        let tensors = text::counted(self.tensors, "tensor");
+        let parts = text::counted(self.parts, "part");
+        if self.sound {
+            return format!(
+                "{path} is sound: {tensors} in {parts}; each of their {} is in exactly one of {}\n",
+                text::size(self.tensor_bytes),
+                text::counted(self.files, "file"),
+            );
+        }
+        let reasons = unfinished.reasons().into_iter();
+        let reasons: String = reasons.map(|reason| format!("  {reason}\n")).collect();
         format!(
-            "{} is sound: {} in {}; each of their {} is in exactly one of {}\n",
-            text::path(path),
-            text::counted(self.tensors, "tensor"),
-            text::counted(self.parts, "part"),
-            text::size(self.tensor_bytes),
-            text::counted(self.files, "file"),
+            "{path} is well-formed, with {tensors} in {parts}, but it may be incomplete:\n{reasons}\
+             Most often a download was interrupted: finish it, or compare the checksum with the published one.\n"
         )
     }
 }

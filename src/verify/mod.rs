@@ -13,6 +13,7 @@ mod claims;
 mod difference;
 mod header;
 mod listing;
+mod unfinished;
 
 use std::fs::File;
 use std::io;
@@ -27,6 +28,7 @@ use self::claims::Expected;
 pub use self::difference::{Difference, TensorNames, What};
 use self::header::FoundHeader;
 use self::listing::Listing;
+pub use self::unfinished::Unfinished;
 use crate::folder::Entry;
 use crate::layout::{METADATA_PATH, REGISTRY_PATH, TensorFile};
 use crate::model::Model;

@@ -1,0 +1,309 @@
+//! What shows that a model was never written to its end.
+//!
+//! The problem: a download that reserves its room first has its final size and a header from the
+//! start. All that is well-formed, and most of it is a hole, which reads as zeros.
+//!
+//! The plan: ask the file system which bytes of the tensors were never written, and look beside
+//! the parts for what downloads leave there until they are complete. Neither is proof: a copy may
+//! have made holes of zeros that belong to the model, and a file may be left over. So what is
+//! known is told, and nothing more.
+
+use std::collections::{HashMap, HashSet};
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::ops::Range;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use indicatif::{HumanBytes, HumanCount};
+
+use crate::folder::Folder;
+use crate::gguf::Tensor;
+use crate::model::Model;
+use crate::source::ReadError;
+use crate::sys::copy;
+
+/// What programs put behind the name of a file until it is complete: of the file itself, or of one
+/// that they keep beside it.
+const MARKS: [&str; 19] = [
+    ".aria2",              // aria2, and KoboldCpp, which calls it
+    ".part",               // Firefox, wget2, Transmission, KTorrent, LM Studio
+    ".partial",            // Internet Explorer, rsync with a folder of parts
+    ".incomplete",         // the Hugging Face Hub
+    ".crdownload",         // Chrome and Edge
+    ".opdownload",         // Opera
+    ".download",           // Safari
+    ".downloading",        // several app stores and managers
+    ".downloadInProgress", // llama.cpp
+    "-partial",            // Ollama
+    ".!qB",                // qBittorrent
+    ".!ut",                // µTorrent
+    ".!bt",                // BitTorrent
+    ".!bc",                // BitComet
+    ".bc!",                // BitComet, older
+    ".az!",                // Vuze
+    ".fdmdownload",        // Free Download Manager
+    ".filepart",           // WinSCP
+    ".lftp-pget-status",   // lftp
+];
+
+/// The unit of `st_blocks`, whatever the file system allocates by.
+const STAT_BLOCK_BYTES: u64 = 512;
+/// Places at which a glance looks.
+const GLANCES: u64 = 64;
+
+/// What is known of bytes that were never written. Empty if nothing is.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Unfinished {
+    /// Bytes of tensors that are holes, of all their bytes.
+    pub unwritten_bytes: u64,
+    pub tensor_bytes: u64,
+    /// Tensors with such bytes, of all tensors.
+    pub unwritten_tensors: usize,
+    pub tensors: usize,
+    /// The name of the first of them, in the order of the model.
+    pub first_tensor: Option<String>,
+    /// Bytes of all parts.
+    pub part_bytes: u64,
+    /// How many of these take room, if they are fewer than half and the file system tells of no hole:
+    /// then they are compressed, or have holes that it does not tell.
+    pub stored_bytes: Option<u64>,
+    /// Files beside the parts, or parts, whose names are those of downloads that are not complete.
+    pub marks: Vec<PathBuf>,
+}
+
+impl Unfinished {
+    /// Asks for every tensor. Reads no payload, but walks the lists of blocks of all parts.
+    pub fn of(model: &Model) -> Result<Self, ReadError> {
+        let tensors = &model.layout().model().tensors;
+        let mut found = Self {
+            tensors: tensors.len(),
+            tensor_bytes: tensors.iter().map(|tensor| tensor.info.bytes).sum(),
+            marks: marks(model),
+            ..Self::default()
+        };
+        let mut stored = Some(0);
+        for part_tensors in tensors.chunk_by(|a, b| a.part == b.part) {
+            let part = part_tensors[0].part;
+            let (data, room) = model.source().with_part(part, |file| {
+                let room = file.metadata().map_or(0, |metadata| metadata.blocks());
+                (data_of(file), room * STAT_BLOCK_BYTES)
+            })?;
+            // Some file systems tell nothing of room either.
+            stored = stored.filter(|_| room > 0).map(|stored| stored + room);
+            found.part_bytes += model.source().part_bytes(part);
+            found.count(part_tensors, &data);
+        }
+        if found.unwritten_bytes == 0 {
+            found.stored_bytes = stored.filter(|stored| *stored < found.part_bytes / 2);
+        }
+        Ok(found)
+    }
+
+    /// As [`of`](Self::of), but walks the lists of blocks only where a few looks at places all over the
+    /// tensors find that most of them are holes.
+    pub fn at_a_glance(model: &Model) -> Result<Self, ReadError> {
+        if looks_unwritten(model)? {
+            return Self::of(model);
+        }
+        Ok(Self {
+            marks: marks(model),
+            ..Self::default()
+        })
+    }
+
+    /// Whether nothing speaks against the model being complete.
+    pub fn is_nothing(&self) -> bool {
+        self.unwritten_bytes == 0 && self.stored_bytes.is_none() && self.marks.is_empty()
+    }
+
+    /// Counts what of some tensors of a part is not among its data.
+    fn count(&mut self, tensors: &[Tensor], data: &[Range<u64>]) {
+        for tensor in tensors {
+            let info = &tensor.info;
+            let range = info.offset..info.offset + info.bytes;
+            let first = data.partition_point(|run| run.end <= range.start);
+            let runs = data[first..].iter().take_while(|run| run.start < range.end);
+            let there = runs.map(|run| run.end.min(range.end) - run.start.max(range.start));
+            let unwritten = info.bytes - there.sum::<u64>();
+            if unwritten > 0 {
+                self.unwritten_bytes += unwritten;
+                self.unwritten_tensors += 1;
+                self.first_tensor.get_or_insert_with(|| info.name.clone());
+            }
+        }
+    }
+}
+
+impl Unfinished {
+    /// What speaks against the model being complete, each in a sentence without a full stop.
+    pub fn reasons(&self) -> Vec<String> {
+        let unwritten = self.first_tensor.as_ref().map(|first| {
+            format!(
+                "{} of {} of tensor data were never written (holes, which read as zeros), in {} of {} tensors, the first {first:?}",
+                HumanBytes(self.unwritten_bytes),
+                HumanBytes(self.tensor_bytes),
+                HumanCount(self.unwritten_tensors as u64),
+                HumanCount(self.tensors as u64),
+            )
+        });
+        let stored = self.stored_bytes.map(|stored| {
+            format!(
+                "only {} of {} take room, and the file system does not tell which bytes were never written",
+                HumanBytes(stored),
+                HumanBytes(self.part_bytes)
+            )
+        });
+        let marks = self
+            .marks
+            .iter()
+            .map(|mark| format!("{mark:?} has the name of a download that is not complete"));
+        unwritten.into_iter().chain(stored).chain(marks).collect()
+    }
+}
+
+/// The runs of data of a whole file. One that cannot tell is all data.
+fn data_of(file: &std::fs::File) -> Vec<Range<u64>> {
+    let mut runs = Vec::new();
+    let mut place = 0;
+    loop {
+        match copy::next_data(file, place) {
+            Ok(Some(run)) if run.end > run.start => {
+                place = run.end;
+                runs.push(run);
+            }
+            Ok(_) => return runs,
+            Err(_) => {
+                runs.push(place..u64::MAX);
+                return runs;
+            }
+        }
+    }
+}
+
+/// Whether most of a few places all over the tensors are in holes.
+fn looks_unwritten(model: &Model) -> Result<bool, ReadError> {
+    let tensors = &model.layout().model().tensors;
+    let all: u64 = tensors.iter().map(|tensor| tensor.info.bytes).sum();
+    let mut wanted = (0..GLANCES.min(all)).map(|n| (all / GLANCES.min(all)) * n);
+    let mut next = wanted.next();
+    let (mut looks, mut holes, mut before) = (0, 0, 0);
+    for part_tensors in tensors.chunk_by(|a, b| a.part == b.part) {
+        let mut places = Vec::new();
+        for tensor in part_tensors {
+            let info = &tensor.info;
+            while let Some(place) = next.filter(|place| *place < before + info.bytes) {
+                places.push(info.offset + place - before);
+                next = wanted.next();
+            }
+            before += info.bytes;
+        }
+        if places.is_empty() {
+            continue;
+        }
+        looks += places.len();
+        holes += model.source().with_part(part_tensors[0].part, |file| {
+            let is_hole = |place: &&u64| match copy::next_data(file, **place) {
+                Ok(Some(run)) => run.start > **place,
+                Ok(None) => true,
+                Err(_) => false,
+            };
+            places.iter().filter(is_hole).count()
+        })?;
+    }
+    Ok(holes * 2 > looks)
+}
+
+/// Files whose names are those of downloads of a model that are not complete. Where a folder cannot
+/// be listed, its own name alone tells of a part.
+fn marks(model: &Model) -> Vec<PathBuf> {
+    let mut listed: HashMap<PathBuf, HashSet<OsString>> = HashMap::new();
+    let mut found = Vec::new();
+    for part in model.source().paths() {
+        // In a cache, a part may be a link to a file of another name.
+        let resolved = part.canonicalize().ok().filter(|path| path != part);
+        for path in [Some(part.to_owned()), resolved].into_iter().flatten() {
+            let (Some(folder), Some(name)) = (path.parent(), path.file_name()) else {
+                continue;
+            };
+            let names = listed
+                .entry(folder.to_owned())
+                .or_insert_with(|| names(folder).unwrap_or_default());
+            if MARKS.iter().any(|mark| is_marked(name, mark)) {
+                found.push(path.clone());
+            }
+            let marked = MARKS.iter().map(|mark| with_mark(name, mark));
+            found.extend(
+                marked
+                    .filter(|name| names.contains(name))
+                    .map(|name| folder.join(name)),
+            );
+        }
+    }
+    found.sort();
+    found.dedup();
+    found
+}
+
+fn names(folder: &Path) -> io::Result<HashSet<OsString>> {
+    Ok(Folder::open(folder)?.names()?.into_iter().collect())
+}
+
+fn is_marked(name: &OsStr, mark: &str) -> bool {
+    let (name, mark) = (name.as_bytes(), mark.as_bytes());
+    name.len() > mark.len() && name.ends_with(mark)
+}
+
+fn with_mark(name: &OsStr, mark: &str) -> OsString {
+    OsString::from_vec([name.as_bytes(), mark.as_bytes()].concat())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gguf::{GgmlType, TensorInfo};
+
+    fn tensor(name: &str, range: Range<u64>) -> Tensor {
+        Tensor {
+            part: 0,
+            info: TensorInfo {
+                name: name.to_owned(),
+                ne: [1; 4],
+                n_dims: 1,
+                ggml_type: GgmlType::from_name("I8").unwrap(),
+                offset: range.start,
+                bytes: range.end - range.start,
+            },
+        }
+    }
+
+    #[test]
+    fn only_what_of_tensors_is_in_holes_is_counted() {
+        let tensors = [
+            tensor("whole", 100..200),
+            tensor("begins in a hole", 200..300),
+            tensor("has one in it", 300..400),
+            tensor("is one", 500..600),
+            tensor("is nothing", 600..600),
+        ];
+        // The hole from 400 to 500 is padding, which nobody needs.
+        let data = [0..200, 250..310, 320..330, 390..400, 600..900];
+        let mut found = Unfinished::default();
+        found.count(&tensors, &data);
+        assert_eq!(found.unwritten_bytes, 50 + (100 - 10 - 10 - 10) + 100);
+        assert_eq!(found.unwritten_tensors, 3);
+        assert_eq!(found.first_tensor.as_deref(), Some("begins in a hole"));
+        let mut found = Unfinished::default();
+        found.count(&tensors, &[0..250, 250..u64::MAX]);
+        assert!(found.is_nothing());
+    }
+
+    #[test]
+    fn names_of_downloads_are_those_that_end_in_a_mark() {
+        assert!(is_marked("m.gguf.part".as_ref(), ".part"));
+        assert!(!is_marked("m.part.gguf".as_ref(), ".part"));
+        assert!(!is_marked(".part".as_ref(), ".part"));
+        assert_eq!(with_mark("m.gguf".as_ref(), ".!qB"), "m.gguf.!qB");
+    }
+}
