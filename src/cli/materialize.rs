@@ -10,7 +10,7 @@ use odmoe_fs::materialize::{Numbers, Options, Plan, Reflink, Selection};
 use odmoe_fs::model::Model;
 use odmoe_fs::mounts::odmoe_mount_of;
 use odmoe_fs::source::PageCache;
-use odmoe_fs::verify::{Comparison, Depth, What};
+use odmoe_fs::verify::{Comparison, Depth, DifferenceKind};
 use odmoe_fs::work::default_jobs;
 
 use super::progress::Meter;
@@ -181,7 +181,10 @@ fn read_back(
     let result = comparison.run(jobs, &stop.flag, &|progress| meter.add(progress));
     meter.finish();
     let report = stop.explain(result)?;
-    let differences = report.differences.iter().filter(|d| d.what != What::Extra);
+    let differences = report
+        .differences
+        .iter()
+        .filter(|d| d.kind != DifferenceKind::Extra);
     let lines: Vec<String> = differences
         .map(|d| format!("\n  {} {d}", text::path(&directory.join(&d.path))))
         .collect();

@@ -199,7 +199,7 @@ impl<'a> TreeReport<'a> {
     fn of(report: &'a Report, depth: Depth, layout: &Layout) -> Self {
         let difference = |difference: &'a Difference| DifferenceReport {
             path: difference.path.to_string_lossy(),
-            kind: difference.what.code(),
+            kind: difference.kind.code(),
             offset: difference.offset,
             tensor: difference.tensor.as_ref().map(|t| t.name.as_str()),
             gguf_name: difference

@@ -89,7 +89,7 @@ impl Plan<'_> {
 
     /// Whether a file has the tree's time, or what the target's file system makes of it.
     pub(super) fn has_time(&self, metadata: &Metadata) -> bool {
-        let times = &self.ways.times;
+        let times = &self.methods.times;
         metadata.modified().is_ok_and(|time| times.contains(&time))
     }
 

@@ -11,7 +11,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::ways::{Reflink, Segment, Way, Ways, refusal};
+use super::methods::{Method, Methods, Reflink, Segment, refusal};
 use super::{MaterializeError, Progress, io_error};
 use crate::model::Model;
 use crate::sys::copy;
@@ -36,7 +36,7 @@ pub(super) fn buffer(jobs: usize) -> Vec<u8> {
 /// What all workers of a run share.
 pub(super) struct Copier<'a> {
     pub model: &'a Model,
-    pub ways: &'a Ways,
+    pub methods: &'a Methods,
     pub reflink: Reflink,
     pub stop: &'a AtomicBool,
     pub progress: &'a (dyn Fn(Progress) + Sync),
@@ -61,7 +61,7 @@ impl Copier<'_> {
         resized.map_err(io_error("write", target.path))?;
         // Sharing first: it has nothing to flush while nothing is written.
         let mut rest = Vec::new();
-        for segment in self.ways.segments(self.model, target.ino)? {
+        for segment in self.methods.segments(self.model, target.ino)? {
             if !self.spare(target, segment)? {
                 rest.push(segment);
             }
@@ -74,7 +74,7 @@ impl Copier<'_> {
 
     /// Deals with a run that need not be copied; says whether it was one.
     fn spare(&self, target: Target, segment: Segment) -> Result<bool, MaterializeError> {
-        if let Way::Share { part, offset } = segment.way {
+        if let Method::Share { part, offset } = segment.method {
             self.check_stop()?;
             let (file, at) = (target.file, segment.start);
             let clone = |from: &File| copy::clone_range(from, offset, segment.len, file, at);
@@ -95,9 +95,9 @@ impl Copier<'_> {
                 Err(_) => return Ok(false),
             }
         }
-        let spared = segment.way != Way::Copy;
+        let spared = segment.method != Method::Copy;
         if spared {
-            self.say(segment.len);
+            self.report(segment.len);
         }
         Ok(spared)
     }
@@ -139,7 +139,7 @@ impl Copier<'_> {
                 copied => copied,
             };
             place += copied;
-            self.say(copied);
+            self.report(copied);
         }
         Ok(())
     }
@@ -180,7 +180,7 @@ impl Copier<'_> {
         Ok(())
     }
 
-    fn say(&self, bytes: u64) {
+    fn report(&self, bytes: u64) {
         (self.progress)(Progress { bytes, files: 0 });
     }
 }

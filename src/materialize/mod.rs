@@ -3,7 +3,7 @@
 //! The problem: hundreds of gigabytes that must never look finished when they are not.
 //!
 //! The plan: [`Plan::new`] opens the target (`target`), compares sizes, times and headers with the
-//! tree's (`compare`), finds out which bytes can be shared, skipped or must be copied (`ways`), and
+//! tree's (`compare`), finds out which bytes can be shared, skipped or must be copied (`methods`), and
 //! refuses before anything is written. [`Plan::run`] first compares the bytes of files that look
 //! complete but have another time. Then it writes every missing file (`copy`) under a temporary
 //! name, gives it the tree's time (`write`), flushes a group of such files together, and only then
@@ -14,19 +14,19 @@
 mod compare;
 mod copy;
 mod error;
+mod methods;
 mod plan;
 mod publish;
 mod selection;
 mod target;
-mod ways;
 mod write;
 
 use std::path::PathBuf;
 
 pub use error::MaterializeError;
+pub use methods::{Cost, Reflink};
 pub use plan::Plan;
 pub use selection::{NotNumbers, Numbers, Selection};
-pub use ways::{Cost, Reflink};
 
 use self::error::io_error;
 use crate::layout::{Doc, METADATA_PATH, REGISTRY_PATH};

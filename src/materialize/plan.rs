@@ -5,8 +5,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::compare::{State, Unsure};
+use super::methods::{Cost, Methods};
 use super::target::Target;
-use super::ways::{Cost, Ways};
 use super::{DOCUMENTS, MaterializeError, Options, Reflink, io_error};
 use crate::folder::Entry;
 use crate::layout::{FileKind, METADATA_GGUF_PATH, REGISTRY_PATH, TensorFile};
@@ -31,7 +31,7 @@ pub struct Plan<'a> {
     /// there when the plan has been run.
     pub(super) chosen: Vec<bool>,
     pub(super) options: Options,
-    pub(super) ways: Ways,
+    pub(super) methods: Methods,
     pub(super) cost: Cost,
     pub(super) incongruent_bytes: u64,
 }
@@ -48,7 +48,7 @@ impl<'a> Plan<'a> {
         let selection = &options.selection;
         selection.check(layout)?;
         let target = Target::open(target, model.tree())?;
-        let ways = Ways::probe(model, target.nearest(), options)?;
+        let methods = Methods::probe(model, target.nearest(), options)?;
         let mut plan = Self {
             model,
             target,
@@ -58,7 +58,7 @@ impl<'a> Plan<'a> {
             unsure: Vec::new(),
             chosen: vec![false; layout.files().len()],
             options: options.clone(),
-            ways,
+            methods,
             cost: Cost::default(),
             incongruent_bytes: 0,
         };
@@ -83,7 +83,7 @@ impl<'a> Plan<'a> {
             plan.check_document(ino, doc)?;
             let bytes = model.tree().size(ino).unwrap_or(0);
             plan.cost.copied += bytes;
-            plan.cost.room += bytes.next_multiple_of(plan.ways.block);
+            plan.cost.room += bytes.next_multiple_of(plan.methods.block);
         }
         plan.look_at_others()?;
         plan.check_sharing()?;
@@ -153,12 +153,12 @@ impl<'a> Plan<'a> {
 
     /// Bytes that may still be written to the target's file system.
     pub fn available_bytes(&self) -> u64 {
-        self.ways.available
+        self.methods.available
     }
 
     /// Why blocks of the model, or of some of its parts, will not be shared.
     pub fn refusal(&self) -> Option<&str> {
-        self.ways.refusal.as_deref()
+        self.methods.refusal.as_deref()
     }
 
     /// Of the bytes to write, those of tensors that are at another place modulo 4096 than in the
@@ -174,7 +174,7 @@ impl<'a> Plan<'a> {
         if self.missing.is_empty() {
             return Ok(());
         }
-        if let Some(cause) = &self.ways.unwritable {
+        if let Some(cause) = &self.methods.unwritable {
             let cause = cause
                 .raw_os_error()
                 .map_or_else(|| cause.kind().into(), io::Error::from_raw_os_error);
@@ -182,7 +182,7 @@ impl<'a> Plan<'a> {
                 cause,
             ));
         }
-        let (needed, mut available) = (self.cost.room, self.ways.available);
+        let (needed, mut available) = (self.cost.room, self.methods.available);
         if needed > available {
             available = self.room_without_leftovers()?;
         }
@@ -207,11 +207,11 @@ impl<'a> Plan<'a> {
     }
 
     fn check_sharing(&self) -> Result<(), MaterializeError> {
-        match &self.ways.refusal {
+        match &self.methods.refusal {
             Some(reason)
                 if self.options.reflink == Reflink::Always
                     && !self.missing.is_empty()
-                    && !self.ways.is_untried =>
+                    && !self.methods.is_untried =>
             {
                 Err(MaterializeError::CannotShare {
                     target: self.target.path().to_owned(),
@@ -251,7 +251,7 @@ impl<'a> Plan<'a> {
     }
 
     fn plan_to_write(&mut self, ino: Ino) -> Result<(), MaterializeError> {
-        self.ways.add_cost(self.model, ino, &mut self.cost)?;
+        self.methods.add_cost(self.model, ino, &mut self.cost)?;
         self.missing.push(ino);
         Ok(())
     }

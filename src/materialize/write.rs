@@ -71,7 +71,7 @@ impl Plan<'_> {
     fn check_room_to_replace(&self, files: &[Ino]) -> Result<(), MaterializeError> {
         let mut cost = self.cost;
         for &ino in files {
-            self.ways.add_cost(self.model, ino, &mut cost)?;
+            self.methods.add_cost(self.model, ino, &mut cost)?;
         }
         let nearest = self.target.nearest();
         let room = sys::room(nearest.file());
@@ -137,11 +137,11 @@ impl Plan<'_> {
     pub(super) fn room_without_leftovers(&self) -> Result<u64, MaterializeError> {
         let there = self.target.there();
         let Some(root) = there.root() else {
-            return Ok(self.ways.available); // there are none before the first run
+            return Ok(self.methods.available); // there are none before the first run
         };
         let lock = self.lock(there)?;
         if self.options.dry_run {
-            let mut room = self.ways.available;
+            let mut room = self.methods.available;
             for folder in there.folders() {
                 let left = folder.temporaries();
                 let left = left.map_err(io_error("list", folder.path()))?;
@@ -184,11 +184,11 @@ impl Plan<'_> {
         let target = publisher.target;
         let copier = Copier {
             model: self.model,
-            ways: &self.ways,
+            methods: &self.methods,
             reflink: self.options.reflink,
             stop,
             progress: publisher.progress,
-            in_kernel: AtomicBool::new(self.ways.in_kernel),
+            in_kernel: AtomicBool::new(self.methods.in_kernel),
         };
         let buffer = || copy::buffer(jobs.get().min(files.len()));
         let written = in_parallel(jobs, files, buffer, |ino, buffer| {
@@ -273,7 +273,7 @@ impl Plan<'_> {
     /// Gives a file the tree's time; once it has been flushed, it may have its name.
     fn complete(&self, file: &File) -> io::Result<()> {
         file.set_times(self.times())?;
-        if !self.ways.flushes_whole {
+        if !self.methods.flushes_whole {
             file.sync_all()?;
         }
         Ok(())

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 
 use serde_json::Value;
 
-use super::{Comparison, DOCUMENTS, NO_FILE, VerifyError, What};
+use super::{Comparison, DOCUMENTS, DifferenceKind, NO_FILE, VerifyError};
 use crate::folder::Entry;
 use crate::layout::{FileKind, METADATA_GGUF_PATH, METADATA_PATH, REGISTRY_PATH, TensorFile};
 use crate::model::Model;
@@ -97,7 +97,7 @@ impl Comparison<'_> {
                     self.ino(path),
                     Some(same.count() as u64),
                     None,
-                    What::Document,
+                    DifferenceKind::Document,
                 );
             }
         }
@@ -107,22 +107,22 @@ impl Comparison<'_> {
     /// The bytes of a document of the tree, if it can be one of this model.
     fn document(&self, ino: Ino, found: &HashSet<Ino>) -> Result<Option<Vec<u8>>, VerifyError> {
         if !found.contains(&ino) {
-            self.add(ino, None, None, What::Missing);
+            self.add(ino, None, None, DifferenceKind::Missing);
             return Ok(None);
         }
         // A part of the model has shorter lists, never longer ones.
         let longest = self.model.tree().size(ino).unwrap_or(0);
-        let what = match self.tree.read(self.model.tree(), ino, longest) {
+        let kind = match self.tree.read(self.model.tree(), ino, longest) {
             Ok(Entry::There(Ok(bytes))) => return Ok(Some(bytes)),
-            Ok(Entry::There(Err(found))) => What::Size {
+            Ok(Entry::There(Err(found))) => DifferenceKind::Size {
                 expected: longest,
                 found,
             },
-            Ok(Entry::Missing) => What::Missing,
+            Ok(Entry::Missing) => DifferenceKind::Missing,
             Ok(Entry::Other(_)) => NO_FILE,
             Err(cause) => self.unreadable(ino, cause)?,
         };
-        self.add(ino, None, None, what);
+        self.add(ino, None, None, kind);
         Ok(None)
     }
 }

@@ -12,7 +12,7 @@ pub struct Difference {
     pub offset: Option<u64>,
     /// The tensor it lies in.
     pub tensor: Option<TensorNames>,
-    pub what: What,
+    pub kind: DifferenceKind,
 }
 
 /// A tensor by both of its names.
@@ -26,7 +26,7 @@ pub struct TensorNames {
 
 /// What is different.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub enum What {
+pub enum DifferenceKind {
     /// The tree claims to hold the file, or must, and does not.
     Missing,
     /// The model has no such file, or the tree does not claim to hold it.
@@ -55,7 +55,7 @@ pub enum What {
     Unreadable(String),
 }
 
-impl What {
+impl DifferenceKind {
     /// One stable word for programs.
     pub fn code(&self) -> &'static str {
         match self {
@@ -77,22 +77,24 @@ impl What {
 impl fmt::Display for Difference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let tensor = Named(self.tensor.as_ref());
-        match &self.what {
-            What::Missing => write!(f, "is missing")?,
-            What::Extra => write!(f, "does not belong there")?,
-            What::Kind { expected } => write!(f, "is not a {expected}")?,
-            What::Size { expected, found } => {
+        match &self.kind {
+            DifferenceKind::Missing => write!(f, "is missing")?,
+            DifferenceKind::Extra => write!(f, "does not belong there")?,
+            DifferenceKind::Kind { expected } => write!(f, "is not a {expected}")?,
+            DifferenceKind::Size { expected, found } => {
                 write!(f, "has {found} bytes instead of {expected}")?;
             }
-            What::Header => write!(f, "has another header")?,
-            What::Payload => write!(f, "holds other bytes")?,
-            What::TensorMissing => return write!(f, "lacks {tensor}"),
-            What::TensorExtra => return write!(f, "holds {tensor}, which does not belong there"),
-            What::TensorSize { expected, found } => {
+            DifferenceKind::Header => write!(f, "has another header")?,
+            DifferenceKind::Payload => write!(f, "holds other bytes")?,
+            DifferenceKind::TensorMissing => return write!(f, "lacks {tensor}"),
+            DifferenceKind::TensorExtra => {
+                return write!(f, "holds {tensor}, which does not belong there");
+            }
+            DifferenceKind::TensorSize { expected, found } => {
                 return write!(f, "holds {found} bytes instead of {expected} of {tensor}");
             }
-            What::Document => write!(f, "says something else")?,
-            What::Unreadable(reason) => write!(f, "cannot be read ({reason})")?,
+            DifferenceKind::Document => write!(f, "says something else")?,
+            DifferenceKind::Unreadable(reason) => write!(f, "cannot be read ({reason})")?,
         }
         if let Some(offset) = self.offset {
             write!(f, ", from byte {offset}")?;

@@ -8,7 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::{Difference, VerifyError, What};
+use super::{Difference, DifferenceKind, VerifyError};
 use crate::folder::{Entry, Folder, Kind};
 use crate::model::Model;
 use crate::on_disk::OnDisk;
@@ -41,7 +41,7 @@ impl Listing {
             let Some(directory) = tree.lookup(ROOT, name.as_bytes()) else {
                 let may_be_part = !matches!(kind, Some(Kind::Folder | Kind::Special));
                 if !may_be_part || !is_part(model, &path.join(&name)) {
-                    listing.stranger(name.into(), What::Extra);
+                    listing.stranger(name.into(), DifferenceKind::Extra);
                 }
                 continue;
             };
@@ -52,7 +52,7 @@ impl Listing {
                 Entry::Other(_) => {
                     listing.stranger(
                         name.into(),
-                        What::Kind {
+                        DifferenceKind::Kind {
                             expected: "directory",
                         },
                     );
@@ -64,7 +64,7 @@ impl Listing {
                     Some(ino) => {
                         listing.known.insert(ino);
                     }
-                    None => listing.stranger(Path::new(&name).join(file), What::Extra),
+                    None => listing.stranger(Path::new(&name).join(file), DifferenceKind::Extra),
                 }
             }
             listing.tree.add(directory, folder);
@@ -72,12 +72,12 @@ impl Listing {
         Ok(listing)
     }
 
-    fn stranger(&mut self, path: PathBuf, what: What) {
+    fn stranger(&mut self, path: PathBuf, kind: DifferenceKind) {
         self.strangers.push(Difference {
             path,
             offset: None,
             tensor: None,
-            what,
+            kind,
         });
     }
 }

@@ -25,7 +25,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use parking_lot::Mutex;
 
 use self::claims::Expected;
-pub use self::difference::{Difference, TensorNames, What};
+pub use self::difference::{Difference, DifferenceKind, TensorNames};
 use self::header::FoundHeader;
 use self::listing::Listing;
 pub use self::unfinished::Unfinished;
@@ -149,13 +149,13 @@ impl<'a> Comparison<'a> {
                 .binary_search_by_key(&ino, |file| file.ino)
                 .is_err()
             {
-                comparison.add(ino, None, None, What::Extra);
+                comparison.add(ino, None, None, DifferenceKind::Extra);
             }
         }
         expected.retain(|file| {
             let is_there = found.known.contains(&file.ino);
             if !is_there && file.is_required {
-                comparison.add(file.ino, None, None, What::Missing);
+                comparison.add(file.ino, None, None, DifferenceKind::Missing);
             }
             is_there
         });
@@ -207,13 +207,19 @@ impl<'a> Comparison<'a> {
         })
     }
 
-    fn add(&self, ino: Ino, offset: Option<u64>, tensor: Option<TensorNames>, what: What) {
+    fn add(
+        &self,
+        ino: Ino,
+        offset: Option<u64>,
+        tensor: Option<TensorNames>,
+        kind: DifferenceKind,
+    ) {
         let path = self.model.tree().path(ino).unwrap_or_default().into();
         self.differences.lock().push(Difference {
             path,
             offset,
             tensor,
-            what,
+            kind,
         });
     }
 
@@ -225,14 +231,14 @@ impl<'a> Comparison<'a> {
     }
 
     /// What is said of a file that cannot be opened or read.
-    fn unreadable(&self, ino: Ino, cause: io::Error) -> Result<What, VerifyError> {
+    fn unreadable(&self, ino: Ino, cause: io::Error) -> Result<DifferenceKind, VerifyError> {
         match cause.raw_os_error() {
             Some(libc::EMFILE | libc::ENFILE) => {
                 let path = self.model.tree().path(ino).unwrap_or_default();
                 let path = self.root.join(path);
                 Err(VerifyError::Descriptors { path, cause })
             }
-            _ => Ok(What::Unreadable(cause.to_string())),
+            _ => Ok(DifferenceKind::Unreadable(cause.to_string())),
         }
     }
 
@@ -243,15 +249,15 @@ impl<'a> Comparison<'a> {
         comparer: &Comparer,
     ) -> Result<(), VerifyError> {
         let ino = expected.ino;
-        let what = match self.tree.open(self.model.tree(), ino) {
+        let kind = match self.tree.open(self.model.tree(), ino) {
             Ok(Entry::There((file, metadata))) => {
                 return self.compare_file(expected, &file, metadata.len(), buffer, comparer);
             }
-            Ok(Entry::Missing) => What::Missing,
+            Ok(Entry::Missing) => DifferenceKind::Missing,
             Ok(Entry::Other(_)) => NO_FILE,
             Err(cause) => self.unreadable(ino, cause)?,
         };
-        self.add(ino, None, None, what);
+        self.add(ino, None, None, kind);
         Ok(())
     }
 
@@ -277,7 +283,7 @@ impl<'a> Comparison<'a> {
                 len: size,
                 found: 0..size,
                 tensor: None,
-                what: What::Document,
+                kind: DifferenceKind::Document,
             };
             self.compare_region(&against, region, buffer)?;
             self.compare_size(&against, size, &[]);
@@ -288,7 +294,7 @@ impl<'a> Comparison<'a> {
             len: layout.header_bytes,
             found: 0..layout.header_bytes,
             tensor: None,
-            what: What::Header,
+            kind: DifferenceKind::Header,
         };
         let has_header = self.compare_region(&against, header, buffer)?;
         let own_header = match has_header {
@@ -329,16 +335,16 @@ impl<'a> Comparison<'a> {
                 Some(left) => left.remove(tensor.name),
             };
             let Some(found) = found else {
-                self.add(against.ino, None, names, What::TensorMissing);
+                self.add(against.ino, None, names, DifferenceKind::TensorMissing);
                 continue;
             };
             let bytes = found.end - found.start;
             if bytes != tensor.bytes {
-                let what = What::TensorSize {
+                let kind = DifferenceKind::TensorSize {
                     expected: tensor.bytes,
                     found: bytes,
                 };
-                self.add(against.ino, Some(found.start), names, what);
+                self.add(against.ino, Some(found.start), names, kind);
                 continue;
             }
             regions.push(Region {
@@ -346,7 +352,7 @@ impl<'a> Comparison<'a> {
                 len: bytes,
                 found,
                 tensor: names,
-                what: What::Payload,
+                kind: DifferenceKind::Payload,
             });
         }
         for (name, found) in left.into_iter().flatten() {
@@ -354,7 +360,12 @@ impl<'a> Comparison<'a> {
                 name,
                 gguf_name: None,
             });
-            self.add(against.ino, Some(found.start), names, What::TensorExtra);
+            self.add(
+                against.ino,
+                Some(found.start),
+                names,
+                DifferenceKind::TensorExtra,
+            );
         }
         regions
     }
@@ -368,7 +379,12 @@ impl<'a> Comparison<'a> {
         let end = found.min(expected);
         let cut = regions.iter().find(|region| region.found.contains(&end));
         let tensor = cut.and_then(|region| region.tensor.clone());
-        self.add(ino, Some(end), tensor, What::Size { expected, found });
+        self.add(
+            ino,
+            Some(end),
+            tensor,
+            DifferenceKind::Size { expected, found },
+        );
     }
 
     /// Compares a run of a file, as far as the file goes; says whether it is the model's.
@@ -387,20 +403,22 @@ impl<'a> Comparison<'a> {
             found_start: region.found.start,
         };
         let compared = against.comparer.first_difference(run, against.file, buffer);
-        let (offset, what) = match compared {
+        let (offset, kind) = match compared {
             Ok(None) => return Ok(true),
-            Ok(Some(offset)) => (offset, region.what),
-            Err(Fault::File { offset, cause }) => (offset, What::Unreadable(cause.to_string())),
+            Ok(Some(offset)) => (offset, region.kind),
+            Err(Fault::File { offset, cause }) => {
+                (offset, DifferenceKind::Unreadable(cause.to_string()))
+            }
             Err(Fault::Model(e)) => return Err(e.into()),
             Err(Fault::Stopped) => return Err(VerifyError::Stopped),
         };
-        self.add(against.ino, Some(offset), region.tensor, what);
+        self.add(against.ino, Some(offset), region.tensor, kind);
         Ok(false)
     }
 }
 
 /// What is said of a link, a folder or a device where a file should be.
-const NO_FILE: What = What::Kind {
+const NO_FILE: DifferenceKind = DifferenceKind::Kind {
     expected: "regular file",
 };
 
@@ -425,5 +443,5 @@ struct Region {
     /// Where it is on disk.
     found: Range<u64>,
     tensor: Option<TensorNames>,
-    what: What,
+    kind: DifferenceKind,
 }

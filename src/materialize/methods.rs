@@ -1,7 +1,7 @@
 //! How the bytes of each file get to the target: left out, shared, or copied.
 //!
 //! A file of the tree is a list of extents, but blocks are shared, and holes left out, in whole
-//! blocks: [`Ways::segments`] cuts a file into runs that are dealt with alike, so that the same cut
+//! blocks: [`Methods::segments`] cuts a file into runs that are dealt with alike, so that the same cut
 //! says what a plan costs and does the work.
 
 use std::fs::File;
@@ -46,7 +46,7 @@ pub enum Reflink {
 
 /// What the target's file system can do with this model.
 #[derive(Debug)]
-pub(super) struct Ways {
+pub(super) struct Methods {
     /// Bytes of its block.
     pub block: u64,
     /// Bytes that may still be written to it.
@@ -75,11 +75,11 @@ pub(super) struct Segment {
     pub start: u64,
     /// Bytes.
     pub len: u64,
-    pub way: Way,
+    pub method: Method,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Way {
+pub(super) enum Method {
     /// Nothing is stored in the model, so nothing is stored here.
     Hole,
     /// Whole blocks of the part (0-based) from this byte of it on.
@@ -103,7 +103,7 @@ pub struct Cost {
     pub room: u64,
 }
 
-impl Ways {
+impl Methods {
     /// Finds out what is possible in a folder, by a file without a name, which leaves no trace. Where
     /// the file system has no such files, by one that is removed at once; a dry run tries nothing
     /// there.
@@ -114,7 +114,7 @@ impl Ways {
     ) -> Result<Self, MaterializeError> {
         let room = sys::room(folder.file());
         let room = room.map_err(io_error(FIND_ROOM, folder.path()))?;
-        let mut ways = Self {
+        let mut methods = Self {
             block: room.block,
             available: room.available,
             shares: vec![false; model.source().paths().len()],
@@ -136,20 +136,20 @@ impl Ways {
         };
         match probe {
             Ok(Some(probe)) => {
-                ways.try_out(model, &probe, options.reflink)?;
+                methods.try_out(model, &probe, options.reflink)?;
                 drop(unnamed);
-                return Ok(ways);
+                return Ok(methods);
             }
             Ok(None) => {
-                ways.is_untried = true;
-                ways.refusal = Some("a dry run makes no file here to try it with".into());
+                methods.is_untried = true;
+                methods.refusal = Some("a dry run makes no file here to try it with".into());
             }
             // An error only if there is something to write.
-            Err(e) => ways.unwritable = Some(e),
+            Err(e) => methods.unwritable = Some(e),
         }
-        let coarser = UNITS.map(|unit| in_whole(ways.times[0], unit));
-        ways.times.extend(coarser);
-        Ok(ways)
+        let coarser = UNITS.map(|unit| in_whole(methods.times[0], unit));
+        methods.times.extend(coarser);
+        Ok(methods)
     }
 
     fn try_out(
@@ -189,15 +189,15 @@ impl Ways {
         let mut cut = Cut(Vec::new());
         for extent in model.tree().extents(ino) {
             match extent.content {
-                Content::Made(_) => cut.push(extent.len, Way::Copy),
+                Content::Made(_) => cut.push(extent.len, Method::Copy),
                 Content::Model { part, offset } => {
                     let mut place = offset;
                     for run in model.source().data(part, offset..offset + extent.len)? {
-                        cut.push(run.start - place, Way::Hole);
+                        cut.push(run.start - place, Method::Hole);
                         self.cut_data(part, &run, &mut cut);
                         place = run.end;
                     }
-                    cut.push(offset + extent.len - place, Way::Hole);
+                    cut.push(offset + extent.len - place, Method::Hole);
                 }
             }
         }
@@ -211,21 +211,21 @@ impl Ways {
         let last = run.end - run.end % self.block;
         let congruent = cut.end() % self.block == run.start % self.block;
         if self.shares[part as usize] && congruent && offset < last {
-            cut.push(offset - run.start, Way::Copy);
-            cut.push(last - offset, Way::Share { part, offset });
-            cut.push(run.end - last, Way::Copy);
+            cut.push(offset - run.start, Method::Copy);
+            cut.push(last - offset, Method::Share { part, offset });
+            cut.push(run.end - last, Method::Copy);
         } else {
-            cut.push(run.end - run.start, Way::Copy);
+            cut.push(run.end - run.start, Method::Copy);
         }
     }
 
     /// Adds the cost of a file.
     pub fn add_cost(&self, model: &Model, ino: Ino, cost: &mut Cost) -> Result<(), ReadError> {
         for segment in self.segments(model, ino)? {
-            match segment.way {
-                Way::Hole => cost.holes += segment.len,
-                Way::Share { .. } => cost.shared += segment.len,
-                Way::Copy => {
+            match segment.method {
+                Method::Hole => cost.holes += segment.len,
+                Method::Share { .. } => cost.shared += segment.len,
+                Method::Copy => {
                     cost.copied += segment.len;
                     let end = (segment.start + segment.len).next_multiple_of(self.block);
                     cost.room += end - (segment.start - segment.start % self.block);
@@ -256,12 +256,12 @@ impl Cut {
         self.0.last().map_or(0, |last| last.start + last.len)
     }
 
-    fn push(&mut self, len: u64, way: Way) {
+    fn push(&mut self, len: u64, method: Method) {
         let start = self.end();
         match self.0.last_mut() {
             _ if len == 0 => {}
-            Some(last) if last.way == way => last.len += len,
-            _ => self.0.push(Segment { start, len, way }),
+            Some(last) if last.method == method => last.len += len,
+            _ => self.0.push(Segment { start, len, method }),
         }
     }
 }
@@ -281,14 +281,14 @@ pub(super) fn refusal(error: &io::Error, part: &Path) -> String {
 mod tests {
     use super::*;
 
-    const SHARED: Way = Way::Share {
+    const SHARED: Method = Method::Share {
         part: 0,
         offset: 8192,
     };
 
     /// Cuts a run of data that lands at `start` in the file.
-    fn cut(shares: bool, start: u64, run: Range<u64>) -> Vec<(u64, u64, Way)> {
-        let ways = Ways {
+    fn cut(shares: bool, start: u64, run: Range<u64>) -> Vec<(u64, u64, Method)> {
+        let methods = Methods {
             block: 4096,
             available: 0,
             shares: vec![shares],
@@ -300,15 +300,15 @@ mod tests {
             in_kernel: false,
         };
         let mut cut = Cut(Vec::new());
-        cut.push(start, Way::Hole);
-        ways.cut_data(0, &run, &mut cut);
-        let runs = cut.0.iter().skip_while(|s| s.way == Way::Hole);
-        runs.map(|s| (s.start, s.len, s.way)).collect()
+        cut.push(start, Method::Hole);
+        methods.cut_data(0, &run, &mut cut);
+        let runs = cut.0.iter().skip_while(|s| s.method == Method::Hole);
+        runs.map(|s| (s.start, s.len, s.method)).collect()
     }
 
     #[test]
     fn whole_blocks_at_the_same_place_within_a_block_are_shared_and_edges_are_copied() {
-        use Way::Copy;
+        use Method::Copy;
         let edges = [(100, 3996, Copy), (4096, 4096, SHARED), (8192, 1, Copy)];
         assert_eq!(cut(true, 100, 4196..12289), edges);
         assert_eq!(cut(true, 4096, 8192..12288), [(4096, 4096, SHARED)]);
@@ -344,13 +344,13 @@ mod tests {
     #[test]
     fn runs_of_the_same_way_become_one() {
         let mut cut = Cut(Vec::new());
-        for (len, way) in [
-            (5, Way::Copy),
-            (0, Way::Hole),
-            (7, Way::Copy),
-            (1, Way::Hole),
+        for (len, method) in [
+            (5, Method::Copy),
+            (0, Method::Hole),
+            (7, Method::Copy),
+            (1, Method::Hole),
         ] {
-            cut.push(len, way);
+            cut.push(len, method);
         }
         let runs: Vec<_> = cut.0.iter().map(|s| (s.start, s.len)).collect();
         assert_eq!(runs, [(0, 12), (12, 1)]);
