@@ -1,12 +1,12 @@
 //! Folders held by their descriptors, and files that get their names when they are complete.
 //!
-//! The problem: a path that was looked at may lead elsewhere when it is used. Somebody may have put
-//! a link, a pipe or another folder in its place.
+//! The problem: between a look at a path and its use, somebody may put a link, a pipe or another
+//! folder in its place.
 //!
-//! The plan: a [`Folder`] is opened once. Everything in it is reached by that descriptor and a
-//! single name, which is never followed through a link. Nothing but a regular file is opened as
-//! one, and no open waits for anybody. New files are made under random names ([`Unnamed`]) and are
-//! renamed when they are complete, or removed.
+//! The plan: a [`Folder`] is opened once. Everything in it is reached through that descriptor and a
+//! single name, and no link is followed. Only regular files are opened, and no open waits for
+//! another process. New files are created under random names ([`Unnamed`]), and are renamed when
+//! they are complete, or removed.
 
 use std::collections::hash_map::RandomState;
 use std::ffi::{OsStr, OsString};
@@ -25,20 +25,20 @@ use rustix::io::Errno;
 const TEMPORARY_PREFIX: &str = ".odmoe-";
 const TEMPORARY_SUFFIX: &str = ".tmp";
 
-/// Looking at a file is no use of it, so its time of access stays. Only its owner may ask for that.
+/// Comparing a file must not change its access time. Only its owner may ask for that.
 #[cfg(target_os = "linux")]
 const UNTOUCHED: OFlags = OFlags::NOATIME;
 #[cfg(not(target_os = "linux"))]
 const UNTOUCHED: OFlags = OFlags::empty();
 
-/// A folder that stays the same, whoever moves it or puts something else in its place.
+/// A folder that stays the same even if it is moved, or something else put in its place.
 #[derive(Debug, Clone)]
 pub struct Folder {
     path: PathBuf,
     file: Arc<File>,
 }
 
-/// What has a name in a folder.
+/// The result of looking a name up in a folder.
 #[derive(Debug)]
 pub enum Entry<T> {
     Missing,
@@ -48,7 +48,7 @@ pub enum Entry<T> {
     Other(Kind),
 }
 
-/// What an entry of a folder is.
+/// The kind of an entry of a folder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     File,
@@ -68,7 +68,7 @@ impl Kind {
         }
     }
 
-    /// In words, with its article.
+    /// Its name, with an article.
     pub fn name(self) -> &'static str {
         match self {
             Self::File => "a regular file",
@@ -80,8 +80,8 @@ impl Kind {
 }
 
 impl Folder {
-    /// Opens a folder by a path that a user has named, whose links are followed. One that may be
-    /// passed through but not read is held, too; it cannot be listed, locked or flushed.
+    /// Opens a folder by a path that a user has named, and follows its links. A folder that may be
+    /// entered but not read can be held, but not listed, locked or flushed.
     pub fn open(path: &Path) -> io::Result<Self> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let named = or_here(path);
@@ -96,7 +96,7 @@ impl Folder {
         })
     }
 
-    /// Opens the folder that a file of this path lies in, or would lie in.
+    /// Opens the folder of a file that need not exist.
     pub fn of_file(path: &Path) -> io::Result<Self> {
         Self::open(path.parent().unwrap_or(Path::new("")))
     }
@@ -106,12 +106,12 @@ impl Folder {
         &self.path
     }
 
-    /// Its descriptor, to ask for room, and to flush.
+    /// Its descriptor, for asking for room and for flushing.
     pub fn file(&self) -> &File {
         &self.file
     }
 
-    /// A descriptor of its own, to read the folder's entries or to lock it.
+    /// Another descriptor of the folder, for reading its entries or for a lock.
     pub fn again(&self) -> io::Result<File> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         Ok(untouched(|more| {
@@ -120,7 +120,7 @@ impl Folder {
     }
 
     fn open_at(&self, name: &OsStr, flags: OFlags) -> Result<File, Errno> {
-        // New files get the rights that any new file gets.
+        // New files get the usual permissions, as the umask has them.
         let mode = Mode::from_raw_mode(0o666);
         Ok(rustix::fs::openat(&self.file, name, flags, mode)?.into())
     }
@@ -129,7 +129,7 @@ impl Folder {
         rustix::fs::statat(&self.file, name, AtFlags::SYMLINK_NOFOLLOW)
     }
 
-    /// What a name is; links are not followed. `None` if there is nothing of that name.
+    /// The kind of an entry; links are not followed. `None` if there is no such entry.
     pub fn kind(&self, name: &OsStr) -> io::Result<Option<Kind>> {
         match self.stat(name) {
             Ok(stat) => Ok(Some(Kind::of(stat.st_mode))),
@@ -150,13 +150,13 @@ impl Folder {
             // A link is either of them, depending on the system.
             Err(e @ (Errno::LOOP | Errno::NOTDIR)) => match self.kind(name)? {
                 Some(kind) if kind != Kind::Folder => Ok(Entry::Other(kind)),
-                _ => Err(e.into()), // exchanged meanwhile
+                _ => Err(e.into()), // exchanged in between
             },
             Err(e) => Err(e.into()),
         }
     }
 
-    /// Opens a folder in this one, and makes it if it is not there.
+    /// Opens a folder in this one, and creates it if it is missing.
     pub fn make_folder(&self, name: &OsStr) -> io::Result<Entry<Self>> {
         match rustix::fs::mkdirat(&self.file, name, Mode::from_raw_mode(0o777)) {
             Ok(()) | Err(Errno::EXIST) => self.folder(name),
@@ -166,13 +166,13 @@ impl Folder {
 
     /// Opens a regular file for reading.
     pub fn open_file(&self, name: &OsStr) -> io::Result<Entry<(File, Metadata)>> {
-        // Opening a device may already do something to it.
+        // Merely opening a device may have an effect.
         match self.kind(name)? {
             None => return Ok(Entry::Missing),
             Some(Kind::File) => {}
             Some(kind) => return Ok(Entry::Other(kind)),
         }
-        // A pipe that has taken the file's place would be waited for.
+        // Never waits for the writer of a pipe that has taken the file's place.
         let flags =
             OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
         let file = match untouched(|more| self.open_at(name, flags | more)) {
@@ -192,14 +192,14 @@ impl Folder {
         }))
     }
 
-    /// The names in it, but for `.` and `..`.
+    /// The names in it, without `.` and `..`.
     pub fn names(&self) -> io::Result<Vec<OsString>> {
         let entries = self.entries()?;
         Ok(entries.into_iter().map(|(name, _)| name).collect())
     }
 
-    /// The names in it, and what each of them is, as far as the folder itself tells: what is mounted
-    /// on one is not asked, and may never answer.
+    /// The names in it with their kinds, as far as the folder itself knows them. Nothing that is
+    /// mounted on an entry is asked, since it may never answer.
     pub fn entries(&self) -> io::Result<Vec<(OsString, Option<Kind>)>> {
         let mut entries = Vec::new();
         for entry in Dir::new(self.again()?)? {
@@ -235,14 +235,14 @@ impl Folder {
         })
     }
 
-    /// Fails if this user can make no file in it, as far as that is known without trying.
+    /// Fails if this user cannot create files in it, as far as that is known without trying.
     pub fn check_writable(&self) -> io::Result<()> {
         let access = Access::WRITE_OK | Access::EXEC_OK;
         let flags = AtFlags::EACCESS; // that of the process, also if it is set-user-id
         Ok(rustix::fs::accessat(&self.file, ".", access, flags)?)
     }
 
-    /// Makes a file that never has a name. `None` where the file system has no such files.
+    /// Creates a file without a name. `None` if the file system has no such files.
     pub fn nameless(&self) -> io::Result<Option<File>> {
         #[cfg(target_os = "linux")]
         {
@@ -257,7 +257,7 @@ impl Folder {
         Ok(None)
     }
 
-    /// Makes a file under a random name, which it has until it is complete.
+    /// Creates a file under a random name, which it keeps until it is complete.
     pub fn temporary(&self) -> io::Result<(File, Unnamed<'_>)> {
         let flags =
             OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -276,8 +276,8 @@ impl Folder {
         }
     }
 
-    /// The temporary files in it, and the bytes of room that each takes. They are those of runs
-    /// that were killed, or of runs that are alive.
+    /// The temporary files in it, of killed or of living runs, and the bytes of room that each
+    /// takes.
     pub fn temporaries(&self) -> io::Result<Vec<(OsString, u64)>> {
         /// The unit of `st_blocks`, whatever the file system allocates by.
         const STAT_BLOCK_BYTES: u64 = 512;
@@ -306,7 +306,7 @@ impl Folder {
     }
 }
 
-/// The working directory is the folder of a name alone.
+/// The working directory if the path is empty, as that of a bare file name's folder is.
 fn or_here(path: &Path) -> &Path {
     match path.as_os_str().is_empty() {
         true => Path::new("."),
@@ -314,7 +314,7 @@ fn or_here(path: &Path) -> &Path {
     }
 }
 
-/// Opens without changing the time of access, where that may be asked for.
+/// Opens a file so that reading does not change its access time, if this user may ask for that.
 fn untouched(open: impl Fn(OFlags) -> Result<File, Errno>) -> Result<File, Errno> {
     match open(UNTOUCHED) {
         Err(Errno::PERM) => open(OFlags::empty()),
@@ -322,7 +322,7 @@ fn untouched(open: impl Fn(OFlags) -> Result<File, Errno>) -> Result<File, Errno
     }
 }
 
-/// A file under a random name. It is removed, unless it gets its own.
+/// A file under a random name. It is removed on drop, unless it has got its own name.
 #[derive(Debug)]
 pub struct Unnamed<'a> {
     folder: &'a Folder,
@@ -330,13 +330,13 @@ pub struct Unnamed<'a> {
 }
 
 impl Unnamed<'_> {
-    /// Gives the file its name, in the place of what has it.
+    /// Gives the file its name, and replaces the file that has it.
     pub fn replace(mut self, name: &OsStr) -> io::Result<()> {
         self.rename(name)
     }
 
-    /// Gives the file its name, unless something has it: then the error is
-    /// [`AlreadyExists`](io::ErrorKind::AlreadyExists).
+    /// Gives the file its name. Fails with [`AlreadyExists`](io::ErrorKind::AlreadyExists) if
+    /// something else has it.
     pub fn persist(mut self, name: &OsStr) -> io::Result<()> {
         let folder = &self.folder.file;
         let flags = RenameFlags::NOREPLACE;
@@ -345,15 +345,15 @@ impl Unnamed<'_> {
                 self.name.clear();
                 return Ok(());
             }
-            // Some network file systems, and most that are mounted through FUSE.
+            // Some network file systems, and most FUSE ones, cannot do that.
             Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {}
             Err(e) => return Err(e.into()),
         }
         match rustix::fs::linkat(folder, &self.name, folder, name, AtFlags::empty()) {
-            Ok(()) => Ok(()), // and the random name is removed
+            Ok(()) => Ok(()), // the random name is removed on drop
             Err(Errno::EXIST) => Err(Errno::EXIST.into()),
-            // exFAT and FAT have neither. Then something that comes at this very moment is lost,
-            // unless it comes from another run, which the lock on the target keeps away.
+            // exFAT and FAT have no links either. Here, a file that appears between look and rename
+            // is lost; other runs are kept away by the lock on the target.
             Err(_) => match self.folder.kind(name)? {
                 Some(_) => Err(Errno::EXIST.into()),
                 None => self.rename(name),
@@ -372,7 +372,7 @@ impl Unnamed<'_> {
 impl Drop for Unnamed<'_> {
     fn drop(&mut self) {
         if !self.name.is_empty() {
-            // What cannot be removed is left to the next run, which cleans.
+            // If that fails, the next run removes it.
             let _ = self.folder.remove(&self.name);
         }
     }

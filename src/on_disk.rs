@@ -1,7 +1,7 @@
-//! A tree as files on a disk, beside the model that it should show.
+//! A tree as files on disk, compared with its model.
 //!
-//! The problem: writing a tree and verifying one ask the same of it, what is there and which bytes
-//! differ, while others may change it.
+//! The problem: writing and verifying a tree both need to know which files are there and which of
+//! their bytes differ, while other programs may change the tree.
 //!
 //! The plan: [`OnDisk`] holds the tree's folders open, so that every file is reached through them
 //! ([`Folder`]). [`Comparer`] reads a run of a file and the same run of the model, piece by piece.
@@ -17,7 +17,7 @@ use crate::source::ReadError;
 use crate::sys::read;
 use crate::tree::{Ino, ROOT, Tree};
 
-/// The folders of a tree that are there.
+/// The folders of a tree that exist.
 #[derive(Debug, Clone)]
 pub(crate) struct OnDisk {
     /// By inode number in the model's tree.
@@ -25,21 +25,21 @@ pub(crate) struct OnDisk {
 }
 
 impl OnDisk {
-    /// A tree of which nothing is there.
+    /// A tree that does not exist.
     pub fn nothing() -> Self {
         Self {
             folders: Vec::new(),
         }
     }
 
-    /// A tree of which the root is there.
+    /// A tree of which only the root exists.
     pub fn at(root: Folder) -> Self {
         Self {
             folders: vec![(ROOT, root)],
         }
     }
 
-    /// Adds a folder, given its inode number in the model's tree.
+    /// Adds a folder by its inode number in the model's tree.
     pub fn add(&mut self, ino: Ino, folder: Folder) {
         self.folders.push((ino, folder));
     }
@@ -48,7 +48,7 @@ impl OnDisk {
         self.folder(ROOT)
     }
 
-    /// A folder, given its inode number in the model's tree.
+    /// Finds a folder by its inode number in the model's tree.
     pub fn folder(&self, ino: Ino) -> Option<&Folder> {
         let found = self.folders.iter().find(|(held, _)| *held == ino);
         found.map(|(_, folder)| folder)
@@ -70,7 +70,7 @@ impl OnDisk {
         Some((self.folder(tree.parent(ino)?)?, tree.name(ino)?))
     }
 
-    /// Opens a file of the tree, if it is a regular one.
+    /// Opens a file of the tree if it is a regular file.
     pub fn open(&self, tree: &Tree, ino: Ino) -> io::Result<Entry<(File, Metadata)>> {
         match self.place(tree, ino) {
             Some((folder, name)) => folder.open_file(name.as_ref()),
@@ -78,8 +78,8 @@ impl OnDisk {
         }
     }
 
-    /// Reads a file of the tree into memory, unless it is longer than `most` bytes; then the result
-    /// is its length.
+    /// Reads a file of the tree into memory. If it is longer than `most` bytes, the result is its
+    /// length instead.
     pub fn read(
         &self,
         tree: &Tree,
@@ -119,7 +119,7 @@ pub(crate) enum Fault {
     Model(ReadError),
     /// The file cannot be read, from this byte on.
     File { offset: u64, cause: io::Error },
-    /// It was told to stop.
+    /// The comparison was told to stop.
     Stopped,
 }
 
@@ -127,16 +127,16 @@ pub(crate) enum Fault {
 #[derive(Clone, Copy)]
 pub(crate) struct Comparer<'a> {
     pub model: &'a Model,
-    /// Set when it must end early.
+    /// Set when the comparison must end early.
     pub stop: &'a AtomicBool,
-    /// Called with the number of bytes that were compared since the last call.
+    /// Called with the number of bytes compared since the last call.
     pub progress: &'a (dyn Fn(u64) + Sync),
 }
 
 impl Comparer<'_> {
-    /// The first byte of a file on disk, within a run, that is not the model's. The buffer takes a
-    /// piece of each side. Reads past the page cache where the kernel can do that, so that the disk
-    /// is asked and not the memory.
+    /// The first byte of a run that is not the model's, as an offset in the file on disk. The
+    /// buffer holds a piece of each side. Where the kernel can, reads bypass the page cache, so
+    /// that they test the disk and not the memory.
     pub fn first_difference(
         &self,
         run: Run,
@@ -150,7 +150,7 @@ impl Comparer<'_> {
                 return Err(Fault::Stopped);
             }
             let offset = run.found_start + done;
-            // Up to where a page of the file ends, so that no page is read twice.
+            // Pieces end where pages of the file do, so that no page is read twice.
             let piece = expected.len() as u64;
             let len = (piece - offset % piece).min(run.len - done);
             let (expected, found) = (&mut expected[..len as usize], &mut found[..len as usize]);
@@ -166,7 +166,7 @@ impl Comparer<'_> {
             match same {
                 Ok(None) => (self.progress)(len),
                 result => {
-                    // What is behind it will not be looked at.
+                    // The rest of the run is not read.
                     (self.progress)(run.len - done);
                     return result.map_err(|cause| Fault::File { offset, cause });
                 }

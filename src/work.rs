@@ -1,4 +1,4 @@
-//! Long work on many files: each is dealt with by one of a few threads, which say how far they are.
+//! Long work on many files: a few threads take one file after another, and report their progress.
 
 use std::io;
 use std::num::NonZeroUsize;
@@ -9,37 +9,40 @@ use parking_lot::Mutex;
 
 use crate::sys::process::descriptor_limit;
 
-/// What was done since the last report.
+/// The work done since the last report.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Progress {
-    /// Bytes written, or compared.
+    /// Bytes written or compared.
     pub bytes: u64,
-    /// Files that are done.
+    /// Files finished.
     pub files: u64,
 }
 
-/// Threads for work on files: the processors, but at most 8; more only wait for the disk.
+/// The default number of threads: one for each processor, but at most 8. More only wait for the
+/// disk.
 pub fn default_jobs() -> NonZeroUsize {
     let processors = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
     processors.min(const { NonZeroUsize::new(8).unwrap() })
 }
 
-/// Threads that find descriptors to work with: a file and a part that must be opened again for each.
-/// Parts that are kept open may take two thirds of all descriptors, and we a few.
+/// The most threads that the limit on descriptors allows. Each needs one for a file and one for a
+/// part that is opened again; parts that are kept open may take two thirds of all, and the rest of
+/// the process needs a few.
 fn most_jobs() -> usize {
     let limit = descriptor_limit().unwrap_or(256);
     let left = usize::try_from(limit / 3).unwrap_or(usize::MAX);
     (left.saturating_sub(8) / 2).max(1)
 }
 
-/// Address space that must be left when a thread is started, for its stack and for what all of them
-/// allocate while they work: what is refused then ends the process.
+/// Address space that must be free before another thread is started: for its stack, and for
+/// whatever the threads allocate later, since a failed allocation ends the process.
 const SPARE_BYTES: usize = 32 << 20;
 
-/// Deals with each item in one of `jobs` threads until one fails; the error of the first that does,
-/// in the order of the items, is the result. Each thread gets a `state` of its own, such as a buffer. The calling thread is one of them, and the
-/// only one where a limit allows no more: there are fewer where descriptors are short, or where a
-/// thread is refused (`ulimit -u`, the pids limit of a control group, `ulimit -v`).
+/// Works on all items in `jobs` threads until one item fails. The result is the error of the first
+/// failed item, in the order of `items`. Each thread gets a `state` of its own, such as a buffer.
+///
+/// The calling thread is one of them. There are fewer, down to that one, if descriptors are short
+/// or if a thread is refused (`ulimit -u`, the pids limit of a control group, `ulimit -v`).
 pub(crate) fn in_parallel<T: Copy + Sync, S: Send, E: Send>(
     jobs: NonZeroUsize,
     items: &[T],

@@ -1,4 +1,4 @@
-//! `materialize`: the tree as real files.
+//! `materialize`: writes the tree as real files.
 
 use std::io::Write;
 use std::num::NonZeroUsize;
@@ -19,13 +19,13 @@ use super::{Diagnostics, ModelArg, Stop, print, say, text};
 
 /// Write the tree of a model as real files
 ///
-/// A file gets its name when it is complete and on the disk. If the run is interrupted, the same
-/// command goes on from there; files that are complete are not written again.
+/// A file gets its name when it is complete and on the disk. After an interruption, the same
+/// command continues: complete files are not written again.
 #[derive(clap::Args)]
 pub struct MaterializeArgs {
     #[command(flatten)]
     model: ModelArg,
-    /// The directory to write base_model/ and experts/ into; made if missing
+    /// The directory to write base_model/ and experts/ into; created if missing
     #[arg(value_name = "DIR")]
     directory: PathBuf,
     /// Write only base_model/
@@ -34,22 +34,22 @@ pub struct MaterializeArgs {
     /// Write only the experts (and metadata.json)
     #[arg(long)]
     experts_only: bool,
-    /// Of the experts, write only those of these layers, such as 0-3,7
+    /// Write only the experts of these layers, such as 0-3,7
     #[arg(long, value_name = "LIST")]
     layers: Option<Numbers>,
-    /// Of the experts, write only those with these numbers, such as 0,5
+    /// Write only the experts with these numbers, such as 0,5
     #[arg(long, value_name = "LIST")]
     experts: Option<Numbers>,
-    /// Say what would be written, and stop
+    /// Show what would be compared and written, and change nothing
     #[arg(long, conflicts_with = "verify")]
     dry_run: bool,
     /// Share disk blocks with the model instead of copying them (on XFS and btrfs)
     #[arg(long, value_name = "WHEN", value_enum, default_value_t)]
     reflink: When,
-    /// Replace files that are there but are not what would be written
+    /// Replace files that exist but are not what would be written
     #[arg(long)]
     force: bool,
-    /// When all is written, read every file back and compare it with the model
+    /// Afterwards, read every file back and compare it with the model
     #[arg(long)]
     verify: bool,
     /// Files to write at the same time [default: the processors, at most 8]
@@ -79,11 +79,11 @@ impl From<When> for Reflink {
 }
 
 pub fn run(args: &MaterializeArgs, quiet: bool) -> anyhow::Result<()> {
-    // Beyond `ulimit -f`, writing shall be an error and not the end.
+    // Writing beyond `ulimit -f` must be an error, not the end of the process.
     ignore_file_size_signal();
     let mut model = Model::open(&args.model.model)?;
     warn_of_unfinished(&model)?;
-    // Each byte is read once: 578 GiB shall not wash out what others have cached.
+    // Each byte is read once, and 578 GiB must not push out what other programs have cached.
     model.set_page_cache(PageCache::Unchanged);
     let selection = Selection {
         without_base: args.experts_only,
@@ -120,7 +120,7 @@ pub fn run(args: &MaterializeArgs, quiet: bool) -> anyhow::Result<()> {
     let lost = plan.lost()?;
     if let [first, ..] = &lost[..] {
         tracing::warn!(
-            "the registry lists {} that this run does not write and that cannot be found, such as {first}: it will list no such any more",
+            "the registry lists {} that cannot be found and that this run does not write, such as {first}: it will no longer list them",
             text::counted(lost.len(), "expert")
         );
     }
@@ -158,7 +158,7 @@ pub fn run(args: &MaterializeArgs, quiet: bool) -> anyhow::Result<()> {
     }
     if let [first, ..] = &outcome.unlisted[..] {
         tracing::warn!(
-            "{directory} also holds {} of another model, or of nobody, such as {first:?}; remove what loaders shall not find",
+            "{directory} also holds {} that do not belong to this tree, such as {first:?}; remove those that loaders must not find",
             text::counted(outcome.unlisted.len(), "file")
         );
     }
@@ -168,7 +168,7 @@ pub fn run(args: &MaterializeArgs, quiet: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Compares all that is there with the model. What others have put beside it is theirs.
+/// Compares the files of the tree with the model. Other files in the directory do not matter.
 fn read_back(
     model: &Model,
     directory: &Path,
@@ -190,15 +190,15 @@ fn read_back(
         .collect();
     ensure!(
         lines.is_empty(),
-        "what was read back from {directory:?} is not what the model holds; remove these files, and the same command writes them again:{}",
+        "the files in {directory:?} are not what the model holds; remove these and run the same command again, which writes them anew:{}",
         lines.concat()
     );
     let bytes = text::size(report.bytes);
-    say(&format!("verified: {bytes} are those of the model\n"));
+    say(&format!("verified: {bytes} match the model\n"));
     Ok(())
 }
 
-/// What a plan costs, line by line.
+/// The cost of a plan, line by line.
 fn costs(plan: &Plan) -> String {
     let cost = plan.cost();
     let shared = match plan.refusal() {
@@ -220,7 +220,7 @@ fn costs(plan: &Plan) -> String {
     lines.into_iter().map(line).collect()
 }
 
-/// A mounted tree is there already, and cannot be written to.
+/// A mounted tree exists already, and is read-only.
 fn refuse_mounts(directory: &Path) -> anyhow::Result<()> {
     if let Some(mount) = odmoe_mount_of(directory) {
         bail!(

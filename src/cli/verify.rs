@@ -1,4 +1,4 @@
-//! `verify`: is a model sound, is a tree that of a model.
+//! `verify`: checks a model, or compares a tree with its model.
 
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
@@ -16,11 +16,11 @@ use super::{ModelArg, Stop, print, print_json, text};
 
 /// Check a model, or compare a mounted or materialized tree with it, byte for byte
 ///
-/// Without DIR, it checks the model alone: that every part is there, whole, and well-formed, that
-/// every byte of every tensor is in exactly one file of the tree, and that nothing shows that some
-/// of them were never written, as in a download that is not complete. With DIR, it compares that
-/// tree with the model: what its documents list, and nothing more, must be there and be the same.
-/// The exit status is 3 if the model may be incomplete, or if there is a difference.
+/// Without DIR, it checks the model alone: every part must be there, whole and well-formed, every
+/// byte of every tensor must be in exactly one file of the tree, and none may look as if it had
+/// never been written, as in an incomplete download. With DIR, it compares that tree with the
+/// model: exactly the files that its documents list must be there, with the model's bytes. The exit
+/// status is 3 if the model may be incomplete, or if there is a difference.
 #[derive(clap::Args)]
 pub struct VerifyArgs {
     #[command(flatten)]
@@ -39,7 +39,7 @@ pub struct VerifyArgs {
     jobs: Option<u16>,
 }
 
-/// Runs the command; says whether all is as it should be.
+/// Runs the command. Returns whether everything is as it should be.
 pub fn run(args: &VerifyArgs, quiet: bool) -> anyhow::Result<bool> {
     let mut model = Model::open(&args.model.model)?;
     let Some(directory) = &args.directory else {
@@ -52,7 +52,7 @@ pub fn run(args: &VerifyArgs, quiet: bool) -> anyhow::Result<bool> {
         }
         return Ok(report.sound);
     };
-    // Each byte is read once, and shall not wash out what others have cached.
+    // Each byte is read once, and must not push out what other programs have cached.
     model.set_page_cache(PageCache::Unchanged);
     let depth = if args.quick {
         Depth::Quick
@@ -72,7 +72,7 @@ pub fn run(args: &VerifyArgs, quiet: bool) -> anyhow::Result<bool> {
     meter.finish();
     let report = stop.explain(result)?;
     if let Some(mount) = mount {
-        // What is held of a mount stays readable when it is unmounted lazily.
+        // A mount that is held open stays readable after a lazy unmount.
         let is_dead =
             || !report.differences.is_empty() && state_of(&mount.directory) == State::Stale;
         if odmoe_mount_of(directory).as_ref() != Some(&mount) || is_dead() {
@@ -87,19 +87,18 @@ pub fn run(args: &VerifyArgs, quiet: bool) -> anyhow::Result<bool> {
     Ok(report.differences.is_empty())
 }
 
-/// Fails if the mount on a directory cannot be read. A call into one that does not answer could not
-/// even be interrupted.
+/// Fails if the mount on a directory does not answer. A call into it could not even be interrupted.
 fn ask(directory: &Path) -> Result<(), VerifyError> {
     let fail = |error: fn(PathBuf) -> VerifyError| Err(error(directory.to_owned()));
     match state_of(directory) {
-        // What is not readable says why when it is opened.
+        // Opening an unreadable one fails with the reason.
         State::Alive | State::NotReadable => Ok(()),
         State::NotAnswering => fail(VerifyError::NotAnswering),
         State::Stale => fail(VerifyError::Stale),
     }
 }
 
-/// Warns of a model that was not written to its end, as far as that shows at a glance.
+/// Warns of a model that may be incomplete, as far as that shows at a glance.
 pub fn warn_of_unfinished(model: &Model) -> Result<(), ReadError> {
     let unfinished = Unfinished::at_a_glance(model)?;
     if !unfinished.is_nothing() {
@@ -112,10 +111,10 @@ pub fn warn_of_unfinished(model: &Model) -> Result<(), ReadError> {
     Ok(())
 }
 
-/// A model that is well-formed; one that is not does not get so far.
+/// A well-formed model; any other has caused an error before.
 #[derive(Serialize)]
 struct ModelReport<'a> {
-    /// Whether nothing speaks against its being complete.
+    /// Whether nothing suggests that it is incomplete.
     sound: bool,
     parts: usize,
     tensors: usize,
@@ -127,10 +126,10 @@ struct ModelReport<'a> {
     unwritten_bytes: u64,
     unwritten_tensors: usize,
     first_unwritten_tensor: Option<&'a str>,
-    /// Bytes of all parts, and how many of them take room if that is suspicious.
+    /// Bytes of all parts, and how many of them take room, if suspiciously few.
     part_bytes: u64,
     stored_bytes: Option<u64>,
-    /// Files with names of downloads that are not complete.
+    /// Files with names of incomplete downloads.
     download_files: Vec<std::borrow::Cow<'a, str>>,
 }
 

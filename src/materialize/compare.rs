@@ -1,4 +1,4 @@
-//! What is in the target, compared with what would be written.
+//! Compares the target with what would be written.
 
 use std::fs::{File, Metadata};
 use std::io;
@@ -21,23 +21,23 @@ const PIECE_BYTES: u64 = 64 << 10;
 pub(super) enum State {
     Missing,
     Done,
-    /// Of the right size, with the right header, but with another time.
+    /// The size and the header are right, but not the time.
     OtherTime,
-    /// There, but not what would be written; the reason.
+    /// Not what would be written, for this reason.
     Foreign(String),
-    /// Something that no file can replace.
+    /// A directory, which no file can replace.
     Folder,
 }
 
-/// A file of the right size, with the right header, but with another time.
+/// A file whose size and header are right, but not its time.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Unsure {
     pub ino: Ino,
-    /// Otherwise it is there from another run, and the documents would list it.
+    /// Otherwise another run has left it there, and the documents would list it.
     pub is_chosen: bool,
 }
 
-/// What became of the files whose bytes had to be compared.
+/// The result for files whose bytes had to be compared.
 #[derive(Debug, Default)]
 pub(super) struct Compared {
     pub same: Vec<Ino>,
@@ -46,8 +46,8 @@ pub(super) struct Compared {
 }
 
 impl Plan<'_> {
-    /// Compares a file of the target with what would be written: size, time and header, which
-    /// holds every tensor's name, shape and place. Reads no payload, of either side.
+    /// Compares size, time and header of a file in the target with what would be written. The
+    /// header holds every tensor's name, shape and place. No payload is read, on either side.
     pub(super) fn state(&self, there: &OnDisk, ino: Ino) -> Result<State, MaterializeError> {
         let (path, tree) = (self.path(ino), self.model.tree());
         let (file, metadata) = match there.open(tree, ino) {
@@ -65,12 +65,12 @@ impl Plan<'_> {
             let reason = format!("has {} bytes instead of {size}", metadata.len());
             return Ok(State::Foreign(reason));
         }
-        // Of a file without tensors, which is small, all of it.
+        // A file without tensors is small, and compared whole.
         let header = match tree.extents(ino).first() {
             Some(first) if path.extension() == Some("safetensors".as_ref()) => first.len,
             _ => size,
         };
-        // Else the kernel reads payload ahead.
+        // Otherwise the kernel reads ahead into the payload.
         read::only_what_is_read(&file);
         let mut buffer = vec![0; 2 * header.min(PIECE_BYTES) as usize];
         let comparer = Comparer {
@@ -87,7 +87,7 @@ impl Plan<'_> {
         })
     }
 
-    /// Whether a file has the tree's time, or what the target's file system makes of it.
+    /// Whether a file has the tree's time, in a form that the target's file system may give it.
     pub(super) fn has_time(&self, metadata: &Metadata) -> bool {
         let times = &self.methods.times;
         metadata.modified().is_ok_and(|time| times.contains(&time))
@@ -140,8 +140,7 @@ impl Plan<'_> {
         Ok(compared)
     }
 
-    /// Whether a file of the target holds other bytes than would be written, within its first
-    /// `len` bytes.
+    /// Whether the first `len` bytes of a file in the target differ from what would be written.
     fn differs(
         &self,
         comparer: &Comparer,
@@ -173,7 +172,7 @@ impl Plan<'_> {
     /// A document that is there will be replaced, so it must be one of this model.
     pub(super) fn check_document(&self, ino: Ino, doc: Doc) -> Result<(), MaterializeError> {
         let (path, tree) = (self.path(ino), self.model.tree());
-        // A part of the model has shorter lists, never longer ones.
+        // The documents of a partial tree are shorter, never longer.
         let most = tree.size(ino).unwrap_or(0);
         let found = self.target.there().read(tree, ino, most);
         let found = match found.map_err(io_error("read", &path))? {
@@ -193,7 +192,7 @@ impl Plan<'_> {
     }
 }
 
-/// Whether a document can be of a part of the tree that `whole` describes.
+/// Whether a document can describe a part of the tree that `whole` describes.
 fn is_part_of(doc: Doc, found: &[u8], whole: &[u8]) -> bool {
     let parse = |bytes| match serde_json::from_slice(bytes) {
         Ok(serde_json::Value::Object(map)) => Some(map),

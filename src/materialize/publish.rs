@@ -1,11 +1,11 @@
-//! Names: files get theirs in groups, once all of a group is on the disk.
+//! Gives complete files their names, in groups, once a whole group is on the disk.
 //!
 //! The problem: a flush of each of 23,040 files costs minutes, and a name on bytes that are not on
 //! the disk is a lie after the next power cut.
 //!
 //! The plan: workers complete files under temporary names. Once enough are complete, one call
-//! flushes the whole file system, and then each of them gets its name. The flush is short: most of
-//! the bytes went to the disk while they were written (`copy`).
+//! flushes the whole file system, and then each of them gets its name. The flush is short, since
+//! most of the bytes go to the disk while they are written (`copy`).
 
 use std::collections::HashSet;
 use std::io;
@@ -21,8 +21,8 @@ use crate::sys;
 use crate::tree::Ino;
 use crate::work::Progress;
 
-/// Complete files that are flushed together: so many, or so many bytes of them. What is killed
-/// before its flush is written again by the next run.
+/// A group is flushed at this many files, or this many bytes. A killed run has to write its last
+/// group again.
 const GROUP_FILES: usize = 256;
 const GROUP_BYTES: u64 = 2 << 30;
 
@@ -30,16 +30,16 @@ const GROUP_BYTES: u64 = 2 << 30;
 pub(super) struct Publisher<'a> {
     plan: &'a Plan<'a>,
     pub target: &'a OnDisk,
-    /// Files to write over what has their name.
+    /// Files that replace what has their name.
     replaced: HashSet<Ino>,
     pub progress: &'a (dyn Fn(Progress) + Sync),
     pending: Mutex<Group<'a>>,
-    /// Held during a flush; set when one failed. Of whose bytes were lost then, nobody knows, so
-    /// nothing gets a name any more.
+    /// Held during a flush, and set when one has failed. Any file may have lost bytes then, so no
+    /// file gets its name any more.
     failed: Mutex<bool>,
 }
 
-/// Files that are complete, but not flushed.
+/// Files that are complete but not flushed.
 #[derive(Default)]
 struct Group<'a> {
     files: Vec<(Ino, Unnamed<'a>)>,
@@ -63,7 +63,7 @@ impl<'a> Publisher<'a> {
         }
     }
 
-    /// Takes a complete file; publishes the group that it fills.
+    /// Takes a complete file. Publishes the group if that is full now.
     pub fn take(&self, ino: Ino, file: Unnamed<'a>) -> Result<(), MaterializeError> {
         let full = {
             let mut group = self.pending.lock();
@@ -119,8 +119,8 @@ impl<'a> Publisher<'a> {
         Ok(())
     }
 
-    /// Gives a file its name, but not over a file that has appeared since the plan was made; another
-    /// run may have made it.
+    /// Gives a file its name, unless a file of that name has appeared since the plan was made;
+    /// another run may have written it.
     fn name(&self, ino: Ino, file: Unnamed) -> Result<(), MaterializeError> {
         let (_, name) = self.plan.place(self.target, ino);
         let named = if self.replaced.contains(&ino) {

@@ -1,11 +1,11 @@
-//! The target, held open from the moment it is looked at.
+//! The target, held open from the first look at it.
 //!
-//! The problem: between the look and the first write somebody may put a link, or another folder, in
-//! its place.
+//! The problem: between the first look and the first write, somebody may put a link or another
+//! folder in its place.
 //!
-//! The plan: what exists of the target is opened once, and everything is looked at and written
-//! through those descriptors. What is missing is made below the nearest folder that exists, name by
-//! name, and never through a link.
+//! The plan: the folders of the target that exist are opened once, and everything is read and
+//! written through those descriptors. Missing folders are created below the nearest one that
+//! exists, name by name, and never through a link.
 
 use std::ffi::OsString;
 use std::path::{Component, Path, PathBuf};
@@ -26,8 +26,8 @@ pub(super) struct Target {
 }
 
 impl Target {
-    /// Opens what there is of a target. What the user names may be a link, the folders in it may
-    /// not: somebody else may have put it there.
+    /// Opens the folders of a target that exist. The path that the user names may be a link. The
+    /// folders in it may not: somebody else may have put a link there.
     pub fn open(path: &Path, tree: &Tree) -> Result<Self, MaterializeError> {
         let names: Vec<Component> = path.components().collect();
         for there in (0..=names.len()).rev() {
@@ -80,17 +80,17 @@ impl Target {
         &self.path
     }
 
-    /// The target, or the nearest folder above it: its file system is the one to be written to.
+    /// The target, or the nearest folder above it, which lies on the file system to write to.
     pub fn nearest(&self) -> &Folder {
         &self.nearest
     }
 
-    /// What of it was there when it was opened.
+    /// The folders that existed when it was opened.
     pub fn there(&self) -> &OnDisk {
         &self.there
     }
 
-    /// Makes what is missing of it.
+    /// Creates the folders that are missing.
     pub fn make(&self, tree: &Tree) -> Result<OnDisk, MaterializeError> {
         let mut root = self.nearest.clone();
         for name in &self.missing {

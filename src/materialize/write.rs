@@ -1,5 +1,5 @@
-//! A run: files are compared, written by workers under temporary names, and handed to `publish`; the
-//! documents that describe what is there come last.
+//! A run: workers compare files, write the missing ones under temporary names, and hand them to
+//! `publish`. The documents, which describe the files that are there, come last.
 
 use std::collections::HashSet;
 use std::fs::{File, FileTimes, TryLockError};
@@ -22,9 +22,9 @@ use crate::tree::Ino;
 use crate::work::{Progress, in_parallel};
 
 impl Plan<'_> {
-    /// Compares what looks complete but has another time, and writes what is missing, with `jobs`
-    /// workers; then the documents. `progress` is called from the workers. Once `stop` is set, it
-    /// ends early, without leaving anything unfinished behind.
+    /// Compares files that look complete but have another time, and writes the missing ones, with
+    /// `jobs` workers; then writes the documents. `progress` is called from the workers. Once
+    /// `stop` is set, the run ends early and leaves nothing unfinished behind.
     pub fn run(
         &self,
         jobs: NonZeroUsize,
@@ -66,8 +66,8 @@ impl Plan<'_> {
         Ok(outcome)
     }
 
-    /// Fails if there is not enough room for files that are to be replaced, beside those that are
-    /// missing.
+    /// Fails if there is not enough room for new versions of these files, in addition to the
+    /// missing ones.
     fn check_room_to_replace(&self, files: &[Ino]) -> Result<(), MaterializeError> {
         let mut cost = self.cost;
         for &ino in files {
@@ -79,8 +79,8 @@ impl Plan<'_> {
         self.compare_room(cost.room, room.available, true)
     }
 
-    /// Gives a file whose bytes are right the tree's time; says whether that could be done. Only
-    /// its owner may, and it is right without.
+    /// Gives a file with the right bytes the tree's time. Returns whether that worked: only its
+    /// owner may do it, and the file is complete without.
     fn touch(&self, target: &OnDisk, ino: Ino) -> bool {
         let touched = target.open(self.model.tree(), ino).and_then(|entry| {
             match entry {
@@ -94,7 +94,7 @@ impl Plan<'_> {
         touched.is_ok()
     }
 
-    /// Fails if the name of the target, or of a folder in it, leads elsewhere by now.
+    /// Fails if the path of the target, or of a folder in it, leads elsewhere by now.
     pub(super) fn check_places(&self, target: &OnDisk) -> Result<(), MaterializeError> {
         let root = target.root().expect("the target was made");
         if !root.is_in_place() {
@@ -106,8 +106,8 @@ impl Plan<'_> {
         }
     }
 
-    /// What lies in the target's folders and is not listed by the documents: files of another model, or
-    /// of nobody.
+    /// Entries of the target's folders that the documents do not list, such as files of another
+    /// model.
     fn unlisted(
         &self,
         target: &OnDisk,
@@ -132,8 +132,8 @@ impl Plan<'_> {
         Ok(unlisted)
     }
 
-    /// Removes what killed runs have left in the target, and returns the bytes that may then be
-    /// written to its file system. A dry run only counts.
+    /// Removes what killed runs have left in the target, and returns the room on its file system
+    /// afterwards. A dry run only counts.
     pub(super) fn room_without_leftovers(&self) -> Result<u64, MaterializeError> {
         let there = self.target.there();
         let Some(root) = there.root() else {
@@ -152,7 +152,7 @@ impl Plan<'_> {
         for folder in there.folders() {
             remove_leftovers(folder, &lock)?;
         }
-        // Some file systems free room only then.
+        // Some file systems free the room only then.
         let flushed = sys::copy::flush_file_system(&lock);
         flushed.map_err(io_error("flush", self.target.path()))?;
         let room = sys::room(root.file());
@@ -160,7 +160,7 @@ impl Plan<'_> {
         Ok(room.available)
     }
 
-    /// Two runs into one target would take each other's temporary files for leftovers.
+    /// Locks the target: two runs would take each other's temporary files for leftovers.
     fn lock(&self, target: &OnDisk) -> Result<File, MaterializeError> {
         let path = self.target.path();
         let root = target
@@ -169,7 +169,7 @@ impl Plan<'_> {
         let lock = root.again().map_err(io_error("open", path))?;
         match lock.try_lock() {
             Err(TryLockError::WouldBlock) => Err(MaterializeError::Locked(path.to_owned())),
-            // Some network file systems lock nothing; then the user has to take care.
+            // Some network file systems have no locks; there, the user must take care.
             Ok(()) | Err(TryLockError::Error(_)) => Ok(lock),
         }
     }
@@ -207,11 +207,11 @@ impl Plan<'_> {
             self.complete(file).map_err(io_error("write", &path))?;
             publisher.take(ino, unnamed)
         });
-        // What is complete stays, also if another file failed.
+        // Complete files stay, even if another one has failed.
         publisher.finish().and(written)
     }
 
-    /// The documents that describe what is there, and their paths in the tree.
+    /// The documents that describe the listed files, and their paths in the tree.
     fn documents(&self, listed: &[bool]) -> [(&'static str, Vec<u8>); 2] {
         let layout = self.model.layout();
         let present = |file: &TensorFile| {
@@ -230,7 +230,7 @@ impl Plan<'_> {
         DOCUMENTS.map(render)
     }
 
-    /// Writes a document, unless it is there already; says whether it did.
+    /// Writes a document, unless it is there already. Returns whether it did.
     fn write_document(
         &self,
         target: &OnDisk,
@@ -270,7 +270,7 @@ impl Plan<'_> {
         place.expect("every folder of the target was made")
     }
 
-    /// Gives a file the tree's time; once it has been flushed, it may have its name.
+    /// Gives a file the tree's time. Once the file has been flushed, it may get its name.
     fn complete(&self, file: &File) -> io::Result<()> {
         file.set_times(self.times())?;
         if !self.methods.flushes_whole {
@@ -284,7 +284,7 @@ impl Plan<'_> {
     }
 }
 
-/// The times of a file that is complete. Always both: some file systems take only that.
+/// The times of a complete file. Both are set, since some file systems do not accept one alone.
 pub(super) fn file_times(modified: SystemTime) -> FileTimes {
     FileTimes::new()
         .set_modified(modified)
@@ -296,8 +296,8 @@ fn temporary_in(folder: &Folder) -> Result<(File, Unnamed<'_>), MaterializeError
     made.map_err(io_error("create files in", folder.path()))
 }
 
-/// Removes the temporary files of runs that were killed. Only with the lock: a run that lives has such
-/// files, too.
+/// Removes the temporary files of killed runs. The lock must be held: a living run has such files,
+/// too.
 fn remove_leftovers(folder: &Folder, _lock: &File) -> Result<(), MaterializeError> {
     let found = folder.temporaries().map_err(io_error(
         "remove what a killed run has left in",

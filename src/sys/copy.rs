@@ -1,13 +1,13 @@
-//! Writing, and moving bytes between files by the kernel's cheapest means. Off Linux these are refused, or do
-//! the plain thing.
+//! Writing, and moving bytes between files by the kernel's cheapest means. On other systems than
+//! Linux, these calls are refused or do the plain thing.
 
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
-/// Whether a failed call says that this kernel or file system has no such operation, or not for
-/// these files; not that something went wrong in it.
+/// Whether an error means that this kernel or file system does not offer the operation, or not for
+/// these files, rather than that it went wrong.
 pub fn is_refusal(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),
@@ -22,8 +22,8 @@ pub fn is_refusal(error: &io::Error) -> bool {
     ) || error.kind() == io::ErrorKind::Unsupported
 }
 
-/// Writes the buffer at `offset`. Where the kernel can do that, the disk begins at once, and the
-/// pages leave the cache when they are on it.
+/// Writes the buffer at `offset`. Where the kernel can (`RWF_DONTCACHE`), writing to the disk
+/// begins at once, and the pages leave the cache afterwards.
 pub fn write_all_uncached(file: &File, mut buffer: &[u8], mut offset: u64) -> io::Result<()> {
     while !buffer.is_empty() {
         match imp::write_uncached(file, buffer, offset) {
@@ -41,7 +41,7 @@ pub fn write_all_uncached(file: &File, mut buffer: &[u8], mut offset: u64) -> io
 }
 
 /// The first run of data at or after `offset`, in bytes; `None` if only a hole follows. Moves the
-/// place of the descriptor, which nothing here reads from.
+/// descriptor's position, which nothing here uses.
 pub fn next_data(file: &File, offset: u64) -> io::Result<Option<Range<u64>>> {
     const NOTHING_FOLLOWS: Option<i32> = Some(libc::ENXIO);
     match imp::seek_data(file, offset) {
@@ -74,7 +74,7 @@ mod imp {
         Ok(rustix::io::pwritev2(file, &pieces, offset, DONTCACHE)?)
     }
 
-    /// Whether writes to this file can leave the page cache by themselves; writes a byte.
+    /// Whether writes to this file can leave the page cache by themselves. Writes one byte.
     pub fn takes_uncached_writes(file: &File) -> bool {
         write_uncached(file, &[0], 0).is_ok()
     }
@@ -87,8 +87,8 @@ mod imp {
         Ok(rustix::fs::seek(file, SeekFrom::Hole(offset))?)
     }
 
-    /// Makes a range of `to` share the blocks of a range of `from`: whole blocks, or up to the end
-    /// of `from`.
+    /// Makes a range of `to` share the blocks of a range of `from`. The range consists of whole
+    /// blocks, or ends at the end of `from`.
     pub fn clone_range(
         from: &File,
         offset: u64,
@@ -107,8 +107,8 @@ mod imp {
         Ok(())
     }
 
-    /// Copies inside the kernel, or on the server of a network file system: returns how many of
-    /// the `len` bytes. A file system that can share blocks may share them.
+    /// Copies up to `len` bytes inside the kernel, or on the server of a network file system;
+    /// returns how many. A file system that can share blocks may share them.
     pub fn copy_range(
         from: &File,
         mut offset: u64,
@@ -121,8 +121,8 @@ mod imp {
         Ok(rustix::fs::copy_file_range(from, at, to, to_at, len)? as u64)
     }
 
-    /// Reserves room for a range, which reads as zeros until written. Never writes the zeros, as
-    /// glibc's `posix_fallocate` would.
+    /// Reserves room for a range, which reads as zeros until it is written. Unlike glibc's
+    /// `posix_fallocate`, it never writes those zeros.
     pub fn allocate(file: &File, offset: u64, len: u64) -> io::Result<()> {
         Ok(rustix::fs::fallocate(
             file,
@@ -132,8 +132,8 @@ mod imp {
         )?)
     }
 
-    /// Whether [`flush_file_system`] does what it says on the file system of a file: not on those
-    /// that stand before another, overlayfs and FUSE, where it flushes or reports less.
+    /// Whether [`flush_file_system`] works as described on the file system of a file. On overlayfs
+    /// and FUSE, which stand before another file system, it flushes or reports less.
     pub fn flushes_whole(file: &File) -> bool {
         const OVERLAYFS: u64 = 0x794c_7630;
         const FUSE: u64 = 0x6573_5546;
@@ -141,8 +141,8 @@ mod imp {
             .is_ok_and(|stats| ![OVERLAYFS, FUSE].contains(&(stats.f_type as u64)))
     }
 
-    /// Waits until everything written to the file system of `file` is on its disk; fails if any of
-    /// it got lost since the file was opened, or since the last call (Linux 5.8).
+    /// Waits until everything written to the file system of `file` is on its disk. Fails if
+    /// anything was lost since the file was opened, or since the last call (Linux 5.8).
     pub fn flush_file_system(file: &File) -> io::Result<()> {
         Ok(rustix::fs::syncfs(file)?)
     }
@@ -188,7 +188,7 @@ mod imp {
         false
     }
 
-    /// There is no such call here: files are flushed one by one.
+    /// There is no such call here; files are flushed one by one.
     pub fn flush_file_system(_: &File) -> io::Result<()> {
         Ok(())
     }

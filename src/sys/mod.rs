@@ -1,5 +1,5 @@
-//! The few system calls that std lacks, each a small safe function. All `unsafe` of the crate is
-//! here.
+//! The few system calls that neither std nor rustix offers as needed, each as a small safe
+//! function. All `unsafe` code of the crate is here.
 #![allow(unsafe_code)]
 
 pub mod copy;
@@ -32,9 +32,9 @@ fn c_path(path: &Path) -> io::Result<CString> {
 /// Room on a file system.
 #[derive(Debug, Clone, Copy)]
 pub struct Room {
-    /// Bytes that an unprivileged user may still write.
+    /// Bytes that an ordinary user may still write.
     pub available: u64,
-    /// Bytes of the unit that it allocates, and shares, by.
+    /// Bytes of the unit in which it allocates and shares.
     pub block: u64,
 }
 

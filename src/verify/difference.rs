@@ -1,14 +1,14 @@
-//! Differences: of what kind, where, and how they are said.
+//! Differences between a tree and its model: their kinds, their places, and their texts.
 
 use std::fmt;
 use std::path::PathBuf;
 
-/// One thing that is not as the model has it.
+/// One difference from the model.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Difference {
-    /// Below the root of the tree.
+    /// The file, below the root of the tree.
     pub path: PathBuf,
-    /// The byte of the file that it starts at.
+    /// The first byte of the file that differs.
     pub offset: Option<u64>,
     /// The tensor it lies in.
     pub tensor: Option<TensorNames>,
@@ -24,14 +24,14 @@ pub struct TensorNames {
     pub gguf_name: Option<String>,
 }
 
-/// What is different.
+/// The kind of a difference.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum DifferenceKind {
-    /// The tree claims to hold the file, or must, and does not.
+    /// The tree must hold the file, or claims to, and does not.
     Missing,
     /// The model has no such file, or the tree does not claim to hold it.
     Extra,
-    /// A link, device or folder where a file should be, or no folder where one should be.
+    /// A link, device or folder in the place of a file, or something else in the place of a folder.
     Kind {
         expected: &'static str,
     },
@@ -45,18 +45,18 @@ pub enum DifferenceKind {
     TensorMissing,
     /// The file's own header has a tensor that the model does not have there.
     TensorExtra,
-    /// In the file's own header, a tensor has so many bytes.
+    /// A tensor has another length in the file's own header.
     TensorSize {
         expected: u64,
         found: u64,
     },
     Document,
-    /// The tree cannot be read there; the reason.
+    /// The file cannot be read, for this reason.
     Unreadable(String),
 }
 
 impl DifferenceKind {
-    /// One stable word for programs.
+    /// A stable name for programs.
     pub fn code(&self) -> &'static str {
         match self {
             Self::Missing => "missing",
@@ -93,7 +93,7 @@ impl fmt::Display for Difference {
             DifferenceKind::TensorSize { expected, found } => {
                 return write!(f, "holds {found} bytes instead of {expected} of {tensor}");
             }
-            DifferenceKind::Document => write!(f, "says something else")?,
+            DifferenceKind::Document => write!(f, "has other contents")?,
             DifferenceKind::Unreadable(reason) => write!(f, "cannot be read ({reason})")?,
         }
         if let Some(offset) = self.offset {

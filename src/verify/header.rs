@@ -1,12 +1,10 @@
-//! The header of a file that has another one than it should.
+//! The header of a file that does not have the one that it should.
 //!
-//! The problem: another header may only be a rewritten one, by a program that orders the tensors
-//! otherwise or keeps less metadata. Every tensor is then at another place, but with the right
-//! bytes.
+//! The problem: another program may have rewritten the file, with less metadata or with the tensors
+//! in another order. Then every tensor is at another place, but still has the right bytes.
 //!
-//! The plan: such a header is read as a loader would, so that each tensor is compared where the
-//! file says that it is. A header that no loader would take says nothing, and the tensors are
-//! looked for where they should be.
+//! The plan: read such a header as a loader does, and compare each tensor at the place that it
+//! gives. If no loader would accept the header, compare the tensors where they should be.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -17,21 +15,20 @@ use serde_json::Value;
 
 use crate::safetensors::{LENGTH_WORD_BYTES, METADATA_KEY};
 
-/// Longer headers than this, and than twice what was expected, are not read.
+/// A header longer than this, and longer than twice the expected one, is not read.
 const MOST_BYTES: u64 = 1 << 20;
 
-/// Where a file's own header says that its tensors are.
+/// The places of tensors according to a file's own header.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct FoundHeader {
     /// By name; bytes of the file.
     pub tensors: HashMap<String, Range<u64>>,
-    /// Where the last of them ends.
+    /// The end of the last one.
     pub end: u64,
 }
 
 impl FoundHeader {
-    /// Reads the header of a file of `size` bytes, if it is one that a loader would take and that can
-    /// be of this file.
+    /// Reads the header of a file of `size` bytes. `None` if a loader would not accept it.
     pub fn read(file: &File, size: u64, expected_bytes: u64) -> Option<Self> {
         let mut word = [0; LENGTH_WORD_BYTES as usize];
         file.read_exact_at(&mut word, 0).ok()?;
@@ -42,7 +39,7 @@ impl FoundHeader {
         let mut json = vec![0; length as usize];
         file.read_exact_at(&mut json, LENGTH_WORD_BYTES).ok()?;
         let found = Self::parse(&json)?;
-        // A file that goes on behind its tensors is refused by loaders: its length word is wrong.
+        // Loaders refuse a file that is longer than its tensors; its length word may be damaged.
         (found.end >= size).then_some(found)
     }
 

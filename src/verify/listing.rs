@@ -1,4 +1,4 @@
-//! What lies in a tree's folders.
+//! Lists a tree's folders.
 
 use std::collections::HashSet;
 use std::ffi::OsString;
@@ -14,7 +14,7 @@ use crate::model::Model;
 use crate::on_disk::OnDisk;
 use crate::tree::{Ino, ROOT};
 
-/// What a tree's folders hold.
+/// The entries of a tree's folders.
 pub(super) struct Listing {
     /// The folders, held open.
     pub(super) tree: OnDisk,
@@ -48,7 +48,7 @@ impl Listing {
             let opened = root.folder(&name);
             let folder = match opened.map_err(|cause| list_error(&path.join(&name), cause))? {
                 Entry::There(folder) => folder,
-                Entry::Missing => continue, // removed just now
+                Entry::Missing => continue, // removed in between
                 Entry::Other(_) => {
                     listing.stranger(
                         name.into(),

@@ -1,13 +1,14 @@
-//! Comparing a tree on disk, mounted or materialized, with the model that it shall show.
+//! Compares a tree on disk, mounted or materialized, with its model.
 //!
-//! The problem: hundreds of gigabytes, of which any byte may have been lost or changed, and a tree
-//! that may hold only a part of the model.
+//! The problem: any of hundreds of gigabytes may have been lost or changed, and the tree may hold
+//! only a part of the model.
 //!
-//! The plan: the two documents say which files the tree claims to hold, so they are read first.
-//! Listing its folders finds what is missing and what is extra. Then each file is compared with the
-//! model, several at a time: header, size, and every tensor, each of which is named once, at the
-//! first of its bytes that differs. Where the header is another one, tensors are compared where it
-//! says that they are (`header`).
+//! The plan: the two documents list the files that the tree claims to hold, so they are read first.
+//! Listing its folders finds missing and extra files. Then each file is compared with the model,
+//! several at a time: header, size and every tensor. A tensor that differs is reported once, at its
+//! first byte that does. If a file has another header, its tensors are compared at the places that
+//! this header gives (`header`). A model without a tree is searched for bytes that were never
+//! written (`unfinished`).
 
 mod claims;
 mod difference;
@@ -38,7 +39,7 @@ use crate::sys::read;
 use crate::tree::Ino;
 use crate::work::{Progress, in_parallel};
 
-/// Bytes that are read at a time, of either side.
+/// Bytes that are read at a time on each side.
 const PIECE_BYTES: usize = 2 << 20;
 
 /// Why a tree could not be compared.
@@ -51,7 +52,7 @@ pub enum VerifyError {
     NotADirectory(PathBuf),
     #[error("cannot list {path:?}: {cause}{}", hint(.cause))]
     List { path: PathBuf, cause: io::Error },
-    /// Our own fault, which says nothing of the tree.
+    /// A limit on this process, which says nothing about the tree.
     #[error(
         "cannot open {path:?}: {cause}; allow more open files with `ulimit -n`, or use fewer --jobs"
     )]
@@ -59,7 +60,7 @@ pub enum VerifyError {
     #[error("stopped before everything was compared")]
     Stopped,
     #[error(
-        "the mount on {0:?} does not answer, so nothing can be compared; see with `odmoe-fs status` which process serves it"
+        "the mount on {0:?} does not answer, so nothing can be compared; `odmoe-fs status` shows which process serves it"
     )]
     NotAnswering(PathBuf),
     #[error(
@@ -68,7 +69,7 @@ pub enum VerifyError {
     Stale(PathBuf),
     #[error("the mount on {0:?} ended during the comparison; mount it, and compare again")]
     Ended(PathBuf),
-    /// The model, not the tree, cannot be read, so nothing can be said.
+    /// The model itself cannot be read, so nothing is known about the tree.
     #[error(transparent)]
     Model(#[from] ReadError),
 }
@@ -77,13 +78,13 @@ fn hint(cause: &io::Error) -> &'static str {
     match cause.raw_os_error() {
         Some(libc::ENOTCONN) => "; its process is dead, so mount it again",
         Some(libc::EACCES) => {
-            "; only a user who may read it can compare it, and a mount may be entered only by the user who made it"
+            "; run it as a user who may read that directory: a mount may be entered only by the user who made it"
         }
         _ => "",
     }
 }
 
-/// How much to compare.
+/// The depth of a comparison.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Depth {
     /// Names, sizes, headers and documents.
@@ -92,10 +93,10 @@ pub enum Depth {
     Whole,
 }
 
-/// What a comparison found.
+/// The result of a comparison.
 #[derive(Debug)]
 pub struct Report {
-    /// Sorted by path and offset; empty if the tree is that of the model.
+    /// Sorted by path and offset; empty if the tree is the model's.
     pub differences: Vec<Difference>,
     /// Files that were compared.
     pub files: usize,
@@ -113,7 +114,7 @@ pub struct Comparison<'a> {
     root: &'a Path,
     tree: OnDisk,
     depth: Depth,
-    /// What is there and is to be there, sorted by inode number; without the two documents.
+    /// Files that are there and should be, without the two documents, sorted by inode number.
     expected: Vec<Expected<'a>>,
     /// How many of the two documents were compared.
     documents: usize,
@@ -125,7 +126,8 @@ pub struct Comparison<'a> {
 }
 
 impl<'a> Comparison<'a> {
-    /// Finds out what the tree at `root` claims to hold, and whether that, and nothing else, is there.
+    /// Finds out which files the tree at `root` claims to hold, and whether exactly those are
+    /// there.
     pub fn new(model: &'a Model, root: &'a Path, depth: Depth) -> Result<Self, VerifyError> {
         let found = Listing::of(model, root)?;
         let mut comparison = Self {
@@ -163,7 +165,7 @@ impl<'a> Comparison<'a> {
         Ok(comparison)
     }
 
-    /// Bytes that [`run`](Self::run) is going to compare.
+    /// Bytes that [`run`](Self::run) will compare.
     pub fn bytes(&self) -> u64 {
         let bytes = self.expected.iter().map(|expected| match expected.file {
             Some(file) if self.depth == Depth::Quick => file.header_bytes,
@@ -172,8 +174,8 @@ impl<'a> Comparison<'a> {
         bytes.sum()
     }
 
-    /// Compares file by file, `jobs` at a time. `progress` is called from the workers; once `stop` is
-    /// set, it ends early.
+    /// Compares the files, `jobs` at a time. `progress` is called from the workers. Once `stop` is
+    /// set, the comparison ends early.
     pub fn run(
         self,
         jobs: NonZeroUsize,
@@ -230,7 +232,7 @@ impl<'a> Comparison<'a> {
             .expect("every tree has its documents")
     }
 
-    /// What is said of a file that cannot be opened or read.
+    /// The difference of a file that cannot be opened or read.
     fn unreadable(&self, ino: Ino, cause: io::Error) -> Result<DifferenceKind, VerifyError> {
         match cause.raw_os_error() {
             Some(libc::EMFILE | libc::ENFILE) => {
@@ -312,8 +314,8 @@ impl<'a> Comparison<'a> {
         Ok(())
     }
 
-    /// Where the tensors of a file are: where its own header says, if it has one, or else where they
-    /// should be. What is wrong with that header's list of tensors is a difference.
+    /// The places of a file's tensors: those that its own header gives, if it has one, otherwise
+    /// those of the model's tree. Reports tensors that its own header lacks, adds or resizes.
     fn tensors(
         &self,
         against: &Against,
@@ -370,7 +372,7 @@ impl<'a> Comparison<'a> {
         regions
     }
 
-    /// Says so if a file is not as long as it should be, by the model or by its own header.
+    /// Reports a file that is not as long as the model, or its own header, requires.
     fn compare_size(&self, against: &Against, expected: u64, regions: &[Region]) {
         let Against { ino, found, .. } = *against;
         if found == expected {
@@ -387,7 +389,7 @@ impl<'a> Comparison<'a> {
         );
     }
 
-    /// Compares a run of a file, as far as the file goes; says whether it is the model's.
+    /// Compares a run of a file as far as the file goes. Returns whether it is the model's.
     fn compare_region(
         &self,
         against: &Against,
@@ -417,15 +419,15 @@ impl<'a> Comparison<'a> {
     }
 }
 
-/// What is said of a link, a folder or a device where a file should be.
+/// A link, folder or device in the place of a file.
 const NO_FILE: DifferenceKind = DifferenceKind::Kind {
     expected: "regular file",
 };
 
-/// The documents that say what a tree holds.
+/// The documents that list a tree's files.
 const DOCUMENTS: [&str; 2] = [REGISTRY_PATH, METADATA_PATH];
 
-/// A file on disk that is compared.
+/// A file on disk that is being compared.
 #[derive(Clone, Copy)]
 struct Against<'a> {
     ino: Ino,
@@ -435,12 +437,12 @@ struct Against<'a> {
     comparer: &'a Comparer<'a>,
 }
 
-/// A run of bytes that is compared, and named, as one.
+/// A run of bytes that is compared and reported as one.
 struct Region {
     /// First byte in the model's tree.
     start: u64,
     len: u64,
-    /// Where it is on disk.
+    /// Its place in the file on disk.
     found: Range<u64>,
     tensor: Option<TensorNames>,
     kind: DifferenceKind,

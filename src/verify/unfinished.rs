@@ -1,12 +1,12 @@
-//! What shows that a model was never written to its end.
+//! Signs that a model was never completely written.
 //!
-//! The problem: a download that reserves its room first has its final size and a header from the
-//! start. All that is well-formed, and most of it is a hole, which reads as zeros.
+//! The problem: a download that reserves its room first has its final size, and soon a valid
+//! header. It is well-formed, though most of it is a hole, which reads as zeros.
 //!
-//! The plan: ask the file system which bytes of the tensors were never written, and look beside
-//! the parts for what downloads leave there until they are complete. Neither is proof: a copy may
-//! have made holes of zeros that belong to the model, and a file may be left over. So what is
-//! known is told, and nothing more.
+//! The plan: ask the file system which bytes of the tensors were never written, and look beside the
+//! parts for the files that downloads keep there until they are complete. Neither is proof: a copy
+//! may have turned zeros of the model into holes, and such a file may be left over. So the report
+//! states these facts and nothing more.
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
@@ -24,8 +24,7 @@ use crate::model::Model;
 use crate::source::ReadError;
 use crate::sys::copy;
 
-/// What programs put behind the name of a file until it is complete: of the file itself, or of one
-/// that they keep beside it.
+/// Suffixes that programs add to the name of an incomplete file, or to that of a file beside it.
 const MARKS: [&str; 19] = [
     ".aria2",              // aria2, and KoboldCpp, which calls it
     ".part",               // Firefox, wget2, Transmission, KTorrent, LM Studio
@@ -50,31 +49,31 @@ const MARKS: [&str; 19] = [
 
 /// The unit of `st_blocks`, whatever the file system allocates by.
 const STAT_BLOCK_BYTES: u64 = 512;
-/// Places at which a glance looks.
+/// The number of places that a glance looks at.
 const GLANCES: u64 = 64;
 
-/// What is known of bytes that were never written. Empty if nothing is.
+/// The signs that a model is incomplete.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Unfinished {
-    /// Bytes of tensors that are holes, of all their bytes.
+    /// Bytes of tensors that are holes, and all bytes of tensors.
     pub unwritten_bytes: u64,
     pub tensor_bytes: u64,
-    /// Tensors with such bytes, of all tensors.
+    /// Tensors with holes, and all tensors.
     pub unwritten_tensors: usize,
     pub tensors: usize,
-    /// The name of the first of them, in the order of the model.
+    /// The name of the first tensor with a hole, in the order of the model.
     pub first_tensor: Option<String>,
     /// Bytes of all parts.
     pub part_bytes: u64,
-    /// How many of these take room, if they are fewer than half and the file system tells of no hole:
-    /// then they are compressed, or have holes that it does not tell.
+    /// Bytes that the parts take on the file system, if it shows no hole but these are fewer than
+    /// half. Then the parts are compressed, or have holes that the file system does not show.
     pub stored_bytes: Option<u64>,
-    /// Files beside the parts, or parts, whose names are those of downloads that are not complete.
+    /// Parts, and files beside them, with names of incomplete downloads.
     pub marks: Vec<PathBuf>,
 }
 
 impl Unfinished {
-    /// Asks for every tensor. Reads no payload, but walks the lists of blocks of all parts.
+    /// Looks at every tensor. Reads no payload, but walks the block lists of all parts.
     pub fn of(model: &Model) -> Result<Self, ReadError> {
         let tensors = &model.layout().model().tensors;
         let mut found = Self {
@@ -90,7 +89,7 @@ impl Unfinished {
                 let room = file.metadata().map_or(0, |metadata| metadata.blocks());
                 (data_of(file), room * STAT_BLOCK_BYTES)
             })?;
-            // Some file systems tell nothing of room either.
+            // Some file systems do not report room either.
             stored = stored.filter(|_| room > 0).map(|stored| stored + room);
             found.part_bytes += model.source().part_bytes(part);
             found.count(part_tensors, &data);
@@ -101,8 +100,8 @@ impl Unfinished {
         Ok(found)
     }
 
-    /// As [`of`](Self::of), but walks the lists of blocks only where a few looks at places all over the
-    /// tensors find that most of them are holes.
+    /// Like [`of`](Self::of), but walks the block lists only if most of a few places all over the
+    /// tensors are in holes.
     pub fn at_a_glance(model: &Model) -> Result<Self, ReadError> {
         if looks_unwritten(model)? {
             return Self::of(model);
@@ -113,12 +112,12 @@ impl Unfinished {
         })
     }
 
-    /// Whether nothing speaks against the model being complete.
+    /// Whether there is no sign that the model is incomplete.
     pub fn is_nothing(&self) -> bool {
         self.unwritten_bytes == 0 && self.stored_bytes.is_none() && self.marks.is_empty()
     }
 
-    /// Counts what of some tensors of a part is not among its data.
+    /// Counts the bytes of tensors of a part that are not in its runs of data.
     fn count(&mut self, tensors: &[Tensor], data: &[Range<u64>]) {
         for tensor in tensors {
             let info = &tensor.info;
@@ -137,7 +136,7 @@ impl Unfinished {
 }
 
 impl Unfinished {
-    /// What speaks against the model being complete, each in a sentence without a full stop.
+    /// The signs in words, each a sentence without a full stop.
     pub fn reasons(&self) -> Vec<String> {
         let unwritten = self.first_tensor.as_ref().map(|first| {
             format!(
@@ -150,7 +149,7 @@ impl Unfinished {
         });
         let stored = self.stored_bytes.map(|stored| {
             format!(
-                "only {} of {} take room, and the file system does not tell which bytes were never written",
+                "only {} of {} take room, and the file system does not show which bytes were never written",
                 HumanBytes(stored),
                 HumanBytes(self.part_bytes)
             )
@@ -158,12 +157,12 @@ impl Unfinished {
         let marks = self
             .marks
             .iter()
-            .map(|mark| format!("{mark:?} has the name of a download that is not complete"));
+            .map(|mark| format!("{mark:?} has the name of an incomplete download"));
         unwritten.into_iter().chain(stored).chain(marks).collect()
     }
 }
 
-/// The runs of data of a whole file. One that cannot tell is all data.
+/// The runs of data of a whole file. If the file system cannot tell, all of it is data.
 fn data_of(file: &std::fs::File) -> Vec<Range<u64>> {
     let mut runs = Vec::new();
     let mut place = 0;
@@ -182,7 +181,7 @@ fn data_of(file: &std::fs::File) -> Vec<Range<u64>> {
     }
 }
 
-/// Whether most of a few places all over the tensors are in holes.
+/// Whether most of a few places, spread over all tensors, are in holes.
 fn looks_unwritten(model: &Model) -> Result<bool, ReadError> {
     let tensors = &model.layout().model().tensors;
     let all: u64 = tensors.iter().map(|tensor| tensor.info.bytes).sum();
@@ -215,13 +214,13 @@ fn looks_unwritten(model: &Model) -> Result<bool, ReadError> {
     Ok(holes * 2 > looks)
 }
 
-/// Files whose names are those of downloads of a model that are not complete. Where a folder cannot
-/// be listed, its own name alone tells of a part.
+/// Parts, and files beside them, with names of incomplete downloads. If a folder cannot be listed,
+/// only the names of the parts themselves count.
 fn marks(model: &Model) -> Vec<PathBuf> {
     let mut listed: HashMap<PathBuf, HashSet<OsString>> = HashMap::new();
     let mut found = Vec::new();
     for part in model.source().paths() {
-        // In a cache, a part may be a link to a file of another name.
+        // In a download cache, a part may be a link to a file of another name.
         let resolved = part.canonicalize().ok().filter(|path| path != part);
         for path in [Some(part.to_owned()), resolved].into_iter().flatten() {
             let (Some(folder), Some(name)) = (path.parent(), path.file_name()) else {
@@ -287,7 +286,7 @@ mod tests {
             tensor("is one", 500..600),
             tensor("is nothing", 600..600),
         ];
-        // The hole from 400 to 500 is padding, which nobody needs.
+        // The hole from 400 to 500 is padding.
         let data = [0..200, 250..310, 320..330, 390..400, 600..900];
         let mut found = Unfinished::default();
         found.count(&tensors, &data);

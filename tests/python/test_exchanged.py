@@ -111,6 +111,7 @@ def others(folder, victim):
     return [folder / name for name in ("a link", "a pipe", "a folder")]
 
 
+@promises("In a target or a tree only regular files are opened; no link is followed, and no pipe is waited for.")
 @pytest.mark.parametrize("name", [EXPERT, "experts/registry.json", "base_model/metadata.json", "base_model/metadata.gguf"])
 @pytest.mark.parametrize(
     "command", [["verify"], ["materialize"], ["materialize", "--force"], ["materialize", "--layers", "0", "--experts", "0"]], ids=" ".join

@@ -224,6 +224,7 @@ def alone(public):
 
 
 @needs_root
+@promises("`materialize` and `verify` go on with fewer threads where a limit refuses some, and with one at least.")
 @pytest.mark.parametrize("limit", [1, 2, 3, 6])
 @pytest.mark.parametrize("jobs", [3, 200])
 def test_materialize_and_verify_go_on_with_the_threads_that_they_get(public, alone, limit, jobs):

@@ -234,7 +234,7 @@ def test_a_target_that_is_removed_meanwhile(tmp_path):
     with held_up(tmp_path, out) as (_, _, go_on):
         shutil.rmtree(out)
         status, errors = go_on()
-    assert status == 1 and ("it was removed while" in errors or "was moved or replaced" in errors), errors
+    assert status == 1 and ("since it was removed" in errors or "was moved or replaced" in errors), errors
 
 
 @needs_root
@@ -243,7 +243,7 @@ def test_a_file_that_appears_meanwhile(tmp_path):
     with held_up(tmp_path, out) as (model, _, go_on):
         (out / EXPERT).write_text("theirs")
         status, errors = go_on()
-        assert status == 1 and "appeared while the tree was written" in errors and "--force" not in errors, errors
+        assert status == 1 and "appeared while the tree was being written" in errors and "--force" not in errors, errors
         assert (out / EXPERT).read_text() == "theirs"
         (out / EXPERT).unlink()
         succeed("materialize", model, out)

@@ -18,6 +18,7 @@ from odmoe import (
     mounted,
     needs_root,
     odmoe,
+    promises,
     public_copy,
     run,
     sparse_gguf,
@@ -26,7 +27,7 @@ from odmoe import (
 from reference import read_part
 
 PAGE = 4096
-INCOMPLETE = "the name of a download that is not complete"
+INCOMPLETE = "the name of an incomplete download"
 
 
 def verified(model, **options):
@@ -75,6 +76,7 @@ def unwritten(said):
 # --- holes ----------------------------------------------------------------------------------------------------------
 
 
+@promises("`verify` calls no model sound if the file system shows that bytes of its tensors were never written.")
 @pytest.mark.parametrize("pages", [1, 10, 1000, 2000, -1])
 def test_a_download_that_was_cut_is_told_by_its_hole(model, tensors, tmp_path, pages):
     cut = tmp_path / "cut.gguf"
@@ -228,7 +230,7 @@ def test_where_holes_are_not_told_the_room_that_is_taken_speaks(model, tmp_path)
         said = verified(disk.at / "tenth.gguf")
         assert not said["sound"] and said["unwritten_bytes"] == 0
         assert said["stored_bytes"] == (folder / "tenth.gguf").stat().st_blocks * 512 and said["part_bytes"] == size
-        assert "take room, and the file system does not tell" in odmoe("verify", disk.at / "tenth.gguf").stdout
+        assert "take room, and the file system does not show" in odmoe("verify", disk.at / "tenth.gguf").stdout
         # A compressed file takes less room, too.
         assert verified(disk.at / "most.gguf")["sound"]
     (folder / "whole.gguf.crdownload").touch()
