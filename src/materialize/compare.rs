@@ -37,7 +37,7 @@ pub(super) struct Unsure {
     pub is_chosen: bool,
 }
 
-/// The result for files whose bytes had to be compared.
+/// The result for files whose bytes had to be compared, each list in the order of inode numbers.
 #[derive(Debug, Default)]
 pub(super) struct Compared {
     pub same: Vec<Ino>,
@@ -136,7 +136,8 @@ impl Plan<'_> {
             Ok(())
         })?;
         let mut compared = compared.into_inner();
-        compared.different.sort_unstable(); // the order of the model
+        compared.same.sort_unstable();
+        compared.different.sort_unstable();
         Ok(compared)
     }
 

@@ -296,7 +296,7 @@ impl<'a> Plan<'a> {
         let is_done = |file: &TensorFile| {
             let ino = self.find(&file.kind.path());
             let state = self.state(there, ino);
-            state.map(|state| matches!(state, State::Done) || same.contains(&ino))
+            state.map(|state| matches!(state, State::Done) || same.binary_search(&ino).is_ok())
         };
         files
             .map(|(file, &chosen)| Ok(chosen || is_done(file)?))
