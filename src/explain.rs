@@ -118,7 +118,7 @@ fn step(errno: i32) -> Option<&'static str> {
             "raise the limit on file sizes (`ulimit -f`), or choose a file system for larger files"
         }
         libc::ENOSPC => {
-            "make room, or choose another file system; `df -h` and `df -i` show which are full"
+            "make room, or choose another file system: `df -h` and `df -i` show which are full"
         }
         libc::EDQUOT => {
             "make room in your quota (`quota -s` shows it), or choose another file system"
@@ -129,14 +129,21 @@ fn step(errno: i32) -> Option<&'static str> {
         }
         libc::ENOMEM => "close other programs, or allow more memory with `ulimit -v`",
         libc::EIO => "check the disk; `sudo dmesg` lists its errors",
+        libc::ENXIO | libc::ENODEV => "attach the disk again, and run the command again",
         libc::ESTALE => {
             "check whether the file server has replaced the file, and run the command again"
         }
-        libc::ETIMEDOUT | libc::EHOSTDOWN | libc::EHOSTUNREACH | libc::ENETUNREACH => {
+        libc::ETIMEDOUT
+        | libc::EHOSTDOWN
+        | libc::EHOSTUNREACH
+        | libc::ENETDOWN
+        | libc::ENETUNREACH
+        | libc::ECONNREFUSED
+        | libc::ECONNRESET => {
             "check the file server and the network to it, and run the command again"
         }
-        libc::ENOTCONN => {
-            "unmount the directory and mount it again: the process of its mount is dead"
+        libc::ENOTCONN | libc::ECONNABORTED => {
+            "unmount the file system that it lies on and mount that again: the process that served it is dead"
         }
         _ => return None,
     })

@@ -62,7 +62,9 @@
 compile_error!("odmoe-fs is for 64-bit machines");
 
 pub mod doctor;
+mod downloads;
 pub mod explain;
+pub mod folder;
 pub mod fuse;
 pub mod gguf;
 pub mod host;
@@ -71,6 +73,7 @@ pub mod layout;
 pub mod materialize;
 pub mod model;
 pub mod mounts;
+mod on_disk;
 mod predictor;
 pub mod process;
 pub mod safetensors;

@@ -93,6 +93,8 @@ venv() { # venv [long]
     if [ "$(id -u)" = 0 ]; then # only root can mount what these make
         need command -v mkfs.xfs -- mkfs.xfs xfsprogs
         need command -v mkfs.btrfs -- mkfs.btrfs btrfs-progs
+        need command -v mkfs.exfat -- mkfs.exfat exfatprogs
+        need command -v mount.exfat-fuse -- mount.exfat-fuse exfat-fuse
     fi
     # Made anew only when the interpreter or the requirements change.
     wanted=$(python3 -VV && cat "${requirements[@]}")

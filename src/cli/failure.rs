@@ -29,7 +29,7 @@ pub const EXIT_STATUSES: [(&str, &str); 7] = [
     ("2", "wrong usage"),
     (
         "3",
-        "verify found a difference, or doctor something that keeps mounts from working",
+        "verify found a difference or a model that may be incomplete, or doctor something that keeps mounts from working",
     ),
     ("129", "ended by SIGHUP, as when the terminal is closed"),
     ("130", "ended by Ctrl-C (SIGINT)"),

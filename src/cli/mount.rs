@@ -15,6 +15,7 @@ use odmoe_fs::process::leave_caller;
 use super::diagnostics::{self, LogFormat};
 use super::doctor::complaints;
 use super::failure::{Failure, Result, ensure};
+use super::verify::warn_of_unfinished;
 use super::{ModelArg, say, text};
 
 /// Show a model as base_model/ and experts/ on a directory
@@ -255,6 +256,7 @@ fn open_model(args: &MountArgs) -> Result<Model> {
             args.model.model
         );
     }
+    warn_of_unfinished(&model)?;
     Ok(model)
 }
 

@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 
 use odmoe_fs::process::Signals;
 
-use super::failure::{Context, Failure, Result};
+use super::failure::{Failure, Result};
 
 /// Turns SIGINT, SIGTERM and SIGHUP into a flag, so that nothing unfinished is left behind. A second
 /// one ends the process at once, whatever that leaves.
@@ -23,7 +23,7 @@ impl Stop {
             flag: flag.clone(),
             signal: signal.clone(),
         };
-        let waiting = move || {
+        let wait = move || {
             if let Ok(first) = signals.wait() {
                 let _ = signal.set(first);
                 flag.store(true, Ordering::Relaxed);
@@ -32,9 +32,10 @@ impl Stop {
                 std::process::exit(128 + second);
             }
         };
-        std::thread::Builder::new()
-            .spawn(waiting)
-            .context("cannot start the thread that waits for signals")?;
+        if let Err(e) = std::thread::Builder::new().spawn(wait) {
+            tracing::info!("signals end this command at once, since no thread waits for them: {e}");
+            signals.unblock()?;
+        }
         Ok(stop)
     }
 

@@ -6,7 +6,8 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::{folder, store, unfinished};
+use super::{folder, store};
+use crate::downloads;
 use crate::explain::{Explain, Hint};
 use crate::gguf::{HeaderError, Joined, PartName, Problem, SplitError, looks_like_raw_cut};
 use crate::sys::copy::next_data;
@@ -142,7 +143,7 @@ impl OpenError {
     pub(super) fn missing(folder: PathBuf, set: &PartName, missing: Vec<OsString>) -> Self {
         let downloads = missing.iter().take(NAMES_SHOWN);
         let download = downloads
-            .filter_map(|name| unfinished::download_of(&folder, name))
+            .filter_map(|name| downloads::download_of(&folder, name))
             .next();
         let hint = match (download, store::download_command(&folder, set)) {
             (Some(name), _) => {
@@ -215,7 +216,7 @@ fn header_hint(path: &Path, file: &File, cause: &HeaderError) -> Option<String> 
         let is_inside = matches!(cause.problem, Problem::Zeros(_) | Problem::Empty);
         (is_inside && is_hole).then(|| UNWRITTEN.to_owned())
     };
-    unfinished::advice(path).or_else(unwritten)
+    downloads::advice(path).or_else(unwritten)
 }
 
 fn joined_hint(joined: &Joined) -> &'static str {

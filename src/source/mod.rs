@@ -22,7 +22,6 @@ mod open;
 mod part;
 mod share;
 mod store;
-mod unfinished;
 
 use std::io;
 use std::ops::Range;

@@ -4,9 +4,9 @@ use std::fs::File;
 use std::io::{self, BufReader};
 use std::path::{Path, PathBuf};
 
+use super::Source;
 use super::error::OpenError;
 use super::part::{Identity, PartFile, open_regular};
-use super::{Source, unfinished};
 use crate::gguf::{
     Header, HeaderError, Joined, ModelHeader, OLLAMA_GPT_OSS, OLLAMA_MXFP4, PartName, Problem,
     SplitKeys,
@@ -200,11 +200,6 @@ fn join(parts: Vec<Opened>, given: usize) -> Result<(ModelHeader, Source), OpenE
     if let Some(what) = header.accessory() {
         let path = &files[given].path;
         tracing::warn!("{path:?} is {what}, not a model; give the model that it belongs to");
-    }
-    for part in &files {
-        if let Some(advice) = unfinished::advice_if_whole(&part.path) {
-            tracing::warn!("{:?} may lack bytes: {advice}", part.path);
-        }
     }
     Ok((header, Source::new(files, given)))
 }

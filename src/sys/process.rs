@@ -219,6 +219,15 @@ impl Signals {
         Ok(Self(set))
     }
 
+    /// Lets the calling thread receive them again.
+    pub fn unblock(&self) -> io::Result<()> {
+        // SAFETY: the pointer is to a sigset_t; a null old set is allowed.
+        match unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &self.0, std::ptr::null_mut()) } {
+            0 => Ok(()),
+            error => Err(io::Error::from_raw_os_error(error)),
+        }
+    }
+
     /// Waits for one of the signals and takes it.
     pub fn wait(&self) -> io::Result<i32> {
         let mut signal = 0;

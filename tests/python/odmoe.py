@@ -159,6 +159,13 @@ def expert_gguf(folder, *flags, experts=8, rows=2048):
 # --- file systems and caches ----------------------------------------------------------------------------------------
 
 
+# How file systems are made whose name is not all there is to say.
+MAKERS = {
+    "ext4-128": ["mkfs.ext4", "-q", "-I", "128"],  # inodes of 128 bytes hold whole seconds, in 32 bits
+    "exfat": ["mkfs.exfat"],
+}
+
+
 @contextlib.contextmanager
 def file_system(kind, folder, size):
     """A file system of its own, mounted below a folder; nothing is left of it."""
@@ -171,8 +178,13 @@ def file_system(kind, folder, size):
         else:
             with image.open("wb") as file:
                 file.truncate(size)
-            subprocess.run([f"mkfs.{kind}", "-q", image], check=True, capture_output=True)
-            subprocess.run(["mount", "-o", "loop", image, at], check=True)
+            subprocess.run([*MAKERS.get(kind, [f"mkfs.{kind}", "-q"]), image], check=True, capture_output=True)
+            if kind == "exfat":  # through FUSE: not every kernel has it
+                device = run("losetup", "-f", "--show", image).stdout.strip()
+                subprocess.run(["mount.exfat-fuse", device, at], check=True, capture_output=True)
+                subprocess.run(["losetup", "-d", device], check=True)  # once it is unmounted
+            else:
+                subprocess.run(["mount", "-o", "loop", image, at], check=True)
         yield at
     finally:
         # Not there if mounting failed.
