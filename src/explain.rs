@@ -11,6 +11,10 @@ use std::borrow::Cow;
 use std::error::Error;
 use std::io;
 
+use strum::EnumProperty;
+
+use crate::mounts::ForeignLink;
+
 /// What to do about an error, in a sentence without a full stop.
 pub type Hint = Cow<'static, str>;
 
@@ -19,14 +23,21 @@ pub trait Explain: Error {
     /// A name that stays the same when the words change, such as `model.missing`.
     fn code(&self) -> &'static str;
 
-    /// What is wrong, with its causes, in one line.
-    fn message(&self) -> String {
-        let text = self.to_string();
-        split(&text).0.to_owned()
-    }
-
     /// What to do; `None` where no next step is known.
     fn hint(&self) -> Option<Hint>;
+
+    /// What is wrong, and what to do, in one line, as for a log.
+    fn line(&self) -> String {
+        match self.hint() {
+            Some(hint) => format!("{self}; {hint}"),
+            None => self.to_string(),
+        }
+    }
+}
+
+/// The hint of a variant of an error: `#[strum(props(hint = "..."))]`.
+pub fn hint_of(error: &impl EnumProperty) -> Option<Hint> {
+    error.get_str("hint").map(Hint::Borrowed)
 }
 
 /// The step after an error of the system follows from its number.
@@ -35,50 +46,19 @@ impl Explain for io::Error {
         "failed"
     }
 
-    fn message(&self) -> String {
-        self.to_string()
-    }
-
     fn hint(&self) -> Option<Hint> {
+        let inner = self.get_ref().map(|inner| inner.downcast_ref());
+        if let Some(Some(link)) = inner {
+            return ForeignLink::hint(link);
+        }
         let errno = self.raw_os_error().or_else(|| errno_of(self.kind()));
         errno.and_then(step).map(Cow::Borrowed)
     }
 }
 
-/// The commonest cause of a header that breaks the rules of the format.
-pub(crate) const DOWNLOAD_AGAIN: Hint = Cow::Borrowed(
-    "compare the file's checksum with the published one, and download it again if it differs",
-);
-
 /// For mounts that fail for a reason outside of this program.
 pub(crate) const ASK_DOCTOR: Hint =
     Cow::Borrowed("run `odmoe-fs doctor`, which checks this machine for mounting");
-
-/// The hint in an error's own text: the part after its first `; ` outside of quotes.
-pub(crate) fn written(error: &dyn Error) -> Option<Hint> {
-    let text = error.to_string();
-    split(&text).1.map(|hint| Cow::Owned(hint.to_owned()))
-}
-
-/// Splits a text into what is wrong and what to do, at its first `; ` outside of quotes. Paths and
-/// names from models are quoted, and may hold anything.
-pub fn split(text: &str) -> (&str, Option<&str>) {
-    let (mut quoted, mut escaped) = (false, false);
-    for (at, c) in text.char_indices() {
-        match c {
-            _ if escaped => escaped = false,
-            '\\' if quoted => escaped = true,
-            '"' => quoted = !quoted,
-            ';' if !quoted => {
-                if let Some(hint) = text[at..].strip_prefix("; ") {
-                    return (&text[..at], Some(hint));
-                }
-            }
-            _ => {}
-        }
-    }
-    (text, None)
-}
 
 /// The number that an error had before a library wrapped it, if its kind still tells.
 fn errno_of(kind: io::ErrorKind) -> Option<i32> {
@@ -161,16 +141,6 @@ mod tests {
     use crate::toy::ToyError;
     use crate::verify::VerifyError;
 
-    #[test]
-    fn a_hint_follows_the_first_semicolon_outside_of_quotes() {
-        assert_eq!(split("a; b; c"), ("a", Some("b; c")));
-        assert_eq!(
-            split(r#""a; \"; b" is bad; go"#),
-            (r#""a; \"; b" is bad"#, Some("go"))
-        );
-        assert_eq!(split("a;b"), ("a;b", None));
-    }
-
     fn system(errno: i32) -> io::Error {
         io::Error::from_raw_os_error(errno)
     }
@@ -190,7 +160,7 @@ mod tests {
         assert_eq!(error.code(), "gguf.version");
         assert!(
             error
-                .message()
+                .to_string()
                 .ends_with("version 9 is not supported (only 2 and 3 are)")
         );
         assert!(error.hint().unwrap().contains("newer odmoe-fs"));
@@ -218,9 +188,9 @@ mod tests {
 
     #[test]
     fn an_error_of_the_system_has_the_hint_of_its_number_in_whatever_wraps_it() {
-        let wrapped = |errno| MaterializeError::Io {
-            action: "write",
+        let wrapped = |errno| ReadError::Read {
             path: "x".into(),
+            offset: 0,
             cause: system(errno),
         };
         for (errno, words) in [
@@ -258,14 +228,15 @@ mod tests {
     }
 
     #[test]
-    fn a_fault_of_ours_has_no_hint_and_one_code() {
+    fn a_fault_of_ours_asks_for_a_report_and_has_one_code() {
         let fault = || PartitionError {
             part: 1,
             offset: 2,
             what: "is in two files, or no tensor's",
         };
         let error = LayoutError::from(fault());
-        assert_eq!((error.code(), error.hint()), (fault().code(), None));
+        assert_eq!(error.code(), fault().code());
+        assert!(error.hint().unwrap().contains("report"));
     }
 
     #[test]
@@ -293,7 +264,6 @@ mod tests {
             assert_eq!(system(errno).hint(), None);
         }
         assert_eq!(io::Error::other("x; y").hint(), None);
-        assert_eq!(io::Error::other("x; y").message(), "x; y");
         assert_eq!(VerifyError::Stopped.hint(), None);
     }
 }

@@ -2,6 +2,7 @@
 
 use std::io::Cursor;
 
+use odmoe_fs::explain::Explain;
 use odmoe_fs::gguf::write::Writer;
 use odmoe_fs::gguf::{GgmlType, Header, ModelHeader, Value};
 use odmoe_fs::layout::{FileKind, Layout, LayoutError};
@@ -48,7 +49,7 @@ fn listing(tensors: &[Tensor]) -> Vec<String> {
 }
 
 fn refusal(tensors: &[Tensor]) -> String {
-    lay_out(tensors).unwrap_err().to_string()
+    lay_out(tensors).unwrap_err().line()
 }
 
 #[test]
@@ -211,7 +212,7 @@ const DOWN: Tensor = ("blk.3.ffn_down_exps.weight", &[32, 32, 2], "MXFP4");
 fn rows_that_alternate_as_in_ollamas_gpt_oss_are_refused() {
     let refusal = |architecture, tensors: &[Tensor]| {
         let refused = lay_out_of(architecture, tensors);
-        refused.map_or_else(|e| e.to_string(), |_| String::new())
+        refused.map_or_else(|e| e.line(), |_| String::new())
     };
     let sinks = ("blk.0.attn_sinks", &[8][..], "F32");
     for (architecture, tensors, sign) in [

@@ -8,13 +8,14 @@ use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use odmoe_fs::explain::Explain;
 use odmoe_fs::gguf::GgmlType;
 use odmoe_fs::model::Model;
 use odmoe_fs::mounts::{UnmountError, unmount};
 use odmoe_fs::toy::Toy;
 use serde_json::Value;
 
-use super::failure::{Context, Failure, Result, ensure};
+use super::failure::{Context, Failure, Result};
 use super::screen::Screen;
 use super::{Stop, print, text};
 
@@ -117,7 +118,7 @@ impl Drop for Mounted {
         match unmount(&self.directory, true) {
             // It was unmounted, or never mounted.
             Ok(_) | Err(UnmountError::NotOurs(_)) => {}
-            Err(e) => tracing::error!("{e}"),
+            Err(e) => tracing::error!("{}", e.line()),
         }
     }
 }
@@ -192,10 +193,10 @@ fn check_expert(toy: &Path, root: &Path) -> Result<()> {
         gguf.read_exact_at(&mut expected, offset)?;
         let at = |n| header[&name]["data_offsets"][n].as_u64().unwrap_or(0) as usize;
         let found = payload.get(at(0)..at(1));
-        ensure!(
-            found == Some(&expected[..]),
-            "{name} differs from {gguf_name}; this is a bug in odmoe-fs"
-        );
+        if found != Some(&expected[..]) {
+            let message = format!("{name} differs from {gguf_name}: this is a bug in odmoe-fs");
+            return Err(Failure::new(message).hint("please report it"));
+        }
         out += &format!(
             "  {name}  {} {:<9}  {} bytes, the same as toy.gguf at {}\n",
             info.ggml_type,

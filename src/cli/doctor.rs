@@ -10,7 +10,7 @@ use odmoe_fs::toy::Toy;
 use serde::Serialize;
 
 use super::demo::{Mounted, temporary_folder};
-use super::failure::{Result, ensure};
+use super::failure::{Failure, Result};
 use super::screen::Screen;
 use super::{Stop, print, print_json, text};
 
@@ -57,11 +57,10 @@ pub fn run(args: &DoctorArgs) -> Result<bool> {
     } else {
         print(&report.text(&Screen::of_stdout()))?;
     }
-    ensure!(
-        works.is_some(),
-        "whether mounts work could not be tried; set TMPDIR to a folder that you can write to"
-    );
-    Ok(works == Some(true))
+    works.ok_or_else(|| {
+        Failure::new("whether mounts work could not be tried")
+            .hint("set TMPDIR to a folder that you can write to")
+    })
 }
 
 /// What is wrong with this machine, for a mount that failed: a line for each, with its cure.

@@ -8,7 +8,7 @@ use std::error::Error;
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use odmoe_fs::explain::{Explain, Hint, split};
+use odmoe_fs::explain::{Explain, Hint};
 use serde::{Deserialize, Serialize};
 
 use super::{Diagnostics, print_json};
@@ -80,15 +80,6 @@ impl Failure {
             message: message.into(),
             hint: None,
             end: End::Failed,
-        }
-    }
-
-    /// A failure from a text that says what is wrong and, after a `; `, what to do.
-    pub fn written(text: &str) -> Self {
-        let (message, hint) = split(text);
-        Self {
-            hint: hint.map(|hint| Cow::Owned(hint.to_owned())),
-            ..Self::new(message)
         }
     }
 
@@ -200,28 +191,10 @@ impl<E: Explain> From<E> for Failure {
         Self {
             code: error.code().into(),
             hint: error.hint(),
-            ..Self::new(error.message())
+            ..Self::new(error.to_string())
         }
     }
 }
-
-/// Fails with a text that says what is wrong and, after a `; `, what to do.
-macro_rules! bail {
-    ($($text:tt)+) => {
-        return Err($crate::cli::failure::Failure::written(&format!($($text)+)))
-    };
-}
-
-/// The same, unless a condition holds.
-macro_rules! ensure {
-    ($condition:expr, $($text:tt)+) => {
-        if !$condition {
-            $crate::cli::failure::bail!($($text)+);
-        }
-    };
-}
-
-pub(super) use {bail, ensure};
 
 /// What was being done when something failed.
 pub trait Context<T> {

@@ -12,7 +12,7 @@ use odmoe_fs::source::PageCache;
 use odmoe_fs::verify::{Comparison, Depth, DifferenceKind};
 use odmoe_fs::work::default_jobs;
 
-use super::failure::{Result, bail, ensure};
+use super::failure::{Failure, Result};
 use super::progress::Meter;
 use super::screen::Screen;
 use super::verify::warn_of_unfinished;
@@ -190,11 +190,13 @@ fn read_back(
     let lines: Vec<String> = differences
         .map(|d| format!("\n  {} {d}", text::path(&directory.join(&d.path))))
         .collect();
-    ensure!(
-        lines.is_empty(),
-        "the files in {directory:?} are not what the model holds; remove these and run the same command again, which writes them anew:{}",
-        lines.concat()
-    );
+    if !lines.is_empty() {
+        let message = format!(
+            "these files in {directory:?} are not what the model holds:{}",
+            lines.concat()
+        );
+        return Err(Failure::new(message).hint("remove them, and run the same command again"));
+    }
     let bytes = text::size(report.bytes);
     say(&format!("verified: {bytes} match the model\n"));
     Ok(())
@@ -225,10 +227,11 @@ fn costs(plan: &Plan) -> String {
 /// A mounted tree exists already, and is read-only.
 fn refuse_mounts(directory: &Path) -> Result<()> {
     if let Some(mount) = odmoe_mount_of(directory) {
-        bail!(
-            "{directory:?} lies in the odmoe-fs mount on {:?}, which is read-only; choose another directory",
+        let message = format!(
+            "{directory:?} lies in the odmoe-fs mount on {:?}, which is read-only",
             mount.directory
         );
+        return Err(Failure::new(message).hint("choose another directory"));
     }
     Ok(())
 }

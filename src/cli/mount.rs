@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use odmoe_fs::explain::Explain;
 use odmoe_fs::model::Model;
 use odmoe_fs::mounts::{
     self, Cache, Caller, Launched, Mount, MountError, Options, answers, launch, set_read_ahead,
@@ -14,7 +15,7 @@ use odmoe_fs::process::leave_caller;
 
 use super::diagnostics::{self, LogFormat};
 use super::doctor::complaints;
-use super::failure::{Failure, Result, ensure};
+use super::failure::{Failure, Result};
 use super::verify::warn_of_unfinished;
 use super::{ModelArg, say, text};
 
@@ -296,7 +297,7 @@ fn tune(directory: &Path, read_ahead: ReadAheadArg) {
     if let ReadAheadArg::Bytes(bytes) = read_ahead
         && let Err(e) = set_read_ahead(directory, bytes)
     {
-        tracing::warn!("{e}");
+        tracing::warn!("{}", e.line());
     }
 }
 
@@ -306,29 +307,28 @@ fn open_log(path: &Path, mount: &Mount) -> Result<File> {
     let folder = folder
         .parent()
         .and_then(|folder| folder.canonicalize().ok());
-    ensure!(
-        !folder.is_some_and(|folder| folder.starts_with(mount.directory())),
-        "the log {path:?} would lie below the mount, where nobody could read it; choose another place"
-    );
-    let irregular = || format!("the log {path:?} is not a regular file; choose one that is");
+    let refused = |why| Failure::new(format!("the log {path:?} {why}")).hint("choose another file");
+    if folder.is_some_and(|folder| folder.starts_with(mount.directory())) {
+        return Err(refused(
+            "would lie below the mount, where nobody could read it",
+        ));
+    }
+    let irregular = || refused("is not a regular file");
     let log = mounts::open_log(path).map_err(|e| match e.raw_os_error() {
-        Some(libc::ENXIO | libc::EISDIR) => Failure::written(&irregular()),
+        Some(libc::ENXIO | libc::EISDIR) => irregular(),
         _ => Failure::from(e).context(&format!("cannot open the log {path:?}")),
     })?;
     let metadata = log.metadata()?;
-    ensure!(
-        metadata.is_file() || metadata.file_type().is_char_device(),
-        "{}",
-        irregular()
-    );
+    if !metadata.is_file() && !metadata.file_type().is_char_device() {
+        return Err(irregular());
+    }
     let is_part = |part: &Path| {
         part.metadata()
             .is_ok_and(|part| (part.dev(), part.ino()) == (metadata.dev(), metadata.ino()))
     };
-    ensure!(
-        !mount.model().source().paths().any(is_part),
-        "the log {path:?} is the model itself; choose another file"
-    );
+    if mount.model().source().paths().any(is_part) {
+        return Err(refused("is the model itself"));
+    }
     Ok(log)
 }
 

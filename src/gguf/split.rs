@@ -13,7 +13,7 @@ use super::header::Header;
 use super::limits::{MAX_MODEL_BYTES, MAX_PARTS, MAX_TENSORS};
 use super::tensor::TensorInfo;
 use super::value::KeyValue;
-use crate::explain::{DOWNLOAD_AGAIN, Explain, Hint, written};
+use crate::explain::{Explain, Hint, hint_of};
 
 /// What a part says of the set it belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -143,58 +143,49 @@ fn without_dashes(bytes: &[u8]) -> &[u8] {
 }
 
 /// Why the parts of a set do not make a model.
-#[derive(Debug, thiserror::Error, strum::IntoStaticStr, PartialEq, Eq)]
+#[derive(Debug, thiserror::Error, strum::IntoStaticStr, strum::EnumProperty, PartialEq, Eq)]
 #[strum(serialize_all = "snake_case", prefix = "split.")]
 pub enum SplitError {
-    #[error("{key} is not a count; split the model again with a current llama-gguf-split")]
+    #[error("{key} is not a count")]
+    #[strum(props(hint = "split the model again with a current llama-gguf-split"))]
     BadKey { key: &'static str },
-    #[error(
-        "split.count is {count}, but {key} is missing; split the model again with a current llama-gguf-split"
-    )]
+    #[error("split.count is {count}, but {key} is missing")]
+    #[strum(props(hint = "split the model again with a current llama-gguf-split"))]
     MissingKey { key: &'static str, count: u64 },
-    #[error(
-        "split.count is {count}, but the format allows only {MAX_PARTS} parts; split the model again with a current llama-gguf-split"
-    )]
+    #[error("split.count is {count}, but the format allows only {MAX_PARTS} parts")]
+    #[strum(props(hint = "split the model again with a current llama-gguf-split"))]
     TooManyParts { count: u64 },
-    #[error(
-        "the parts together are larger than any file system can show; check that they are those of one model"
-    )]
+    #[error("the parts together are larger than any file system can show")]
+    #[strum(props(hint = "check that they are those of one model"))]
     TooLarge,
-    #[error(
-        "the parts together hold {0} tensors, more than any real model; if yours has so many, report it to odmoe-fs"
-    )]
+    #[error("the parts together hold {0} tensors, more than any real model")]
+    #[strum(props(hint = "if yours has so many, report it to odmoe-fs"))]
     TooManyTensors(u64),
-    #[error(
-        "split.no is {no}, but split.count is {count}; split the model again with a current llama-gguf-split"
-    )]
+    #[error("split.no is {no}, but split.count is {count}")]
+    #[strum(props(hint = "split the model again with a current llama-gguf-split"))]
     NumberBeyondCount { no: u64, count: u64 },
-    #[error(
-        "this is not part of a split set, but part {number} of {count} was expected here; put that part in its place, or give this file another name"
-    )]
+    #[error("this is not part of a split set, but part {number} of {count} was expected here")]
+    #[strum(props(hint = "put that part in its place, or give this file another name"))]
     NotAPart { number: u64, count: u64 },
-    #[error(
-        "split.no is {found}, but in this place it must be {expected}; give the file the name that it was published with"
-    )]
+    #[error("split.no is {found}, but in this place it must be {expected}")]
+    #[strum(props(hint = "give the file the name that it was published with"))]
     WrongNumber { found: u64, expected: u64 },
-    #[error(
-        "{key} is {found}, but {expected} in the first part; keep the parts of one model and one version in a folder of their own"
-    )]
+    #[error("{key} is {found}, but {expected} in the first part")]
+    #[strum(props(hint = "keep the parts of one model and one version in a folder of their own"))]
     Disagree {
         key: &'static str,
         found: u64,
         expected: u64,
     },
-    #[error(
-        "tensor {name:?} is in part {first} and again in part {second}; check that all parts are of one model and one version"
-    )]
+    #[error("tensor {name:?} is in part {first} and again in part {second}")]
+    #[strum(props(hint = "check that all parts are of one model and one version"))]
     DuplicateTensor {
         name: String,
         first: usize,
         second: usize,
     },
-    #[error(
-        "the parts together hold {found} tensors, but split.tensors.count is {expected}; check that all parts are of one model and one version"
-    )]
+    #[error("the parts together hold {found} tensors, but split.tensors.count is {expected}")]
+    #[strum(props(hint = "check that all parts are of one model and one version"))]
     TensorCount { found: u64, expected: u64 },
 }
 
@@ -204,7 +195,7 @@ impl Explain for SplitError {
     }
 
     fn hint(&self) -> Option<Hint> {
-        written(self).or(Some(DOWNLOAD_AGAIN))
+        hint_of(self)
     }
 }
 

@@ -22,7 +22,7 @@ pub use names::{Component, ExpertName, Holds, Matrix};
 pub use partition::PartitionError;
 
 use self::counting::CountingWriter;
-use crate::explain::{Explain, Hint, written};
+use crate::explain::{Explain, Hint};
 use crate::gguf::{LLAMA_CPP_GPT_OSS, ModelHeader, Tensor};
 use crate::safetensors::{
     self, Dtype, LENGTH_WORD_BYTES, METADATA_KEY, Shape, TensorView, write_header_json,
@@ -134,32 +134,26 @@ impl TensorFile {
 #[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
 #[strum(serialize_all = "snake_case", prefix = "layout.")]
 pub enum LayoutError {
-    #[error(
-        "{first} and {second} are of the same layer, but disagree on the number of experts; {CONVERT}"
-    )]
+    #[error("{first} and {second} are of the same layer, but disagree on the number of experts")]
     ExpertCounts { first: String, second: String },
-    #[error("{name} of the same expert comes from both {first} and {second}; {CONVERT}")]
+    #[error("{name} of the same expert comes from both {first} and {second}")]
     TwoSources {
         name: String,
         first: String,
         second: String,
     },
-    #[error("{0} has a fourth dimension, but experts are stacked along the third; {CONVERT}")]
+    #[error("{0} has a fourth dimension, but experts are stacked along the third")]
     FourthDimension(String),
-    #[error(
-        "{0} should hold gate and up rows, half of each, but has an odd number of rows; {CONVERT}"
-    )]
+    #[error("{0} should hold gate and up rows, half of each, but has an odd number of rows")]
     OddFusedRows(String),
-    #[error(
-        "{tensor} holds gate and up rows in turn, as Ollama writes gpt-oss ({sign}); {LLAMA_CPP_GPT_OSS}"
-    )]
+    #[error("{tensor} holds gate and up rows in turn, as Ollama writes gpt-oss ({sign})")]
     AlternatingRows {
         tensor: String,
         /// What shows that Ollama wrote the model.
         sign: String,
     },
     #[error(
-        "{tensor} interleaves {interleave} rows, but one expert's matrix has {rows}, which is not a multiple of that; quantise the model to a type without _R{interleave}"
+        "{tensor} interleaves {interleave} rows, but one expert's matrix has {rows}, which is not a multiple of that"
     )]
     Interleave {
         tensor: String,
@@ -167,7 +161,7 @@ pub enum LayoutError {
         interleave: u32,
     },
     #[error(
-        "layer {layer} has {experts} experts, which makes {total} or more in all, more than any real model; {REPORT}"
+        "layer {layer} has {experts} experts, which makes {total} or more in all, more than any real model"
     )]
     TooManyExperts {
         layer: u32,
@@ -175,13 +169,13 @@ pub enum LayoutError {
         total: u64,
     },
     #[error(
-        "the experts up to layer {layer} hold {tensors} tensors together, more than any real model; {REPORT}"
+        "the experts up to layer {layer} hold {tensors} tensors together, more than any real model"
     )]
     TooManyExpertTensors { layer: u32, tensors: usize },
-    #[error("a tensor is called {METADATA_KEY:?}, which safetensors reserves; rename it")]
+    #[error("a tensor is called {METADATA_KEY:?}, which safetensors reserves")]
     ReservedName,
     #[error(
-        "the model has so many tensors that the header of {path} takes {bytes} bytes, but safetensors allows only 100000000; {REPORT}"
+        "the model has so many tensors that the header of {path} takes {bytes} bytes, but safetensors allows only 100000000"
     )]
     HeaderTooLarge { path: String, bytes: u64 },
     #[error(transparent)]
@@ -201,7 +195,18 @@ impl Explain for LayoutError {
     fn hint(&self) -> Option<Hint> {
         match self {
             Self::Partition(cause) => cause.hint(),
-            _ => written(self),
+            Self::ExpertCounts { .. }
+            | Self::TwoSources { .. }
+            | Self::FourthDimension(_)
+            | Self::OddFusedRows(_) => Some(CONVERT.into()),
+            Self::AlternatingRows { .. } => Some(LLAMA_CPP_GPT_OSS.into()),
+            Self::Interleave { interleave, .. } => {
+                Some(format!("quantise the model to a type without _R{interleave}").into())
+            }
+            Self::TooManyExperts { .. }
+            | Self::TooManyExpertTensors { .. }
+            | Self::HeaderTooLarge { .. } => Some(REPORT.into()),
+            Self::ReservedName => Some("rename it".into()),
         }
     }
 }

@@ -9,9 +9,7 @@ use crate::tree::{Content, Tree};
 
 /// A breach of the partition: a fault of this program, never of a model.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error(
-    "byte {offset} of part {part} {what}: this is a bug in odmoe-fs; please report it with the model's name"
-)]
+#[error("byte {offset} of part {part} {what}: this is a bug in odmoe-fs")]
 pub struct PartitionError {
     /// 1-based.
     pub part: u32,
@@ -25,7 +23,7 @@ impl Explain for PartitionError {
     }
 
     fn hint(&self) -> Option<Hint> {
-        None // its text asks for a report
+        Some("please report it with the model's name".into())
     }
 }
 

@@ -3,9 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use strum::EnumProperty;
-
-use crate::explain::{Explain, Hint};
+use crate::explain::{Explain, Hint, hint_of};
 use crate::source::ReadError;
 use crate::units::Size;
 
@@ -103,7 +101,7 @@ impl Explain for MaterializeError {
             Self::NotThere { what, existing, .. } => {
                 Some(format!("its {what} are {existing}").into())
             }
-            _ => self.get_str("hint").map(Hint::Borrowed),
+            _ => hint_of(self),
         }
     }
 }

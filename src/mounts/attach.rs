@@ -20,6 +20,7 @@ use rustix::net::{
 
 use super::place::Place;
 use super::{MountError, SUBTYPE};
+use crate::explain::Hint;
 use crate::host::{self, DEVICE};
 
 /// What the kernel is told of a mount.
@@ -52,9 +53,13 @@ pub(super) struct Made {
 
 /// Mounts on a directory that is held.
 pub(super) fn make(place: &Place, wishes: &Wishes) -> Result<Made, MountError> {
-    let refused = |reason: String| MountError::Refused {
-        directory: place.path().to_owned(),
-        reason,
+    let refused = |said: &str| {
+        let said = said.trim().trim_start_matches("fusermount3: ");
+        MountError::Refused {
+            directory: place.path().to_owned(),
+            reason: said.to_owned(),
+            hint: cure(said),
+        }
     };
     if host::may_mount() != Some(false) {
         match by_ourselves(place, wishes) {
@@ -65,11 +70,11 @@ pub(super) fn make(place: &Place, wishes: &Wishes) -> Result<Made, MountError> {
                 });
             }
             Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {} // the helper may
-            Err(e) => return Err(refused(e.to_string())),
+            Err(e) => return Err(refused(&e.to_string())),
         }
     }
-    let helper = host::fusermount().ok_or_else(|| refused(explain(NOT_PERMITTED)))?;
-    let device = by_helper(&helper, place, wishes).map_err(|said| refused(explain(&said)))?;
+    let helper = host::fusermount().ok_or_else(|| refused(NOT_PERMITTED))?;
+    let device = by_helper(&helper, place, wishes).map_err(|said| refused(&said))?;
     Ok(Made {
         device,
         by_ourselves: false,
@@ -174,24 +179,21 @@ fn receive(socket: &OwnedFd) -> io::Result<Option<OwnedFd>> {
 /// What mount(2) says to those who may not.
 const NOT_PERMITTED: &str = "Operation not permitted";
 
-/// What the mount helper or the kernel said, with the cure of the usual cases, as far as their cause
-/// is established.
-fn explain(said: &str) -> String {
-    let said = said.trim().trim_start_matches("fusermount3: ");
-    let cure = if said.contains("write access") || said.contains("ermission denied") {
-        "; you must own the directory, or be allowed to write to it".to_owned()
-    } else if said.contains(NOT_PERMITTED) {
-        match (host::container_cure(), host::may_mount()) {
-            (Some(cure), _) => format!("; start the container with {cure}"),
+/// What to do about what the mount helper or the kernel said, in the usual cases, as far as their
+/// cause is established.
+fn cure(said: &str) -> Option<Hint> {
+    if said.contains("write access") || said.contains("ermission denied") {
+        return Some("you must own the directory, or be allowed to write to it".into());
+    }
+    if said.contains(NOT_PERMITTED) {
+        return match (host::container_cure(), host::may_mount()) {
+            (Some(cure), _) => Some(format!("start the container with {cure}").into()),
             (None, Some(false)) if rustix::process::geteuid().is_root() => {
-                "; this root lacks CAP_SYS_ADMIN, so mount as a root that has it".to_owned()
+                Some("this root lacks CAP_SYS_ADMIN, so mount as a root that has it".into())
             }
-            _ => String::new(),
-        }
-    } else if said.contains("too many FUSE") {
-        "; raise mount_max in /etc/fuse.conf".to_owned()
-    } else {
-        String::new()
-    };
-    format!("{said}{cure}")
+            _ => None,
+        };
+    }
+    let is_limited = said.contains("too many FUSE");
+    is_limited.then(|| "raise mount_max in /etc/fuse.conf".into())
 }

@@ -36,20 +36,19 @@ pub use log::open_log;
 pub use preflight::unmount_stale;
 pub use read_ahead::{ReadAheadError, set_read_ahead};
 pub use status::{MountStatus, State, state_of, status};
-pub use table::{MountEntry, mount_of, mount_table, odmoe_mount_of};
+pub use table::{ForeignLink, MountEntry, mount_of, mount_table, odmoe_mount_of};
 pub use unmount::{StillServed, UnmountError, Unmounted, unmount};
 
 use self::attach::Wishes;
 use self::place::{Lock, Place};
 use self::preflight::Claim;
-use crate::explain::{ASK_DOCTOR, Explain, Hint, written};
+use crate::explain::{ASK_DOCTOR, Explain, Hint, hint_of};
 use crate::fuse::OdmoeFs;
 use crate::model::Model;
 pub use crate::served::Cache;
 use crate::served::{Owner, Served};
 use crate::source::PageCache;
 use crate::sys::process::effective_ids;
-
 /// The file system type in mount tables.
 pub const FS_TYPE: &str = "fuse.odmoe";
 const SUBTYPE: &str = "odmoe";
@@ -79,28 +78,31 @@ pub struct Options {
 }
 
 /// Why a mount cannot be made, or ended badly. Each says what to do.
-#[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
+#[derive(Debug, thiserror::Error, strum::IntoStaticStr, strum::EnumProperty)]
 #[strum(serialize_all = "snake_case", prefix = "mount.")]
 pub enum MountError {
-    #[error("{0:?} does not exist; make it with `mkdir -p`")]
+    #[error("{0:?} does not exist")]
+    #[strum(props(hint = "make it with `mkdir -p`"))]
     DirectoryMissing(PathBuf),
-    #[error("{0:?} is not a directory; a mount needs an empty one")]
+    #[error("{0:?} is not a directory")]
+    #[strum(props(hint = "a mount needs an empty one"))]
     NotADirectory(PathBuf),
-    #[error(
-        "{0:?} is not empty, and mounting would hide what is in it; choose another directory, or say --nonempty"
-    )]
+    #[error("{0:?} is not empty, and mounting would hide what is in it")]
+    #[strum(props(hint = "choose another directory, or say --nonempty"))]
     NotEmpty(PathBuf),
-    #[error(
-        "{source_name:?} is already mounted on {directory:?}; unmount it first, with `odmoe-fs umount`, or say --replace"
-    )]
+    #[error("{source_name:?} is already mounted on {directory:?}")]
+    #[strum(props(hint = "unmount it first, with `odmoe-fs umount`, or say --replace"))]
     AlreadyMounted {
         directory: PathBuf,
         source_name: String,
     },
     #[error(
-        "{source_name:?} is mounted on {directory:?}, but {} does not answer; say --replace, or unmount it with `odmoe-fs umount --lazy`, and end the process",
+        "{source_name:?} is mounted on {directory:?}, but {} does not answer",
         process(*.pid)
     )]
+    #[strum(props(
+        hint = "say --replace, or unmount it with `odmoe-fs umount --lazy`, and end the process"
+    ))]
     NotAnswering {
         directory: PathBuf,
         source_name: String,
@@ -116,59 +118,62 @@ pub enum MountError {
         directory: PathBuf,
         cause: UnmountError,
     },
-    #[error(
-        "{0:?} was moved, replaced or unmounted while the mount was being made; check what lies there, and mount again"
-    )]
+    #[error("{0:?} was moved, replaced or unmounted while the mount was being made")]
+    #[strum(props(hint = "check what lies there, and mount again"))]
     Moved(PathBuf),
-    #[error(
-        "{0:?} is locked by another program, perhaps another mount that is being made; try again"
-    )]
+    #[error("{0:?} is locked by another program, perhaps another mount that is being made")]
+    #[strum(props(hint = "try again"))]
     DirectoryLocked(PathBuf),
-    #[error(
-        "{directory:?} lies inside the odmoe-fs mount on {mount:?}; choose a directory elsewhere"
-    )]
+    #[error("{directory:?} lies inside the odmoe-fs mount on {mount:?}")]
+    #[strum(props(hint = "choose a directory elsewhere"))]
     InsideMount { directory: PathBuf, mount: PathBuf },
-    #[error(
-        "{directory:?} holds the model's own file {part:?}, which the mount would hide; choose a directory elsewhere"
-    )]
+    #[error("{directory:?} holds the model's own file {part:?}, which the mount would hide")]
+    #[strum(props(hint = "choose a directory elsewhere"))]
     HidesModel { directory: PathBuf, part: PathBuf },
     #[error("{directory:?} cannot be used: {cause}")]
     Directory {
         directory: PathBuf,
         cause: io::Error,
     },
-    #[error(
-        "/dev/fuse does not exist, so this kernel has no FUSE; load it with `modprobe fuse`, or start the container with `--device /dev/fuse --cap-add SYS_ADMIN`"
-    )]
+    #[error("/dev/fuse does not exist, so this kernel has no FUSE")]
+    #[strum(props(
+        hint = "load it with `modprobe fuse`, or start the container with `--device /dev/fuse --cap-add SYS_ADMIN`"
+    ))]
     NoDevice,
-    #[error(
-        "no right to open /dev/fuse; let every user with `sudo chmod 0666 /dev/fuse`, as distributions do"
-    )]
+    #[error("no right to open /dev/fuse")]
+    #[strum(props(hint = "let every user with `sudo chmod 0666 /dev/fuse`, as distributions do"))]
     DeviceDenied,
     #[error("/dev/fuse cannot be opened: {0}")]
     Device(io::Error),
-    #[error(
-        "fusermount3 is not installed, and mounting needs it unless you are root; install the package fuse3 (`sudo apt install fuse3`, `sudo dnf install fuse3`)"
-    )]
+    #[error("fusermount3 is not installed, and mounting needs it unless you are root")]
+    #[strum(props(
+        hint = "install the package fuse3 (`sudo apt install fuse3`, `sudo dnf install fuse3`)"
+    ))]
     NoFusermount,
-    #[error(
-        "FUSERMOUNT_PATH is {0:?}, which is not a program; unset it, or name the fusermount3 of the package fuse3"
-    )]
+    #[error("FUSERMOUNT_PATH is {0:?}, which is not a program")]
+    #[strum(props(hint = "unset it, or name the fusermount3 of the package fuse3"))]
     WrongHelper(PathBuf),
     #[error(
         "--allow-other needs the line `user_allow_other` in /etc/fuse.conf, unless you are root"
     )]
     UserAllowOther,
     #[error("mounting on {directory:?} failed: {reason}")]
-    Refused { directory: PathBuf, reason: String },
+    Refused {
+        directory: PathBuf,
+        /// What the mount helper or the kernel said.
+        reason: String,
+        /// What to do about the usual cases.
+        hint: Option<Hint>,
+    },
     #[error("the mount on {directory:?} ended: {cause}")]
     Session {
         directory: PathBuf,
         cause: io::Error,
     },
-    #[error(
-        "{threads} worker threads cannot be started: {cause}; use fewer with --threads, or allow more with `ulimit -u` and `ulimit -v`"
-    )]
+    #[error("{threads} worker threads cannot be started: {cause}")]
+    #[strum(props(
+        hint = "use fewer with --threads, or allow more with `ulimit -u` and `ulimit -v`"
+    ))]
     Workers { threads: usize, cause: io::Error },
     #[error("cannot go to the background: {0}")]
     Background(io::Error),
@@ -177,12 +182,14 @@ pub enum MountError {
     #[error("unmounted, since the command that asked for the mount has ended: {0}")]
     Abandoned(io::Error),
     #[error(
-        "the connection of the mount on {0:?} was aborted (by `umount -f`, perhaps in a container that has a copy of the mount, or through /sys/fs/fuse); mount again"
+        "the connection of the mount on {0:?} was aborted (by `umount -f`, perhaps in a container that has a copy of the mount, or through /sys/fs/fuse)"
     )]
+    #[strum(props(hint = "mount again"))]
     Aborted(PathBuf),
-    #[error(
-        "the background process ended before the mount was ready ({0}); if memory is short, use fewer --threads, else mount with -f to see why"
-    )]
+    #[error("the background process ended before the mount was ready ({0})")]
+    #[strum(props(
+        hint = "if memory is short, use fewer --threads, else mount with -f to see why"
+    ))]
     DaemonDied(String),
 }
 
@@ -195,14 +202,14 @@ impl Explain for MountError {
     }
 
     fn hint(&self) -> Option<Hint> {
-        written(self).or_else(|| match self {
+        match self {
             Self::Repair { cause, .. } | Self::CannotReplace { cause, .. } => cause.hint(),
             Self::Directory { cause, .. } => cause.hint(),
             Self::Session { cause, .. } | Self::Background(cause) => cause.hint(),
             Self::Device(_) | Self::UserAllowOther => Some(ASK_DOCTOR),
-            Self::Refused { .. } => Some(ASK_DOCTOR),
-            _ => None,
-        })
+            Self::Refused { hint, .. } => hint.clone().or(Some(ASK_DOCTOR)),
+            _ => hint_of(self),
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::table;
-use crate::explain::{Explain, Hint, written};
+use crate::explain::{Explain, Hint};
 
 /// The largest request of the kernel, in pages.
 const MAX_PAGES: &str = "/proc/sys/fs/fuse/max_pages_limit";
@@ -23,17 +23,13 @@ const OLD_MAX_PAGES: u64 = 256;
 pub enum ReadAheadError {
     #[error("the kernel's read-ahead cannot be set: {0:?} is in no table of mounts")]
     NoMount(PathBuf),
-    #[error(
-        "the kernel's read-ahead was not changed ({cause}); root can do it: echo {kib} | sudo tee {setting}"
-    )]
+    #[error("the kernel's read-ahead was not changed ({cause})")]
     Refused {
         setting: String,
         kib: u64,
         cause: io::Error,
     },
-    #[error(
-        "the kernel reads ahead as asked, but in requests of {granted_kib} KiB; for larger ones: sudo sysctl fs.fuse.max_pages_limit={pages}, and mount again"
-    )]
+    #[error("the kernel reads ahead as asked, but in requests of {granted_kib} KiB")]
     SmallRequests { granted_kib: u64, pages: u64 },
 }
 
@@ -43,7 +39,18 @@ impl Explain for ReadAheadError {
     }
 
     fn hint(&self) -> Option<Hint> {
-        written(self)
+        match self {
+            Self::NoMount(_) => None,
+            Self::Refused { setting, kib, .. } => {
+                Some(format!("root can do it: echo {kib} | sudo tee {setting}").into())
+            }
+            Self::SmallRequests { pages, .. } => Some(
+                format!(
+                    "for larger ones: sudo sysctl fs.fuse.max_pages_limit={pages}, and mount again"
+                )
+                .into(),
+            ),
+        }
     }
 }
 

@@ -26,6 +26,7 @@ use super::table::{self, MountEntry, mount_table};
 use super::unmount::{self, UnmountError};
 use super::workers::wait_for_workers;
 use super::{Mount, MountError, State, copies, status};
+use crate::explain::Explain;
 use crate::fuse::OdmoeFs;
 use crate::sys::privileges;
 use crate::sys::process::{FROM_PARENT, Signals};
@@ -253,7 +254,7 @@ impl Attached {
 
     fn detach_or_log(&self) {
         if let Err(e) = self.detach() {
-            tracing::error!("{e}");
+            tracing::error!("{}", e.line());
         }
     }
 
@@ -272,7 +273,7 @@ impl Attached {
                     "unmounted {directories:?}, but {used}: waiting for that to end; a second signal ends the process now"
                 );
             }
-            Err(e) => tracing::error!("{e}; a second signal ends the process now"),
+            Err(e) => tracing::error!("{}; a second signal ends the process now", e.line()),
         }
     }
 

@@ -10,6 +10,7 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Component, Path, PathBuf};
 
+use crate::explain::{Explain, Hint};
 use crate::sys::process::effective_ids;
 
 /// One line of the table.
@@ -199,9 +200,30 @@ fn trusted_target(link: &Path) -> io::Result<PathBuf> {
     if is_closed || ours.contains(&owner) {
         return Ok(target);
     }
-    let problem =
-        format!("{link:?} is a link of user {owner}, who can exchange it; name what it leads to");
+    let problem = ForeignLink {
+        link: link.to_owned(),
+        owner,
+    };
     Err(io::Error::new(io::ErrorKind::PermissionDenied, problem))
+}
+
+/// A link that is not followed for root, since a user could exchange it meanwhile. It is inside of an
+/// [`io::Error`].
+#[derive(Debug, thiserror::Error)]
+#[error("{link:?} is a link of user {owner}, who can exchange it")]
+pub struct ForeignLink {
+    link: PathBuf,
+    owner: u32,
+}
+
+impl Explain for ForeignLink {
+    fn code(&self) -> &'static str {
+        "mount.foreign_link"
+    }
+
+    fn hint(&self) -> Option<Hint> {
+        Some("name what it leads to".into())
+    }
 }
 
 /// The names of a path, the last one first.

@@ -17,39 +17,37 @@ use super::copies::{self, MountCopy};
 use super::holders::{Use, use_of};
 use super::table::{self, Links, MountEntry, mount_table};
 use super::{State, status};
-use crate::explain::{Explain, Hint, written};
+use crate::explain::{Explain, Hint, hint_of};
 use crate::host::{HELPER_VARIABLE, fusermount};
 use crate::sys;
 use crate::sys::process::Watched;
-
 /// Why a directory was not unmounted.
-#[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
+#[derive(Debug, thiserror::Error, strum::IntoStaticStr, strum::EnumProperty)]
 #[strum(serialize_all = "snake_case", prefix = "umount.")]
 pub enum UnmountError {
-    #[error("{0:?} does not exist; name one of those that `odmoe-fs status` lists")]
+    #[error("{0:?} does not exist")]
+    #[strum(props(hint = "name one of those that `odmoe-fs status` lists"))]
     Missing(PathBuf),
-    #[error("{0:?} is not an odmoe-fs mount; name one of those that `odmoe-fs status` lists")]
+    #[error("{0:?} is not an odmoe-fs mount")]
+    #[strum(props(hint = "name one of those that `odmoe-fs status` lists"))]
     NotOurs(PathBuf),
-    #[error(
-        "{directory:?} is in use{users}; {}, or pass --lazy to take the mount away now and end it when its last user has left",
-        users.advice()
-    )]
+    #[error("{directory:?} is in use{users}")]
     Busy {
         directory: PathBuf,
         /// As far as this user may see it.
         users: Box<Use>,
     },
-    #[error("{directory:?} lies under another mount; unmount that first")]
+    #[error("{directory:?} lies under another mount")]
+    #[strum(props(hint = "unmount that first"))]
     Hidden { directory: PathBuf },
-    #[error("{directory:?} was mounted by another user; ask that user or root to unmount it")]
+    #[error("{directory:?} was mounted by another user")]
+    #[strum(props(hint = "ask that user or root to unmount it"))]
     AnotherUsers { directory: PathBuf },
-    #[error(
-        "fusermount3 is not installed, and unmounting needs it unless you are root; install the package fuse3"
-    )]
+    #[error("fusermount3 is not installed, and unmounting needs it unless you are root")]
+    #[strum(props(hint = "install the package fuse3"))]
     NoFusermount,
-    #[error(
-        "FUSERMOUNT_PATH is {0:?}, which is not a program; unset it, or name the fusermount3 of the package fuse3"
-    )]
+    #[error("FUSERMOUNT_PATH is {0:?}, which is not a program")]
+    #[strum(props(hint = "unset it, or name the fusermount3 of the package fuse3"))]
     WrongHelper(PathBuf),
     #[error("{directory:?} cannot be unmounted: {reason}")]
     Refused { directory: PathBuf, reason: String },
@@ -61,7 +59,12 @@ impl Explain for UnmountError {
     }
 
     fn hint(&self) -> Option<Hint> {
-        written(self)
+        match self {
+            Self::Busy { users, .. } => Some(
+                format!("{}, or pass --lazy to take the mount away now and end it when its last user has left", users.advice()).into(),
+            ),
+            _ => hint_of(self),
+        }
     }
 }
 

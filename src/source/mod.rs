@@ -37,9 +37,8 @@ pub use open::open;
 use self::fetch::{Chunk, Fetch};
 pub(crate) use self::fetch::{Held, Pace, Run};
 use self::part::PartFile;
-use crate::explain::{Explain, Hint, written};
+use crate::explain::{Explain, Hint, hint_of};
 use crate::sys;
-
 /// The open parts of a model.
 #[derive(Debug)]
 pub struct Source {
@@ -69,14 +68,15 @@ pub enum PageCache {
 }
 
 /// Why a range of a part cannot be read. For a reader of a mount, each of these is EIO.
-#[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
+#[derive(Debug, thiserror::Error, strum::IntoStaticStr, strum::EnumProperty)]
 #[strum(serialize_all = "snake_case", prefix = "read.")]
 pub enum ReadError {
-    #[error(
-        "{path:?} has changed since it was opened; wait until nothing writes to it, then mount it again, or run the command again"
-    )]
+    #[error("{path:?} has changed since it was opened")]
+    #[strum(props(
+        hint = "wait until nothing writes to it, then mount it again, or run the command again"
+    ))]
     Changed { path: PathBuf },
-    #[error("{path:?} cannot be opened again: {cause}; {}", reopen_hint(.cause))]
+    #[error("{path:?} cannot be opened again: {cause}")]
     Reopen { path: PathBuf, cause: io::Error },
     #[error("{path:?} cannot be read at byte {offset}: {cause}")]
     Read {
@@ -110,7 +110,8 @@ impl Explain for ReadError {
     fn hint(&self) -> Option<Hint> {
         match self {
             Self::Read { cause, .. } => cause.hint(),
-            Self::Changed { .. } | Self::Reopen { .. } => written(self),
+            Self::Reopen { cause, .. } => Some(reopen_hint(cause).into()),
+            Self::Changed { .. } => hint_of(self),
         }
     }
 }

@@ -48,10 +48,6 @@ impl Explain for ToyError {
         self.into()
     }
 
-    fn message(&self) -> String {
-        self.to_string()
-    }
-
     fn hint(&self) -> Option<Hint> {
         Some(match self {
             Self::Exists(_) => "remove it, or write to another name".into(),

@@ -24,14 +24,13 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
-use strum::EnumProperty;
 
 use self::claims::Expected;
 pub use self::difference::{Difference, DifferenceKind, TensorNames};
 use self::header::FoundHeader;
 use self::listing::Listing;
 pub use self::unfinished::Unfinished;
-use crate::explain::{Explain, Hint};
+use crate::explain::{Explain, Hint, hint_of};
 use crate::folder::Entry;
 use crate::layout::{METADATA_PATH, REGISTRY_PATH, TensorFile};
 use crate::model::Model;
@@ -91,7 +90,7 @@ impl Explain for VerifyError {
             }
             Self::List { cause, .. } => cause.hint(),
             Self::Model(cause) => cause.hint(),
-            _ => self.get_str("hint").map(Hint::Borrowed),
+            _ => hint_of(self),
         }
     }
 }

@@ -13,15 +13,14 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use odmoe_fs::explain::{Explain, Hint, split};
+use self::heat::{Grid, Heat, Measure};
+use super::failure::{Context, Failure, Result};
+use super::screen::Screen;
+use super::{print, print_json, say, text};
+use odmoe_fs::explain::{Explain, Hint, hint_of};
 use odmoe_fs::mounts::{State, odmoe_mount_of, state_of};
 use odmoe_fs::stats::{ExpertUse, HEAT_ATTRIBUTE, Latency, STATS_ATTRIBUTE, Snapshot};
 use serde::Serialize;
-
-use self::heat::{Grid, Heat, Measure};
-use super::failure::{Context, Failure, Result, ensure};
-use super::screen::Screen;
-use super::{print, print_json, say, text};
 
 /// Show which experts of a mount are hot, and how fast it is read
 ///
@@ -65,22 +64,25 @@ struct LayerHeat {
 }
 
 /// Why nothing can be shown.
-#[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
+#[derive(Debug, thiserror::Error, strum::IntoStaticStr, strum::EnumProperty)]
 #[strum(serialize_all = "snake_case", prefix = "top.")]
 pub enum TopError {
-    #[error("{0:?} is not an odmoe-fs mount; pick one from `odmoe-fs status`")]
+    #[error("{0:?} is not an odmoe-fs mount")]
+    #[strum(props(hint = "pick one from `odmoe-fs status`"))]
     NotOurs(PathBuf),
-    #[error(
-        "the mount on {0:?} counts nothing; mount it with --stats: `odmoe-fs mount --replace --stats MODEL.gguf DIR`"
-    )]
+    #[error("the mount on {0:?} counts nothing")]
+    #[strum(props(
+        hint = "mount it with --stats: `odmoe-fs mount --replace --stats MODEL.gguf DIR`"
+    ))]
     NotCounted(PathBuf),
-    #[error("the mount on {0:?} does not answer; `odmoe-fs status` shows which process serves it")]
+    #[error("the mount on {0:?} does not answer")]
+    #[strum(props(hint = "`odmoe-fs status` shows which process serves it"))]
     NotAnswering(PathBuf),
-    #[error(
-        "the mount on {0:?} was unmounted, or its process has died; mount it again with --stats"
-    )]
+    #[error("the mount on {0:?} was unmounted, or its process has died")]
+    #[strum(props(hint = "mount it again with --stats"))]
     Stale(PathBuf),
-    #[error("the mount on {0:?} belongs to another user; run this as that user")]
+    #[error("the mount on {0:?} belongs to another user")]
+    #[strum(props(hint = "run this as that user"))]
     NotReadable(PathBuf),
 }
 
@@ -90,9 +92,7 @@ impl Explain for TopError {
     }
 
     fn hint(&self) -> Option<Hint> {
-        split(&self.to_string())
-            .1
-            .map(|hint| hint.to_owned().into())
+        hint_of(self)
     }
 }
 
@@ -225,11 +225,11 @@ fn latencies(latency: &Latency) -> String {
 }
 
 fn export(sample: &Sample, root: &Path, measure: Measure, path: &Path) -> Result<()> {
-    ensure!(
-        path.extension()
-            .is_some_and(|extension| extension.eq_ignore_ascii_case("svg")),
-        "{path:?} does not end in .svg; choose a name that does"
-    );
+    let extension = path.extension();
+    if !extension.is_some_and(|extension| extension.eq_ignore_ascii_case("svg")) {
+        let message = format!("{path:?} does not end in .svg");
+        return Err(Failure::new(message).hint("choose a name that does"));
+    }
     let heat = Heat::of(sample, measure);
     let title = format!("{} on {}", sample.stats.architecture, root.display());
     let drawing = svg::draw(&heat, measure, &title, sample.stats.seconds);

@@ -21,7 +21,7 @@ use ratatui::prelude::CrosstermBackend;
 use ratatui::{DefaultTerminal, Frame, Terminal};
 use rustix::process::{Signal, getpgrp, getpid, getsid, kill_process};
 
-use super::super::failure::{Failure, Result, ensure};
+use super::super::failure::{Failure, Result};
 use super::super::text;
 
 /// The signals that end a process by default (signal(7)), except those for faults of its own.
@@ -61,14 +61,13 @@ pub struct LiveTerminal {
 impl LiveTerminal {
     /// Takes the terminal.
     pub fn take() -> Result<Self> {
-        ensure!(
-            io::stdout().is_terminal() && io::stdin().is_terminal(),
-            "there is no terminal to show the live view on; pass --once, or --once --json"
-        );
-        ensure!(
-            !text::is_dumb(),
-            "this terminal (TERM=dumb) cannot show the live view; pass --once, or --once --json"
-        );
+        let refused = |why| Err(Failure::new(why).hint("pass --once, or --once --json"));
+        if !io::stdout().is_terminal() || !io::stdin().is_terminal() {
+            return refused("there is no terminal to show the live view on");
+        }
+        if text::is_dumb() {
+            return refused("this terminal (TERM=dumb) cannot show the live view");
+        }
         if !is_in_foreground() {
             // Stop until the shell gives us the terminal, as the kernel would make us; but do it
             // before signals are taken, since a stopped process could not obey them.
