@@ -126,7 +126,7 @@ const CONVERT: &str = "llama.cpp refuses it, too: convert the model again with a
 const NAMES: &str =
     "the program that wrote the file must give its keys and tensors names that are text";
 /// What to do about gpt-oss as Ollama writes it.
-pub const LLAMA_CPP_GPT_OSS: &str =
+pub(crate) const LLAMA_CPP_GPT_OSS: &str =
     "take llama.cpp's file of the model, whose general.architecture is \"gpt-oss\"";
 const NEWER: &str = "look for a newer odmoe-fs that knows it";
 

@@ -22,7 +22,8 @@ mod types;
 mod value;
 pub mod write;
 
-pub use error::{HeaderError, LLAMA_CPP_GPT_OSS, Problem};
+pub(crate) use error::LLAMA_CPP_GPT_OSS;
+pub use error::{HeaderError, Problem};
 pub use foreign::Foreign;
 pub use header::Header;
 pub use joined::Joined;
