@@ -8,7 +8,6 @@
 //! stop, [`launch`] does both in a daemon whose fate its caller learns, and [`unmount`] ends one of
 //! ours.
 
-#[cfg(target_os = "linux")]
 mod attach;
 mod background;
 mod copies;
@@ -49,6 +48,7 @@ pub use crate::served::Cache;
 use crate::served::{Owner, Served};
 use crate::source::PageCache;
 use crate::sys::process::effective_ids;
+
 /// The file system type in mount tables.
 pub const FS_TYPE: &str = "fuse.odmoe";
 const SUBTYPE: &str = "odmoe";

@@ -21,6 +21,7 @@ pub(super) fn name_of(pid: u32) -> String {
 }
 
 /// The FUSE connections that a file of `/proc/PID/fdinfo` names. Only recent kernels tell.
+#[cfg(target_os = "linux")]
 pub(super) fn connections(fdinfo: &str) -> impl Iterator<Item = &str> {
     let values = fdinfo
         .lines()

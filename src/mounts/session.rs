@@ -8,20 +8,17 @@
 //! The plan: a mount is known by its device number, which no other mount has while its session
 //! lives. [`Attached`] finds it by that in the mount table, wherever it lies by then.
 
-use std::fs;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use fuser::{Config, Session, SessionACL};
+use fuser::{Config, SessionACL};
 use parking_lot::Mutex;
 
 use super::attach::{self, Made};
 use super::place::Place;
-use super::processes::connections;
 use super::table::{self, MountEntry, mount_table};
 use super::unmount::{self, UnmountError};
 use super::workers::wait_for_workers;
@@ -62,7 +59,7 @@ impl Mount {
         let directory = self.place.path().to_owned();
         let made = attach::make(&self.place, &self.wishes)
             .inspect_err(|_| remove_what_was_left(&directory))?;
-        let attached = Attached::of(&self.place, &made.device);
+        let attached = Attached::of(&self.place, &made);
         let by_ourselves = made.by_ourselves;
         let started = start(self.file_system, made, self.acl, threads);
         let was_moved = !self.place.is_where_it_was();
@@ -116,7 +113,7 @@ fn start(
     let mut config = Config::default();
     config.acl = acl;
     config.n_threads = Some(threads);
-    let session = Session::from_fd(file_system, made.device, acl, config)?.spawn()?;
+    let session = made.serve(file_system, acl, config)?.spawn()?;
     wait_for_workers(session.guard, threads)
 }
 
@@ -197,18 +194,13 @@ pub(super) struct Attached {
 }
 
 impl Attached {
-    /// The mount that was just made on a directory, and is served by a descriptor.
-    fn of(place: &Place, descriptor: &OwnedFd) -> Self {
-        let info = format!("/proc/self/fdinfo/{}", descriptor.as_raw_fd());
-        let info = fs::read_to_string(info).unwrap_or_default();
-        let told = connections(&info).next();
-        let device = told
-            .map(|connection| format!("0:{connection}"))
-            .or_else(|| {
-                // Older kernels do not tell. The directory is locked, so what is there is ours.
-                let entry = table::mounted_on(place.path()).filter(MountEntry::is_odmoe);
-                Some(entry?.device)
-            });
+    /// The mount that was just made on a directory.
+    fn of(place: &Place, made: &Made) -> Self {
+        let device = made.device_number().or_else(|| {
+            // Older kernels do not tell. The directory is locked, so what is there is ours.
+            let entry = table::mounted_on(place.path()).filter(MountEntry::is_odmoe);
+            Some(entry?.device)
+        });
         Self {
             directory: place.path().to_owned(),
             device,

@@ -21,6 +21,7 @@ use super::{c_path, check};
 pub struct Probe {
     pipe: File,
     /// `None` on kernels before 5.3 and off Linux; then the child is left to itself.
+    #[cfg_attr(not(target_os = "linux"), allow(dead_code))]
     child: Option<OwnedFd>,
     answer: Option<Answer>,
 }
