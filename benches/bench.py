@@ -1,8 +1,9 @@
-"""Measures the table of the project: see benches/run.sh, which makes everything that this needs.
+"""Measures the table of the project. benches/run.sh makes everything that this needs.
 
-Every line is measured with both sides in one run, sample by sample in turn. The table gives median (min..max)
-of each side and of the ratio of each pair; throughput ratios are better above 1, those of time and memory below. A
-floor is a mount of the same tree that serves zeroes: what FUSE itself costs. Missed bars are marked, never left out.
+Every line measures both sides in one run, sample by sample in turn. The table gives the median
+(min..max) of each side and of the ratio of each pair. Of throughput, more than 1 is better; of time and
+memory, less. A floor is a mount of the same tree that serves zeroes: the cost of FUSE itself. Missed
+bars are marked, never left out.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from lab import GIB, Lab, read_ahead_kib, run  # noqa: E402
 from measure import HEADINGS, Unavailable, table  # noqa: E402
 from odmoe import BINARY, REPO, detach, mounts  # noqa: E402
 
-# The model, its tree, one copy being written, and two images.
+# For the model, its tree, a copy being written, and two images.
 NEEDED_BYTES = 20 * GIB
 
 
@@ -61,7 +62,7 @@ def commit():
 
 
 def meant(word, key):
-    """A line is meant by its key, or by what that begins with."""
+    """Whether a word selects a line: by its whole key, or by the beginning of it."""
     return key == word or key.startswith(f"{word}-")
 
 
@@ -69,7 +70,7 @@ def options(known):
     parser = argparse.ArgumentParser(
         prog="benches/run.sh", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--list", action="store_true", help="say what is measured, and stop")
+    parser.add_argument("--list", action="store_true", help="list what is measured, and stop")
     parser.add_argument("--only", metavar="LINE,...", help="only these; `cold` means cold-mmap and so on")
     parser.add_argument("--samples", type=int, default=7, metavar="N", help="samples of each side [default: 7]")
     parser.add_argument(
@@ -77,7 +78,7 @@ def options(known):
         type=Path,
         default=BINARY.parent.parent,
         metavar="DIR",
-        help="where a folder for the data is made, and removed again; a real disk [default: target]",
+        help="where to make a folder for the data, which is removed again; on a real disk [default: target]",
     )
     parser.add_argument(
         "--json",
@@ -96,7 +97,7 @@ def options(known):
     words = args.only.split(",") if args.only else list(known)
     for word in words:
         if not any(meant(word, key) for key in known):
-            parser.error(f"no line is called {word}; --list says which there are")
+            parser.error(f"no line is called {word}; --list shows them all")
     args.lines = [line for key, line in known.items() if any(meant(word, key) for word in words)]
     return args
 
@@ -108,34 +109,34 @@ def check_place(scratch):
     kind = run("findmnt", "-no", "FSTYPE", "-T", scratch).split()[-1]  # of mounts over each other, the topmost
     if kind in ("tmpfs", "ramfs", "overlay"):
         sys.exit(
-            f"benches/run.sh: {scratch} is on {kind}, where nothing is cold; name a folder on a disk with --scratch"
+            f"benches/run.sh: {scratch} is on {kind}, where nothing is cold; choose a folder on a disk with --scratch"
         )
     fs = os.statvfs(scratch)
     if fs.f_bavail * fs.f_frsize < NEEDED_BYTES:
         sys.exit(
-            f"benches/run.sh: {scratch} has less than {NEEDED_BYTES // GIB} GiB of room; name another with --scratch"
+            f"benches/run.sh: {scratch} has less than {NEEDED_BYTES // GIB} GiB of room; choose another with --scratch"
         )
 
 
 @contextlib.contextmanager
 def scratch_below(folder):
-    """A folder that goes again with every mount in it, whatever happens."""
+    """A folder that is removed with every mount in it, whatever happens."""
     path = Path(tempfile.mkdtemp(prefix="odmoe-bench-", dir=folder.resolve()))
     try:
         yield path
     finally:
-        # Nothing interrupts the cleaning.
+        # Nothing may interrupt the cleaning.
         for number in STOPPING:
             signal.signal(number, signal.SIG_IGN)
         detach(path)
         left = [m.at for m in mounts() if m.at.startswith(f"{path}/")]
         assert not left, f"still mounted: {left}"
-        # One file system only: should a mount be left after all, nothing in it is touched.
+        # One file system only: if a mount is left after all, nothing in it is touched.
         run("rm", "-r", "-f", "--one-file-system", path)
 
 
 def measure(line, lab):
-    """The figures of a line, as rows of the table and as JSON; a line that fails costs no other."""
+    """The figures of a line, as rows of the table and as JSON; a failure does not stop the others."""
     print(f"==> {line.key}: {line.text}", file=sys.stderr, flush=True)
     start, figures, error = time.monotonic(), [], None
     try:

@@ -1,7 +1,7 @@
 """The Python clients: clients.py (safe-open | headers | mlx) FILES...
 
-Prints nanoseconds, bytes and their sum as JSON. The clock runs around the loader's work alone: not around imports, and
-not around the sum, which is made afterwards of the arrays that were loaded.
+Prints nanoseconds, bytes and their sum as JSON. The clock runs for the loader's work alone: not for
+imports, and not for the sum, which is taken afterwards of the arrays that were loaded.
 """
 
 import json
@@ -13,12 +13,12 @@ from safetensors import safe_open
 
 
 def words(arrays):
-    """The sum of all bytes taken as 64-bit words."""
+    """The sum of all bytes, as 64-bit words."""
     return sum(int(a.reshape(-1).view(np.uint64).sum(dtype=np.uint64)) for a in arrays) % 2**64
 
 
 def load_safe_open(paths):
-    """Every tensor copied out, as numpy arrays are."""
+    """Copies every tensor out, as numpy arrays are."""
     arrays = []
     for path in paths:
         with safe_open(path, framework="numpy") as file:
@@ -27,7 +27,7 @@ def load_safe_open(paths):
 
 
 def load_headers(paths):
-    """What loaders look at first: names and metadata of every file."""
+    """Reads what loaders look at first: names and metadata of every file."""
     for path in paths:
         with safe_open(path, framework="numpy") as file:
             assert len(file.keys()) == 3 and file.metadata()

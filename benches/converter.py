@@ -1,9 +1,9 @@
-"""The reference converter's way of splitting a model: gguf-py reads it, safetensors' `save_file` writes each expert.
+"""Splits a model as the reference converter does: gguf-py reads it, `save_file` writes each expert.
 
     converter.py MODEL.gguf DIR
 
-Its own rules find no expert in files of today's llama.cpp, so the names are theirs here; the reading and writing is as
-it does it. Prints the nanoseconds of the work, without imports.
+The converter's own rules find no experts in files of today's llama.cpp, so this uses llama.cpp's
+names. It reads and writes as the converter does. Prints the nanoseconds of the work, without imports.
 """
 
 import json

@@ -1,7 +1,8 @@
-"""Where it is measured: the scratch folder, the models in it, mounts and file systems that never outlive a sample.
+"""The lab: a scratch folder, the models in it, and mounts and file systems that outlive no sample.
 
-A cold sample has a fresh mount, dropped caches, and, as `fincore` says, no page of the model or of the native files in
-memory. What the daemon has mapped cannot be dropped, hence the fresh mount; programs are warm in all samples.
+A cold sample has a fresh mount and dropped caches, and `fincore` finds no page of the model or of the
+native files in memory. Pages that a daemon has mapped cannot be dropped, hence the fresh mount.
+Programs are warm in all samples.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ KIMI = "kimi-k2.5-q4_k_m"
 KIMI_PARTS = 9
 KIMI_EXPERTS = 23_040
 
-# Nothing takes so long but by mistake.
+# Nothing takes this long unless something is wrong.
 PATIENCE = 600
 
 
@@ -60,7 +61,7 @@ def process_bytes(pid, field, source="status"):
 
 
 def bdi(path):
-    """What the kernel keeps of the device below a path."""
+    """The kernel's settings for the device below a path."""
     device = os.stat(path).st_dev
     return Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}")
 
@@ -72,7 +73,7 @@ def read_ahead_kib(path):
 
 
 def workers(pid):
-    """The threads of a daemon that answer the kernel, which fuser calls fuser-0, fuser-1, ..."""
+    """The threads of a daemon that answer the kernel; fuser calls them fuser-0, fuser-1, ..."""
     names = [path.read_text().strip() for path in Path(f"/proc/{pid}/task").glob("*/comm")]
     return sum(name.removeprefix("fuser-").isdigit() for name in names)
 
@@ -119,7 +120,7 @@ class Lab:
         folder.mkdir()
         return folder
 
-    # --- data, made when they are first needed ---
+    # --- data, made when it is first needed ---
 
     @functools.cached_property
     def model(self):
@@ -151,7 +152,7 @@ class Lab:
 
     @functools.cached_property
     def settings(self):
-        """What can be seen from outside of the settings that a mount was granted."""
+        """The settings that a mount was granted, as far as they are visible from outside."""
         with self.mount() as mount:
             pages = Path("/proc/sys/fs/fuse/max_pages_limit")
             limit = int(pages.read_text()) * 4 if pages.exists() else None
@@ -214,7 +215,7 @@ class Lab:
     # --- caches ---
 
     def cold(self, *others):
-        """Drops all caches, and makes sure that nothing of the models and of the native files is left."""
+        """Drops all caches, and makes sure that no page of the models or native files is left."""
         files = [path for path in others if path.is_file()]
         if "model" in self.__dict__:
             files.append(self.model)
@@ -231,7 +232,7 @@ class Lab:
         raise RuntimeError(f"{resident_bytes(files):,} bytes of the model or of native files stay in memory")
 
     def cached(self, files):
-        """Makes sure that files are in memory, whole."""
+        """Makes sure that whole files are in memory."""
         want = sum(path.stat().st_size for path in files)
         for _ in range(3):
             if resident_bytes(files) >= want:
@@ -251,7 +252,7 @@ class Lab:
 
 @contextlib.contextmanager
 def peak_of(pid, field):
-    """Samples a field of /proc/PID/status meanwhile; yields a list that ends up with the largest value."""
+    """Samples a field of /proc/PID/status meanwhile; yields a list that ends up holding its maximum."""
     peak, stop = [0], threading.Event()
 
     def watch():
@@ -270,7 +271,7 @@ def peak_of(pid, field):
 
 
 def remove(folder):
-    """Removes a tree, and lets its file system settle so that the next sample does not pay for it."""
+    """Removes a tree, and lets its file system settle, so that the next sample does not pay for it."""
     shutil.rmtree(folder, ignore_errors=True)
     os.sync()
 

@@ -3,7 +3,7 @@
 import dataclasses
 import statistics
 
-# The side that is judged, and the one that shows what FUSE itself costs. All others are what we compare with.
+# The side that is judged, and the one that shows the cost of FUSE itself. We compare with the others.
 OURS = "odmoe-fs"
 FLOOR = "floor"
 
@@ -14,7 +14,7 @@ class Unavailable(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """What a client did: how long it took, and the sum of the bytes that it read."""
+    """A client's work: how long it took, and the sum of the bytes that it read."""
 
     nanoseconds: int
     bytes: int
@@ -30,9 +30,10 @@ class Reading:
 
 
 def interleave(sides, samples, warm_up=1):
-    """Calls each side in turn, as often as there are samples; who comes first alternates.
+    """Calls each side in turn, once per sample; the side that comes first alternates.
 
-    The first rounds are thrown away: they pay for what is first of its kind on either side, such as a host's cache.
+    The first rounds are thrown away: they pay for everything that happens once, such as filling the
+    cache of a host.
     """
     taken = {name: [] for name in sides}
     for n in range(warm_up + samples):
@@ -52,7 +53,7 @@ def check_same_bytes(taken):
 
 @dataclasses.dataclass(frozen=True)
 class Limit:
-    """What a figure must reach, and what we would like."""
+    """The bar that a figure must reach, and the aim that we would like it to."""
 
     bar: float | None
     aim: float | None = None
@@ -87,7 +88,7 @@ NO_LIMIT = Limit(None)
 
 @dataclasses.dataclass
 class Figure:
-    """One row of the table. With another side, the ratio of each pair is judged; else the value itself."""
+    """One row of the table. With another side, the ratio of each pair is judged, else the value."""
 
     what: str
     unit: str
@@ -97,7 +98,7 @@ class Figure:
 
     @property
     def other(self):
-        """The side that ours is compared with, if any."""
+        """The side that we compare ours with, if any."""
         return next((name for name in self.samples if name not in (OURS, FLOOR)), None)
 
     def ratios(self, side=OURS):

@@ -1,4 +1,4 @@
-"""What the Python examples share: where an expert lies, its tensors as numbers, and what it computes."""
+"""Shared by the Python examples: where an expert lies, its tensors as numbers, and what it computes."""
 
 import json
 
@@ -20,7 +20,7 @@ def read(path):
 
 
 def as_numbers(array, ggml_type):
-    """F32, F16 and BF16 are numbers already; all else are GGML blocks, a row of bytes for each row of the matrix."""
+    """F32, F16 and BF16 are numbers already. Other types are GGML blocks, a row of bytes per row."""
     if ggml_type in ("F32", "F16", "BF16"):
         return array.astype(np.float32)
     return gguf.quants.dequantize(array, gguf.GGMLQuantizationType[ggml_type])

@@ -1,9 +1,9 @@
 """An LRU store of experts for MLX, fed from a mount, and a MoE layer that runs on it.
 
-The store keeps a working set of experts in memory and drops the one that was not used for longest. While a layer
-computes, it asks the kernel to read the next experts' files ahead (posix_fadvise WILLNEED): the mount passes that on
-to the model. `main` runs the MoE layers of a model on one vector; with `--check` it computes the same from the GGUF itself, by
-gguf-py, and compares both the weights and the results.
+The store keeps a working set of experts in memory and drops the least recently used one. While a layer
+computes, it asks the kernel to read the next experts' files ahead (posix_fadvise WILLNEED): the mount
+passes that on to the model. `main` runs the MoE layers of a model on one vector. With `--check` it also
+computes them from the GGUF itself, with gguf-py, and compares the weights and the results.
 
     pip install mlx gguf safetensors ml_dtypes    # on Linux mlx[cpu]
     python mlx_expert_store.py MOUNT [--capacity N] [--check MODEL.gguf]
@@ -28,7 +28,7 @@ class ExpertStore:
         self.mount = mount
         self.capacity = capacity
         self.hits = self.misses = 0
-        self._experts = collections.OrderedDict()  # the one used last comes last
+        self._experts = collections.OrderedDict()  # the most recently used one is last
 
     def get(self, layer, expert):
         """The weights of an expert by name."""
@@ -44,7 +44,7 @@ class ExpertStore:
         return self._experts[key]
 
     def prefetch(self, keys):
-        """Has the kernel read the files of experts that will be needed, and does not wait for it."""
+        """Asks the kernel to read the files of experts that will be needed, without waiting for it."""
         for layer, expert in keys:
             if (layer, expert) not in self._experts:
                 file = os.open(expert_path(self.mount, layer, expert), os.O_RDONLY)
@@ -74,7 +74,7 @@ def feed_forward(weights, x):
 
 
 def route(router, x, used):
-    """The experts that a token takes, and their shares: the softmax over the highest logits."""
+    """The experts that a token uses, and their shares: the softmax over the highest logits."""
     logits = router @ x
     chosen = np.argsort(-np.array(logits), kind="stable")[:used]
     shares = mx.softmax(logits[mx.array(chosen)])

@@ -1,14 +1,16 @@
-//! What must hold for any bytes: of the GGUF reader, of the whole way from bytes to files, and of
+//! What must hold for any bytes: in the GGUF reader, on the whole way from bytes to files, and in
 //! the slices that answer reads.
 //!
-//! The fuzz targets call these with bytes that a fuzzer makes up; `tests/fuzzed.rs` calls them with
-//! the seeds and with damaged seeds, so that every run of the tests does a little of it.
+//! The fuzz targets call these with a fuzzer's bytes; `tests/fuzzed.rs` calls them with the seeds
+//! and with damaged seeds, so that every run of the tests fuzzes a little.
 
 use std::alloc::{GlobalAlloc, Layout as Allocation, System};
 use std::cell::Cell;
+use std::ffi::OsStr;
 use std::io::{self, BufRead, Cursor, Read, Seek, SeekFrom};
+use std::os::unix::ffi::OsStrExt;
 
-use odmoe_fs::gguf::{Header, ModelHeader};
+use odmoe_fs::gguf::{Header, Joined, ModelHeader, PartName, looks_like_raw_cut};
 use odmoe_fs::layout::{Doc, Layout};
 use odmoe_fs::tree::{Content, DocId, Kind, NewFile, Origin, ROOT, Tree};
 
@@ -17,11 +19,12 @@ use odmoe_fs::tree::{Content, DocId, Kind, NewFile, Origin, ROOT, Tree};
 const BYTES_PER_BYTE: usize = 64;
 /// Heap for each expert that a tensor's shape announces: a file with a name, its tensors and runs.
 const BYTES_PER_EXPERT: usize = 1024;
-/// Heap whatever the input is: one key or string of 64 KiB may be asked for where a sparse file ends in
-/// a hole.
+/// Heap that any input may cost: a key or string of 64 KiB may lie in the hole of a sparse file.
 const CONSTANT_BYTES: usize = 192 << 10;
 /// Calls of the reader per byte of a header, at most: a call takes a byte or more.
 const CALLS_PER_BYTE: u64 = 4;
+/// Calls to look behind the tensors of all headers that follow each other in a file, at most.
+const CALLS_BETWEEN_HEADERS: u64 = 64 * 16;
 
 // --- memory and work, counted -----------------------------------------------------------------
 
@@ -30,11 +33,11 @@ thread_local! {
     static PEAK: Cell<usize> = const { Cell::new(0) };
 }
 
-/// The system's allocator, which remembers how much each thread has had at the same time.
+/// The system's allocator, which also records each thread's peak.
 pub struct Counting;
 
 fn count(grown: usize, shrunk: usize) {
-    // A thread that ends has no counters any more.
+    // A thread that is ending no longer has counters.
     let _ = LIVE.try_with(|live| {
         let now = live.get().wrapping_add(grown).wrapping_sub(shrunk);
         live.set(now);
@@ -57,7 +60,7 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
-/// The result of some work, and the most heap that it had at the same time.
+/// The result of some work, and its peak of heap.
 fn measured<T>(work: impl FnOnce() -> T) -> (T, usize) {
     let before = LIVE.get();
     PEAK.set(before);
@@ -130,7 +133,7 @@ fn read_header(bytes: &[u8], file_bytes: u64) -> Option<Header> {
     }
 }
 
-/// What is said to a user must not move the cursor, and must end.
+/// A message to a user must not move the cursor, and must not be endless.
 fn assert_is_one_line(text: &str) {
     assert!(!text.contains(char::is_control), "{text:?}");
     assert!(text.len() < 4096, "{} bytes of message", text.len());
@@ -140,9 +143,11 @@ fn assert_is_one_line(text: &str) {
 
 /// Any bytes are a header or an error, in little memory and few steps.
 pub fn gguf(data: &[u8]) {
+    name(&data[..data.len().min(255)]);
     let Some(header) = read_header(data, data.len() as u64) else {
         return;
     };
+    joined(data, &header);
     for tensor in &header.tensors {
         assert!(
             tensor
@@ -168,10 +173,40 @@ pub fn gguf(data: &[u8]) {
     }
 }
 
+/// Looking behind the tensors takes little memory and few steps, too.
+fn joined(data: &[u8], first: &Header) {
+    let calls = Cell::new(0);
+    let reader = Counted {
+        bytes: Cursor::new(data),
+        calls: &calls,
+    };
+    let (found, peak) = measured(|| Joined::find(reader, first, data.len() as u64));
+    assert!(peak <= BYTES_PER_BYTE * data.len() + CONSTANT_BYTES);
+    let most = CALLS_PER_BYTE * data.len() as u64 + CALLS_BETWEEN_HEADERS;
+    assert!(calls.get() <= most, "{} calls", calls.get());
+    if let Some(joined) = found.expect("memory can be read") {
+        assert!(joined.at >= first.data_end() && joined.parts.len() >= 2);
+        assert!(data[joined.at as usize..].starts_with(b"GGUF"));
+        assert_is_one_line(&joined.to_string());
+    }
+}
+
+/// Any bytes that a file name can have are those of a part, whose siblings have them too, or not.
+fn name(bytes: &[u8]) {
+    let name = OsStr::from_bytes(bytes);
+    if let Some(part) = PartName::parse(name) {
+        assert_eq!(part.sibling(part.number), name);
+        let sibling = PartName::parse(&part.sibling(7)).expect("a sibling is a part");
+        assert_eq!((sibling.number, sibling.count), (7, part.count));
+        assert!(!looks_like_raw_cut(name));
+    }
+    looks_like_raw_cut(name);
+}
+
 /// Any parts of a model are files of a tree, or an error.
 ///
-/// Of the input, the first byte tells the number of parts; each but the last starts with its length
-/// (two bytes). In front of each, a byte tells how long the hole is that follows its bytes.
+/// The first byte of the input is the number of parts. Before each part, a byte is the length of
+/// the hole that follows it; each part but the last then starts with its own length (two bytes).
 pub fn model(data: &[u8]) {
     let Some(files) = parts_of(data) else {
         return;
@@ -241,7 +276,7 @@ fn parts_of(data: &[u8]) -> Option<Vec<(&[u8], u64)>> {
     Some(files)
 }
 
-/// Documents that are looked at: all of small trees, some of large ones.
+/// Documents that are looked at: all of a small tree, some of a large one.
 const LOOKED_AT: usize = 64;
 
 fn check_tree(layout: &Layout, tree: &Tree) {
@@ -263,7 +298,7 @@ fn check_tree(layout: &Layout, tree: &Tree) {
         total
     );
     if tree.len() > 4096 {
-        return; // checked for smaller ones; each run shall be short
+        return; // smaller ones are checked, and each run must be short
     }
     for ino in tree.files().take(LOOKED_AT) {
         let is_tensors = tree.path(ino).unwrap().ends_with(".safetensors");
@@ -286,7 +321,7 @@ fn check_tree(layout: &Layout, tree: &Tree) {
     }
 }
 
-/// A header is one that the reference parser takes.
+/// The reference parser must accept a header.
 fn check_header(bytes: &[u8]) {
     let length = u64::from_le_bytes(bytes[..8].try_into().unwrap());
     assert_eq!(length + 8, bytes.len() as u64);

@@ -15,6 +15,6 @@ gzip -9n "$made"/man/*.1
 "$binary" completions bash >"$made/odmoe-fs.bash"
 "$binary" completions zsh >"$made/_odmoe-fs"
 "$binary" completions fish >"$made/odmoe-fs.fish"
-# What mount(8) looks for when it is told `-t fuse.odmoe`.
+# mount(8) runs this for `-t fuse.odmoe`.
 ln -s /usr/bin/odmoe-fs "$made/mount.fuse.odmoe"
 cargo deb --no-build --quiet "$@"

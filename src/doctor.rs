@@ -1,34 +1,26 @@
-//! Whether this machine can mount, and the one command that cures what keeps it from it.
+//! Whether this machine can mount, and the one command that cures what keeps it from that.
 //!
-//! The problem: FUSE fails with an errno, for reasons that lie in device nodes, set-user-id bits, containers
-//! and the limits of a session.
+//! The problem: FUSE fails with an errno, for reasons that lie in device nodes, set-user-id bits,
+//! containers and the limits of a session.
 //!
-//! The plan: each [`Check`] looks at one of them without changing anything. What keeps a mount from working is a
-//! [`Verdict::Failure`]; what makes it slower or narrower is a [`Verdict::Note`].
+//! The plan: each [`Check`] looks at one of them without changing anything. What keeps a mount from
+//! working is a [`Verdict::Failure`]; what makes it slower or narrower is a [`Verdict::Note`]. A cause
+//! is named only where it was looked at.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use crate::mounts::fusermount;
+use crate::host::{self, DEVICE, DOCKER, HELPER_VARIABLE};
 use crate::sys::process::{descriptor_limit, effective_ids};
 
-/// The FUSE device, and its numbers on Linux.
-pub(crate) const DEVICE: &str = "/dev/fuse";
+/// The numbers of the FUSE device on Linux.
 const DEVICE_NUMBERS: (u64, u64) = (10, 229);
-const FUSE_CONF: &str = "/etc/fuse.conf";
-/// `CAP_SYS_ADMIN` in the capability sets of `/proc/self/status`.
-const CAP_SYS_ADMIN: u64 = 1 << 21;
-
-/// How a container is started so that root in it can mount.
-pub const DOCKER: &str =
-    "docker run --device /dev/fuse --cap-add SYS_ADMIN --security-opt apparmor=unconfined IMAGE";
-/// The same for podman, with root or without.
-pub const PODMAN: &str =
-    "podman run --device /dev/fuse --cap-add SYS_ADMIN --security-opt label=disable IMAGE";
 
 /// What was found of one thing.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -51,10 +43,13 @@ pub enum Verdict {
     Note,
     /// Mounts do not work.
     Failure,
+    /// It could not be found out.
+    Unknown,
 }
 
 impl Check {
-    fn good(name: &'static str, found: impl Into<String>) -> Self {
+    /// Nothing is wrong.
+    pub fn good(name: &'static str, found: impl Into<String>) -> Self {
         Self {
             name,
             verdict: Verdict::Good,
@@ -78,6 +73,20 @@ impl Check {
             ..Self::good(name, found)
         }
     }
+
+    /// A verdict that others came to, and its cure if one is known.
+    pub fn new(
+        name: &'static str,
+        verdict: Verdict,
+        found: impl Into<String>,
+        cure: Option<String>,
+    ) -> Self {
+        Self {
+            verdict,
+            cure,
+            ..Self::good(name, found)
+        }
+    }
 }
 
 /// Looks at everything that decides whether this user can mount here. Off Linux there is nothing to look at.
@@ -86,7 +95,7 @@ pub fn examine() -> Vec<Check> {
         return Vec::new();
     }
     let who = Who::now();
-    let mut checks = vec![device(&who)];
+    let mut checks = vec![device()];
     checks.extend(privileges(&who));
     checks.extend(helper(&who));
     checks.extend(user_name(&who));
@@ -102,7 +111,8 @@ struct Who {
     container: Option<&'static str>,
     /// Root of a user namespace, or one of its users, is not that of the machine.
     in_user_namespace: bool,
-    may_mount: bool,
+    /// Has CAP_SYS_ADMIN; `None` where the kernel does not tell.
+    may_mount: Option<bool>,
     /// Set-user-id programs do nothing for it.
     no_new_privileges: bool,
 }
@@ -110,43 +120,21 @@ struct Who {
 impl Who {
     fn now() -> Self {
         let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-        let field = |name: &str| {
-            let mut lines = status.lines();
-            lines.find_map(|line| Some(line.strip_prefix(name)?.trim().to_owned()))
-        };
-        let effective = field("CapEff:").and_then(|set| u64::from_str_radix(&set, 16).ok());
+        let mut lines = status.lines();
+        let no_new_privileges = lines.find_map(|line| line.strip_prefix("NoNewPrivs:"));
+        let uid_map = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
         Self {
             uid: effective_ids().0,
-            container: container(),
-            in_user_namespace: in_user_namespace(
-                &fs::read_to_string("/proc/self/uid_map").unwrap_or_default(),
-            ),
-            may_mount: effective.is_some_and(|set| set & CAP_SYS_ADMIN != 0),
-            no_new_privileges: field("NoNewPrivs:").as_deref() == Some("1"),
+            container: host::container(),
+            in_user_namespace: in_user_namespace(&uid_map),
+            may_mount: host::may_mount(),
+            no_new_privileges: no_new_privileges.is_some_and(|value| value.trim() == "1"),
         }
     }
 
     fn is_root(&self) -> bool {
         self.uid == 0
     }
-
-    /// What gives this user the right to the device and to mount.
-    fn container_cure(&self) -> Option<&'static str> {
-        match self.container? {
-            "podman" => Some(PODMAN),
-            _ => Some(DOCKER),
-        }
-    }
-}
-
-fn container() -> Option<&'static str> {
-    if Path::new("/run/.containerenv").exists() {
-        return Some("podman");
-    }
-    if Path::new("/.dockerenv").exists() {
-        return Some("docker");
-    }
-    std::env::var_os("container").map(|_| "a container")
 }
 
 /// Whether the map of user ids is another than that of the machine: `0 0 4294967295`.
@@ -154,9 +142,9 @@ fn in_user_namespace(map: &str) -> bool {
     !map.is_empty() && map.split_whitespace().ne(["0", "0", "4294967295"])
 }
 
-fn device(who: &Who) -> Check {
+fn device() -> Check {
     let Ok(metadata) = fs::metadata(DEVICE) else {
-        let cure = who.container_cure().unwrap_or("sudo modprobe fuse");
+        let cure = host::container_cure().unwrap_or("sudo modprobe fuse");
         return Check::failure(DEVICE, "the device does not exist", cure);
     };
     let number = metadata.rdev();
@@ -178,7 +166,7 @@ fn device(who: &Who) -> Check {
             Check::failure(DEVICE, "the kernel has no FUSE", "sudo modprobe fuse")
         }
         Err(e) if e.raw_os_error() == Some(libc::EPERM) => {
-            let cure = who.container_cure().unwrap_or(DOCKER);
+            let cure = host::container_cure().unwrap_or(DOCKER);
             Check::failure(DEVICE, "a container keeps it closed", cure)
         }
         Err(e) if e.kind() == io::ErrorKind::PermissionDenied => Check::failure(
@@ -195,17 +183,17 @@ fn device(who: &Who) -> Check {
 }
 
 fn privileges(who: &Who) -> Option<Check> {
-    let name = "container";
-    let place = match (who.container, who.in_user_namespace) {
-        (Some(container), true) => format!("in {container}, in a user namespace"),
-        (Some(container), false) => format!("in {container}"),
-        (None, true) => "in a user namespace".to_owned(),
-        (None, false) if !who.is_root() || who.may_mount => return None,
-        (None, false) => "root, but without all its rights".to_owned(),
+    let lacks_right = who.is_root() && who.may_mount == Some(false);
+    let (name, place) = match (who.container, who.in_user_namespace) {
+        (Some(container), true) => ("container", format!("in {container}, in a user namespace")),
+        (Some(container), false) => ("container", format!("in {container}")),
+        (None, true) => ("container", "in a user namespace".to_owned()),
+        (None, false) if lacks_right => ("root", "this root has not all rights".to_owned()),
+        (None, false) => return None,
     };
-    if who.is_root() && !who.may_mount {
-        let cure = who.container_cure().unwrap_or(DOCKER);
-        let found = format!("{place}: no right to mount (CAP_SYS_ADMIN)");
+    if lacks_right {
+        let found = format!("{place}: it lacks the one to mount, CAP_SYS_ADMIN");
+        let cure = host::container_cure().unwrap_or(DOCKER);
         return Some(Check::failure(name, found, cure));
     }
     let found = format!("{place}; its mounts are seen inside of it only");
@@ -213,18 +201,27 @@ fn privileges(who: &Who) -> Option<Check> {
 }
 
 fn helper(who: &Who) -> Option<Check> {
+    const INSTALL: &str = "sudo apt install fuse3 # or: sudo dnf install fuse3";
     let name = "fusermount3";
     if who.is_root() {
         return None; // mounts by itself
     }
-    let Some(path) = fusermount() else {
-        let cure = "sudo apt install fuse3 # or: sudo dnf install fuse3";
-        return Some(Check::failure(
-            name,
-            "is not installed, and users mount by it",
-            cure,
-        ));
+    let is_chosen = std::env::var_os(HELPER_VARIABLE);
+    let unset = format!("unset {HELPER_VARIABLE}");
+    let Some(path) = host::fusermount() else {
+        return Some(match is_chosen {
+            Some(path) => {
+                let found = format!("{HELPER_VARIABLE} is {path:?}, which is not a program");
+                Check::failure(name, found, unset)
+            }
+            None => Check::failure(name, "is not installed, and users mount with it", INSTALL),
+        });
     };
+    if !is_mount_helper(&path) {
+        let found = format!("{path:?} is another program");
+        let cure = if is_chosen.is_some() { &unset } else { INSTALL };
+        return Some(Check::failure(name, found, cure));
+    }
     let metadata = fs::metadata(&path).ok();
     let is_set_uid = metadata.is_some_and(|m| m.uid() == 0 && m.permissions().mode() & 0o4000 != 0);
     Some(if !is_set_uid {
@@ -241,7 +238,35 @@ fn helper(who: &Who) -> Option<Check> {
     })
 }
 
-/// The helper asks for the name of who mounts.
+/// How long a program may take to tell its version.
+const VERSION_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Whether a program says that it is fusermount3, or fusermount: `fusermount3 version: 3.14.0`.
+fn is_mount_helper(path: &Path) -> bool {
+    let child = Command::new(path)
+        .arg("-V")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn();
+    let Ok(mut child) = child else {
+        return false;
+    };
+    let give_up = Instant::now() + VERSION_PATIENCE;
+    while matches!(child.try_wait(), Ok(None)) && Instant::now() < give_up {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    // It has ended, or is ended here; so its output has an end.
+    let _ = child.kill();
+    let mut said = String::new();
+    if let Some(output) = child.stdout.take() {
+        let _ = output.take(100).read_to_string(&mut said);
+    }
+    let _ = child.wait();
+    said.starts_with("fusermount")
+}
+
+/// The helper asks for the name of the user who mounts.
 fn user_name(who: &Who) -> Option<Check> {
     if who.is_root() {
         return None;
@@ -267,24 +292,11 @@ fn user_name(who: &Who) -> Option<Check> {
 
 fn allow_other(who: &Who) -> Check {
     let name = "--allow-other";
-    if who.is_root() || user_allow_other() {
-        return Check::good(name, "may be said");
+    if who.is_root() || host::user_allow_other() {
+        return Check::good(name, "is allowed");
     }
     let cure = "echo user_allow_other | sudo tee -a /etc/fuse.conf";
-    Check::note(
-        name,
-        "may not be said: mounts are for this user alone",
-        cure,
-    )
-}
-
-/// Whether `fuse.conf` lets users say `allow_other`: a line of its own, comments aside.
-pub(crate) fn user_allow_other() -> bool {
-    fs::read_to_string(FUSE_CONF)
-        .unwrap_or_default()
-        .lines()
-        .filter_map(|line| line.split('#').next())
-        .any(|line| line.trim() == "user_allow_other")
+    Check::note(name, "is not allowed: mounts are for this user alone", cure)
 }
 
 /// What kernels have learnt that mounts use, newest first, and what is lost without.
@@ -317,7 +329,10 @@ fn kernel() -> Check {
         .map(|(since, lost)| format!("before {}.{}: {lost}", since.0, since.1))
         .collect();
     if lost.is_empty() {
-        return Check::good(name, format!("Linux {release} has all that mounts use"));
+        return Check::good(
+            name,
+            format!("Linux {release} supports everything that mounts use"),
+        );
     }
     let found = format!("Linux {release}; {}", lost.join("; "));
     Check::note(name, found, "install a newer kernel")
@@ -340,7 +355,7 @@ fn limits() -> Vec<Check> {
     let number = |path: &str| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
     let mut checks = Vec::new();
     // Ours was raised to the hard limit already; what loaders may raise theirs to.
-    let descriptors = descriptor_limit().unwrap_or(u64::MAX);
+    let descriptors = descriptor_limit();
     checks.push(limit(
         "ulimit -n",
         descriptors >= DESCRIPTORS_WANTED,

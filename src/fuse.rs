@@ -15,13 +15,15 @@ use std::time::{Duration, SystemTime};
 
 use fuser::{
     BsdFileFlags, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType, Filesystem,
-    FopenFlags, Generation, INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags,
-    ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry,
-    ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    FopenFlags, Generation, INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenFlags,
+    RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty,
+    ReplyEntry, ReplyIoctl, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow,
+    WriteFlags,
 };
 
 use self::errors::ErrorLog;
 use crate::served::{Attributes, Cache, Opening, Refusal, Served};
+use crate::sys::probe::CHANGED_PARTS;
 use crate::tree::{Kind, Tree};
 
 mod errors;
@@ -202,6 +204,8 @@ impl Filesystem for OdmoeFs {
         for wish in [
             InitFlags::FUSE_DO_READDIRPLUS,
             InitFlags::FUSE_PARALLEL_DIROPS,
+            // Handles of files, such as those of NFS, stay good when the kernel has forgotten them.
+            InitFlags::FUSE_EXPORT_SUPPORT,
         ] {
             if config.add_capabilities(wish).is_err() {
                 tracing::info!("the kernel does not offer {wish:?}");
@@ -286,6 +290,25 @@ impl Filesystem for OdmoeFs {
                     }
                     Err(refusal) => reply.error(asked.refused(&refusal)),
                 });
+        });
+    }
+
+    /// Only `status` asks, by a number of our own.
+    fn ioctl(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        _: IoctlFlags,
+        number: u32,
+        _: &[u8],
+        _: u32,
+        reply: ReplyIoctl,
+    ) {
+        let what = format_args!("number {number:#x}");
+        self.answer("ioctl", what, |asked| match number {
+            CHANGED_PARTS => reply.ioctl(0, &self.served.changed_parts().to_ne_bytes()),
+            _ => reply.error(asked.refused(&Refusal::Unsupported)),
         });
     }
 

@@ -13,6 +13,8 @@
 //! `gguf`, `safetensors`, `layout` and `tree` are pure: bytes or values in, values out.
 //! [`model::Model`] puts the steps together.
 //!
+//! As a dependency, leave out the command line: `odmoe-fs = { version = "0.1", default-features = false }`.
+//!
 //! # Without FUSE
 //!
 //! Find an expert in a model, and get its matrices without a copy:
@@ -60,18 +62,27 @@
 compile_error!("odmoe-fs is for 64-bit machines");
 
 pub mod doctor;
+mod downloads;
+pub mod explain;
+pub mod folder;
 pub mod fuse;
 pub mod gguf;
+pub mod host;
+pub mod inspect;
 pub mod layout;
 pub mod materialize;
 pub mod model;
 pub mod mounts;
+mod on_disk;
 mod predictor;
+pub mod process;
 pub mod safetensors;
 pub mod served;
 pub mod source;
 pub mod stats;
 mod sys;
+pub mod toy;
 pub mod tree;
+pub mod units;
 pub mod verify;
 pub mod work;

@@ -7,6 +7,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use crate::explain::{Explain, Hint};
 use crate::layout::{Doc, Layout, LayoutError};
 use crate::source::{self, Held, OpenError, PageCache, ReadError, Run, Source};
 use crate::tree::{Content, DocId, Ino, Origin, Tree};
@@ -22,6 +23,22 @@ pub enum ModelError {
     Open(#[from] OpenError),
     #[error("{path:?}: {cause}")]
     Layout { path: PathBuf, cause: LayoutError },
+}
+
+impl Explain for ModelError {
+    fn code(&self) -> &'static str {
+        match self {
+            Self::Open(cause) => cause.code(),
+            Self::Layout { cause, .. } => cause.code(),
+        }
+    }
+
+    fn hint(&self) -> Option<Hint> {
+        match self {
+            Self::Open(cause) => cause.hint(),
+            Self::Layout { cause, .. } => cause.hint(),
+        }
+    }
 }
 
 /// A model's layout, tree and parts.

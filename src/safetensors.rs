@@ -1,7 +1,7 @@
 //! The safetensors format: dtypes, shapes and the header.
 //!
 //! A file is a little-endian u64 `N`, `N` bytes of JSON (padded with spaces) and the payload.
-//! Format and limits: the reference crate `safetensors` 0.8 of huggingface.
+//! Format and limits: the reference crate `safetensors` 0.8 of Hugging Face.
 
 use std::io::{self, Write};
 
@@ -134,7 +134,7 @@ pub struct TensorView<'a> {
 }
 
 /// Writes the JSON of a header, without length word and padding: `__metadata__` with the pairs
-/// given and `odmoe.tensors`, then the tensors in payload order, side by side.
+/// given and `odmoe.tensors`, then the tensors in payload order, without gaps.
 pub fn write_header_json<'a>(
     out: &mut impl Write,
     metadata: &[(&str, &str)],

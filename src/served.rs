@@ -183,11 +183,18 @@ impl Served {
         }
     }
 
-    /// Finds a child of a directory by its name.
+    /// Finds a child of a directory by its name. `.` is any node itself and `..` its directory, as
+    /// whoever has only a file's handle asks for them (NFS exports).
     pub fn lookup(&self, directory: Ino, name: &[u8]) -> Result<Attributes, Refusal> {
         self.counted(Operation::Lookup);
-        match self.model.tree().lookup(directory, name) {
-            Some(child) => self.attributes_of(child),
+        let tree = self.model.tree();
+        let found = match name {
+            b"." => Some(directory),
+            b".." => tree.parent(directory),
+            _ => tree.lookup(directory, name),
+        };
+        match found {
+            Some(found) => self.attributes_of(found),
             None if name.len() > MAX_NAME_BYTES as usize => Err(Refusal::NameTooLong),
             None => Err(Refusal::NotFound),
         }
@@ -324,6 +331,12 @@ impl Served {
             nodes: tree.len(),
             name_bytes: MAX_NAME_BYTES,
         }
+    }
+
+    /// How many parts of the model are not as they were when it was opened, so that reads of them
+    /// fail. Looks at every part.
+    pub fn changed_parts(&self) -> u64 {
+        self.model.source().changed_parts()
     }
 
     /// The value of an extended attribute.

@@ -1,5 +1,5 @@
-//! The checks of `fuzz/` on the seeds, and on seeds that are damaged at random: a little of what the
-//! fuzzers do, in every run of the tests.
+//! The checks of `fuzz/` on the seeds and on randomly damaged seeds: a little fuzzing in every run of
+//! the tests.
 
 use std::fs;
 use std::path::Path;
@@ -68,9 +68,9 @@ fn every_seed_passes() {
     model.iter().for_each(|seed| checks::model(seed));
 }
 
-/// What fuzzers have found is kept, and never comes back.
+/// Inputs that broke something are kept, and must never do so again.
 #[test]
-fn what_was_found_once_passes() {
+fn inputs_that_fuzzers_found_pass() {
     for (check, name) in [
         (checks::gguf as fn(&[u8]), "gguf"),
         (checks::model, "model"),

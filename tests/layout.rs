@@ -2,14 +2,20 @@
 
 use std::io::Cursor;
 
+use odmoe_fs::explain::Explain;
 use odmoe_fs::gguf::write::Writer;
-use odmoe_fs::gguf::{GgmlType, Header, ModelHeader};
+use odmoe_fs::gguf::{GgmlType, Header, ModelHeader, Value};
 use odmoe_fs::layout::{FileKind, Layout, LayoutError};
 
 type Tensor<'a> = (&'a str, &'a [u64], &'a str);
 
 fn lay_out(tensors: &[Tensor]) -> Result<Layout, LayoutError> {
+    lay_out_of("moe", tensors)
+}
+
+fn lay_out_of(architecture: &str, tensors: &[Tensor]) -> Result<Layout, LayoutError> {
     let mut writer = Writer::new();
+    writer.key_value("general.architecture", &Value::String(architecture.into()));
     for (name, dims, ggml_type) in tensors {
         writer.tensor(name, dims, GgmlType::from_name(ggml_type).unwrap());
     }
@@ -43,7 +49,7 @@ fn listing(tensors: &[Tensor]) -> Vec<String> {
 }
 
 fn refusal(tensors: &[Tensor]) -> String {
-    lay_out(tensors).unwrap_err().to_string()
+    lay_out(tensors).unwrap_err().line()
 }
 
 #[test]
@@ -61,6 +67,36 @@ fn biases_and_scales_are_sliced_with_their_weights() {
             "0/1: w3.weight [4, 32] at 136",
             "0/1: w3.bias [4] at 16",
             "0/1: w3.scale [] at 4",
+        ]
+    );
+}
+
+#[test]
+fn scales_that_are_called_those_of_the_weight_are_scales() {
+    assert_eq!(
+        listing(&[
+            ("blk.0.ffn_up_exps.weight", &[64, 4, 2], "NVFP4"),
+            ("blk.0.ffn_up_exps.weight.scale", &[2], "F32"),
+            ("blk.0.ffn_up_exps.weight.input_scale", &[2], "F32"),
+            ("blk.1.ffn_gate_up_exps.weight", &[64, 4, 2], "NVFP4"),
+            ("blk.1.ffn_gate_up_exps.weight.scale", &[2], "F32"),
+            ("blk.2.ffn_down.5.weight", &[64, 4], "NVFP4"),
+            ("blk.2.ffn_down.5.weight.scale", &[], "F32"),
+        ]),
+        [
+            "attention_layers: blk.1.ffn_gate_up_exps.weight.scale [2] at 0",
+            "0/0: w3.weight [4, 64] at 0",
+            "0/0: w3.scale [] at 0",
+            "0/0: w3.input_scale [] at 0",
+            "0/1: w3.weight [4, 64] at 144",
+            "0/1: w3.scale [] at 4",
+            "0/1: w3.input_scale [] at 4",
+            "1/0: w1.weight [2, 64] at 0",
+            "1/0: w3.weight [2, 64] at 72",
+            "1/1: w1.weight [2, 64] at 144",
+            "1/1: w3.weight [2, 64] at 216",
+            "2/5: w2.weight [4, 64] at 0",
+            "2/5: w2.scale [] at 0",
         ]
     );
 }
@@ -104,7 +140,7 @@ fn a_dropped_expert_dimension_means_one_expert() {
 }
 
 #[test]
-fn what_has_not_one_entry_per_expert_stays_in_the_base_under_its_own_name() {
+fn a_tensor_without_one_entry_per_expert_stays_in_the_base_under_its_own_name() {
     let in_base = |line: &String| line.starts_with("attention_layers: ");
     let lines = listing(&[
         ("blk.0.ffn_up_exps.weight", &[32, 4, 2], "F32"),
@@ -165,8 +201,69 @@ fn experts_times_suffixes_cannot_eat_the_memory() {
     tensors.push(("blk.7.ffn_up_exps.weight", &[1, 1, 65_536], "I8"));
     assert_eq!(
         refusal(&tensors),
-        "the experts up to layer 7 hold 6619136 tensors together, more than any real model"
+        "the experts up to layer 7 hold 6619136 tensors together, more than any real model; if yours is a real model, report it to odmoe-fs"
     );
+}
+
+const FUSED: Tensor = ("blk.3.ffn_gate_up_exps.weight", &[32, 4, 2], "F32");
+const DOWN: Tensor = ("blk.3.ffn_down_exps.weight", &[32, 32, 2], "MXFP4");
+
+#[test]
+fn rows_that_alternate_as_in_ollamas_gpt_oss_are_refused() {
+    let refusal = |architecture, tensors: &[Tensor]| {
+        let refused = lay_out_of(architecture, tensors);
+        refused.map_or_else(|e| e.line(), |_| String::new())
+    };
+    let sinks = ("blk.0.attn_sinks", &[8][..], "F32");
+    for (architecture, tensors, sign) in [
+        (
+            "gptoss",
+            &[FUSED, DOWN][..],
+            r#"general.architecture is "gptoss""#,
+        ),
+        (
+            "gptoss",
+            &[DOWN, sinks, FUSED],
+            r#"general.architecture is "gptoss""#,
+        ),
+        (
+            "gpt-oss",
+            &[FUSED, sinks],
+            r#""blk.0.attn_sinks" has no suffix"#,
+        ),
+        (
+            "moe",
+            &[sinks, FUSED],
+            r#""blk.0.attn_sinks" has no suffix"#,
+        ),
+    ] {
+        let expected = format!(
+            r#"tensor "blk.3.ffn_gate_up_exps.weight" [32, 4, 2] F32 holds gate and up rows in turn, as Ollama writes gpt-oss ({sign}); take llama.cpp's file of the model, whose general.architecture is "gpt-oss""#
+        );
+        assert_eq!(refusal(architecture, tensors), expected);
+    }
+}
+
+#[test]
+fn separate_stacks_and_fused_ones_of_llama_cpp_are_shown() {
+    let gate = ("blk.3.ffn_gate_exps.weight", &[32, 2, 2][..], "MXFP4");
+    let up = ("blk.3.ffn_up_exps.weight", &[32, 2, 2][..], "MXFP4");
+    let bias = ("blk.4.ffn_gate_up_exps.bias", &[4, 2][..], "F32");
+    let sinks = ("blk.0.attn_sinks", &[8][..], "F32");
+    let weight = ("blk.0.attn_sinks.weight", &[8][..], "F32");
+    let vision = ("v.blk.0.attn_sinks", &[8][..], "F32");
+    for (architecture, tensors) in [
+        // As newer versions of Ollama write it.
+        ("gptoss", &[gate, up, DOWN, sinks][..]),
+        // Stays in the base, as it is, since nothing tells its number of experts.
+        ("gptoss", &[bias]),
+        ("gpt-oss", &[FUSED, DOWN, weight]),
+        ("gpt-oss", &[FUSED, DOWN, vision]),
+        ("moe", &[FUSED]),
+    ] {
+        let layout = lay_out_of(architecture, tensors).unwrap();
+        assert_eq!(layout.experts().is_empty(), tensors == [bias]);
+    }
 }
 
 #[test]
@@ -177,44 +274,52 @@ fn models_without_a_layout_are_refused_with_their_tensors_named() {
                 ("blk.3.ffn_up_exps.weight", &[8, 4, 2][..], "F32"),
                 ("blk.3.ffn_down_exps.weight", &[4, 8, 3], "F32"),
             ][..],
-            r#"tensor "blk.3.ffn_up_exps.weight" [8, 4, 2] F32 and tensor "blk.3.ffn_down_exps.weight" [4, 8, 3] F32 are of the same layer, but disagree on the number of experts"#,
+            r#"tensor "blk.3.ffn_up_exps.weight" [8, 4, 2] F32 and tensor "blk.3.ffn_down_exps.weight" [4, 8, 3] F32 are of the same layer, but disagree on the number of experts; the model was written so: convert it again, or tell its publisher"#,
         ),
         (
             &[
                 ("blk.3.ffn_up_exps.weight", &[8, 4, 2], "F32"),
                 ("blk.3.ffn_up.1.weight", &[8, 4], "F32"),
             ],
-            r#"w3.weight of the same expert comes from both tensor "blk.3.ffn_up_exps.weight" [8, 4, 2] F32 and tensor "blk.3.ffn_up.1.weight" [8, 4] F32"#,
+            r#"w3.weight of the same expert comes from both tensor "blk.3.ffn_up_exps.weight" [8, 4, 2] F32 and tensor "blk.3.ffn_up.1.weight" [8, 4] F32; the model was written so: convert it again, or tell its publisher"#,
         ),
         (
             &[
                 ("blk.3.ffn_gate_up_exps.weight", &[8, 4, 2], "F32"),
                 ("blk.3.ffn_gate_exps.weight", &[8, 2, 2], "F32"),
             ],
-            r#"w1.weight of the same expert comes from both tensor "blk.3.ffn_gate_up_exps.weight" [8, 4, 2] F32 and tensor "blk.3.ffn_gate_exps.weight" [8, 2, 2] F32"#,
+            r#"w1.weight of the same expert comes from both tensor "blk.3.ffn_gate_up_exps.weight" [8, 4, 2] F32 and tensor "blk.3.ffn_gate_exps.weight" [8, 2, 2] F32; the model was written so: convert it again, or tell its publisher"#,
         ),
         (
             &[
                 ("blk.3.ffn_up.1.weight", &[8, 4], "F32"),
                 ("blk.3.ffn.experts.1.w3.weight", &[8, 4], "F32"),
             ],
-            r#"w3.weight of the same expert comes from both tensor "blk.3.ffn_up.1.weight" [8, 4] F32 and tensor "blk.3.ffn.experts.1.w3.weight" [8, 4] F32"#,
+            r#"w3.weight of the same expert comes from both tensor "blk.3.ffn_up.1.weight" [8, 4] F32 and tensor "blk.3.ffn.experts.1.w3.weight" [8, 4] F32; the model was written so: convert it again, or tell its publisher"#,
+        ),
+        (
+            &[
+                ("blk.3.ffn_up_exps.weight", &[64, 4, 2], "NVFP4"),
+                ("blk.3.ffn_up_exps.scale", &[2], "F32"),
+                ("blk.3.ffn_up_exps.weight.scale", &[2], "F32"),
+            ],
+            r#"w3.scale of the same expert comes from both tensor "blk.3.ffn_up_exps.scale" [2] F32 and tensor "blk.3.ffn_up_exps.weight.scale" [2] F32; the model was written so: convert it again, or tell its publisher"#,
         ),
         (
             &[("blk.3.ffn_up_exps.weight", &[8, 4, 2, 2], "F32")],
-            r#"tensor "blk.3.ffn_up_exps.weight" [8, 4, 2, 2] F32 has a fourth dimension, but experts are stacked along the third"#,
+            r#"tensor "blk.3.ffn_up_exps.weight" [8, 4, 2, 2] F32 has a fourth dimension, but experts are stacked along the third; the model was written so: convert it again, or tell its publisher"#,
         ),
         (
             &[("blk.3.ffn_gate_up_exps.weight", &[8, 5, 2], "F32")],
-            r#"tensor "blk.3.ffn_gate_up_exps.weight" [8, 5, 2] F32 should hold gate and up rows, half of each, but has an odd number of rows"#,
+            r#"tensor "blk.3.ffn_gate_up_exps.weight" [8, 5, 2] F32 should hold gate and up rows, half of each, but has an odd number of rows; the model was written so: convert it again, or tell its publisher"#,
         ),
         (
             &[("blk.3.ffn_up_exps.weight", &[256, 6, 2], "Q4_K_R4")],
-            r#"tensor "blk.3.ffn_up_exps.weight" [256, 6, 2] Q4_K_R4 interleaves 4 rows, but one expert's matrix has 6, no multiple of that; quantise the model to a type without _R4"#,
+            r#"tensor "blk.3.ffn_up_exps.weight" [256, 6, 2] Q4_K_R4 interleaves 4 rows, but one expert's matrix has 6, which is not a multiple of that; quantise the model to a type without _R4"#,
         ),
         (
             &[("blk.3.ffn_gate_up_exps.weight", &[256, 12, 2], "Q4_K_R4")],
-            r#"tensor "blk.3.ffn_gate_up_exps.weight" [256, 12, 2] Q4_K_R4 interleaves 4 rows, but one expert's matrix has 6, no multiple of that; quantise the model to a type without _R4"#,
+            r#"tensor "blk.3.ffn_gate_up_exps.weight" [256, 12, 2] Q4_K_R4 interleaves 4 rows, but one expert's matrix has 6, which is not a multiple of that; quantise the model to a type without _R4"#,
         ),
         (
             &[("__metadata__", &[1], "F32")],
@@ -222,7 +327,7 @@ fn models_without_a_layout_are_refused_with_their_tensors_named() {
         ),
         (
             &[("blk.0.ffn_up_exps.weight", &[1, 1, 65_537], "I8")],
-            "layer 0 has 65537 experts, which makes 65537 or more in all, more than any real model",
+            "layer 0 has 65537 experts, which makes 65537 or more in all, more than any real model; if yours is a real model, report it to odmoe-fs",
         ),
     ] {
         assert_eq!(refusal(tensors), expected);

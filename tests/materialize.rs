@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::num::NonZeroUsize;
+use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, SystemTime};
@@ -147,5 +148,91 @@ fn a_model_that_changes_after_the_plan_was_made_gives_no_file() {
     assert!(error.contains("has changed"), "{error}");
     for directory in ["base_model", "experts"] {
         assert_eq!(out.join(directory).read_dir().unwrap().count(), 0);
+    }
+}
+
+/// What lies in a folder, by name.
+fn names(folder: &Path) -> Vec<String> {
+    let entries = folder.read_dir().unwrap();
+    let mut names: Vec<_> = entries
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn a_target_that_becomes_a_link_after_the_plan_was_made_is_not_written_through() {
+    for is_there in [true, false] {
+        let folder = TempDir::new().unwrap();
+        let (model, out) = (model(folder.path()), folder.path().join("out"));
+        let elsewhere = folder.path().join("elsewhere");
+        fs::create_dir(&elsewhere).unwrap();
+        if is_there {
+            fs::create_dir(&out).unwrap();
+        }
+        let plan = Plan::new(&model, &out, &Options::default()).unwrap();
+        if is_there {
+            fs::rename(&out, folder.path().join("moved")).unwrap();
+        }
+        symlink(&elsewhere, &out).unwrap();
+        let error = run(&plan).unwrap_err();
+        assert_eq!(names(&elsewhere), [""; 0], "{error}");
+        if is_there {
+            assert!(matches!(error, MaterializeError::Replaced(path) if path == out));
+            assert_eq!(names(&folder.path().join("moved/experts")), [""; 0]);
+        } else {
+            assert!(matches!(error, MaterializeError::Link(path) if path == out));
+        }
+    }
+}
+
+#[test]
+fn a_folder_above_the_target_that_becomes_a_link_is_not_written_through() {
+    for below in ["out", "a/b/out"] {
+        let folder = TempDir::new().unwrap();
+        let model = model(folder.path());
+        let [above, elsewhere] = ["above", "elsewhere"].map(|name| folder.path().join(name));
+        fs::create_dir(&above).unwrap();
+        fs::create_dir(&elsewhere).unwrap();
+        let plan = Plan::new(&model, &above.join(below), &Options::default()).unwrap();
+        fs::rename(&above, folder.path().join("moved")).unwrap();
+        symlink(&elsewhere, &above).unwrap();
+        let error = run(&plan).unwrap_err();
+        assert!(matches!(error, MaterializeError::Replaced(_)), "{error}");
+        assert_eq!(names(&elsewhere), [""; 0]);
+    }
+}
+
+#[test]
+fn a_name_on_the_way_to_the_target_that_becomes_a_link_is_not_followed() {
+    let folder = TempDir::new().unwrap();
+    let (model, out) = (model(folder.path()), folder.path().join("a/b/out"));
+    let elsewhere = folder.path().join("elsewhere");
+    fs::create_dir(&elsewhere).unwrap();
+    let plan = Plan::new(&model, &out, &Options::default()).unwrap();
+    fs::create_dir(folder.path().join("a")).unwrap();
+    symlink(&elsewhere, folder.path().join("a/b")).unwrap();
+    let error = run(&plan).unwrap_err();
+    assert!(matches!(error, MaterializeError::Link(path) if path.ends_with("a/b")));
+    assert_eq!(names(&elsewhere), [""; 0]);
+}
+
+#[test]
+fn a_target_may_be_named_in_any_way() {
+    let folder = TempDir::new().unwrap();
+    let model = model(folder.path());
+    fs::create_dir(folder.path().join("real")).unwrap();
+    symlink("real", folder.path().join("link")).unwrap();
+    for name in [
+        "real/../out",
+        "link/out",
+        "./new/out/",
+        "link/../out/./x",
+        "link",
+    ] {
+        let out = folder.path().join(name);
+        run(&Plan::new(&model, &out, &Options::default()).unwrap()).unwrap();
+        assert_eq!(names(&out.join("experts")).len(), 4 + 1, "{name}");
     }
 }

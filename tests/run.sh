@@ -4,9 +4,12 @@
 #   tests/run.sh                    all of it
 #   tests/run.sh long               all of it, with the long forms: more kills, more mounts, an hour of use
 #   tests/run.sh rust               formatting, lints, documentation, Rust tests, builds
-#   tests/run.sh fuzz [SECONDS]     the fuzzers, each for so long, where a nightly toolchain is there
+#   tests/run.sh fuzz [SECONDS]     the fuzzers, each for so long
 #   tests/run.sh soak [SECONDS]     everything at once, an hour long
 #   tests/run.sh python [ARGS...]   the tests on real mounts, which need the builds; ARGS go to pytest, such as -k NAME
+#
+# What a machine lacks the tools for is left out, and the last lines say so. With ODMOE_FS_COMPLETE=1 it is an error, if it
+# is more than the target of macOS, which rustup may be unable to fetch.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -26,23 +29,57 @@ need() { # need COMMAND... -- WHAT, PACKAGE
     exit 1
 }
 
+# The library by itself: nothing of the command line comes with it.
+library() {
+    local tree only
+    step cargo check --lib --no-default-features
+    tree=$(cargo tree --no-default-features --edges normal --prefix none --format '{p}')
+    for only in $(sed -n 's/^    "dep:\(.*\)",$/\1/p' Cargo.toml); do
+        if grep "^$only " <<<"$tree" >&2; then
+            echo "tests/run.sh: the library depends on $only, which only the command line needs" >&2
+            return 1
+        fi
+    done
+}
+
+left_out=()
+
+lacks() { # lacks TOOL, WHAT IS LEFT OUT
+    cargo "$1" --version >/dev/null 2>&1 && return 1
+    if [ -n "${ODMOE_FS_COMPLETE:-}" ]; then
+        echo "tests/run.sh: cargo-$1 is missing; cargo install cargo-$1" >&2
+        exit 1
+    fi
+    left_out+=("$2, which needs cargo-$1 (cargo install cargo-$1)")
+}
+
+say_what_was_left_out() {
+    for what in "${left_out[@]}"; do echo "==> $what" >&2; done
+}
+
 rust() {
     step cargo fmt --check
     step cargo clippy --all-targets -- -D warnings
     RUSTDOCFLAGS="-D warnings" step cargo doc --no-deps
     step cargo test
-    if command -v cargo-deny >/dev/null; then
-        step cargo fetch --quiet # also what other systems need
-        step cargo deny --offline check licenses sources bans
-    else
-        echo "==> NOT CHECKED: licences and sources of the dependencies, since cargo-deny is not installed" >&2
-    fi
-    if [ -d "$(rustc --print target-libdir --target $mac)" ] || rustup target add $mac; then
-        step cargo check --target $mac --features macos
-    else
-        echo "==> NOT CHECKED: macOS, whose target $mac cannot be installed here" >&2
-    fi
+    library
+    licences
+    macos
     step cargo build --release --bins --examples
+}
+
+licences() {
+    lacks deny "NOT CHECKED: licences and sources of the dependencies" && return
+    step cargo fetch --quiet # also what other systems need
+    step cargo deny --offline check licenses sources bans
+}
+
+macos() {
+    if ! [ -d "$(rustc --print target-libdir --target $mac)" ] && ! rustup target add $mac; then
+        left_out+=("NOT CHECKED: macOS, which needs the target $mac (rustup target add $mac)")
+        return
+    fi
+    step cargo check --target $mac --features macos
 }
 
 venv=$target/test-venv
@@ -56,6 +93,8 @@ venv() { # venv [long]
     if [ "$(id -u)" = 0 ]; then # only root can mount what these make
         need command -v mkfs.xfs -- mkfs.xfs xfsprogs
         need command -v mkfs.btrfs -- mkfs.btrfs btrfs-progs
+        need command -v mkfs.exfat -- mkfs.exfat exfatprogs
+        need command -v mount.exfat-fuse -- mount.exfat-fuse exfat-fuse
     fi
     # Made anew only when the interpreter or the requirements change.
     wanted=$(python3 -VV && cat "${requirements[@]}")
@@ -77,14 +116,12 @@ soak() { # soak SECONDS
 }
 
 fuzz() { # fuzz SECONDS
-    if ! cargo +nightly --version >/dev/null 2>&1 || ! command -v cargo-fuzz >/dev/null; then
-        echo "==> NOT FUZZED: that needs a nightly toolchain and cargo-fuzz (cargo install cargo-fuzz)" >&2
-        return
-    fi
+    lacks fuzz "NOT FUZZED" && return
     step cargo run --quiet --example seeds -- fuzz/corpus
     for name in gguf model slices; do
+        # The coverage that fuzzers go by is an unstable option of a compiler that is otherwise the stable one.
         # No sanitizer: there is no unsafe code on these ways.
-        step cargo +nightly fuzz run --sanitizer none "$name" -- -max_len=16384 -timeout=20 -verbosity=0 \
+        RUSTC_BOOTSTRAP=1 step cargo fuzz run --sanitizer none "$name" -- -max_len=16384 -timeout=20 -verbosity=0 \
             -print_final_stats=1 -max_total_time="$1"
     done
 }
@@ -113,7 +150,8 @@ python)
     python "$@"
     ;;
 *)
-    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,12s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac
+say_what_was_left_out

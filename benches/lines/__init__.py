@@ -1,4 +1,4 @@
-"""The lines of the table, by theme. Each is a function from a lab to figures, under a key and with a description."""
+"""The lines of the table, by theme: functions from a lab to figures, with a key and a description."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,7 +15,7 @@ LINES = {}
 
 
 def line(key, text):
-    """Registers a line; what differs from a fair comparison belongs into the text."""
+    """Registers a line. Its text must say what is not alike in the comparison."""
 
     def register(measure):
         LINES[key] = Line(key, text, measure)

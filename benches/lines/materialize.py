@@ -1,4 +1,4 @@
-"""Writing the tree as files: how fast where it must be copied, how little where blocks can be shared."""
+"""Writing the tree as files: how fast it is copied, and how little is written where blocks are shared."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from measure import OURS, Figure, at_least, at_most, interleave
 
 from . import line
 
-# What a file may take beside its data: its inode, its name, and blocks at the edges of what is shared.
+# What a file may take besides its data: its inode, its name, and blocks at the edges of shared ones.
 FILE_OVERHEAD = 16 * KIB
 
 
@@ -22,7 +22,7 @@ def timed(*command):
 
 
 def with_peak(lab, *command):
-    """Output and peak in MiB of a command, below time(1), since a child of Python starts with Python's peak."""
+    """Output and peak in MiB of a command. Below time(1): a child of Python starts with Python's peak."""
     usage = lab.scratch / "usage"
     out = run("/usr/bin/time", "-f", "%M", "-o", usage, *command)
     return out, int(usage.read_text()) * KIB / MIB

@@ -1,4 +1,4 @@
-"""What loaders do before they read data: mounting, listing, looking at headers."""
+"""What loaders do before they read data: mount, list, look at headers."""
 
 import os
 import subprocess
@@ -16,9 +16,10 @@ HEADERS = 500
 
 @line("headers", "safe_open of 500 experts of sparse Kimi-K2.5, headers only, cold: bytes of the model read per file")
 def headers(lab):
-    """The larger of what the daemon asked for, what came from the disk, and what is in memory afterwards.
+    """The most of what the daemon asked for, what came from the disk, and what is in memory afterwards.
 
-    The last counts what was only advised, and holes, which the disk does not see; the first what was dropped again.
+    The last includes what was only advised, and holes, which the disk does not see; the first includes
+    what was dropped again.
     """
     parts = lab.kimi_parts
     model = lab.model
@@ -32,7 +33,7 @@ def headers(lab):
             lab.client("headers", *files)
             after = [process_bytes(mount.pid, field, "io") for field in counters]
             grown = [b - a for a, b in zip(before, after, strict=True)]
-            # What the daemon asks for includes the kernel's requests, some 100 bytes each: that stays in.
+            # The kernel's requests, some 100 bytes each, are part of what the daemon asks for.
             return [n / len(files) / KIB for n in (*grown, resident_bytes(parts))]
 
     for what, arguments in {"sparse": (parts[-1], parts, HEADERS), "on disk": (model, [model], None)}.items():

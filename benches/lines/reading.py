@@ -13,7 +13,7 @@ NATIVE = "native"
 
 
 def sides_cold(lab, read, *flags, count=EXPERTS, floor=True):
-    """One cold sample of each side: through a fresh mount, natively, and of a fresh floor."""
+    """One cold sample per side: through a fresh mount, natively, and through a fresh floor."""
 
     def through(mount):
         def sample():
@@ -39,7 +39,7 @@ def cold(lab, read, *flags, **options):
 
 
 def cached(lab, read, *, count=EXPERTS, floor=True):
-    """Samples of files that the kernel has cached whole, on mounts that stay."""
+    """Samples of files that the kernel has cached whole, on mounts that persist."""
     with contextlib.ExitStack() as stack:
         roots = {OURS: stack.enter_context(lab.mount()).root, NATIVE: lab.tree}
         if floor:
@@ -143,7 +143,7 @@ def stats_cold(lab):
     yield from throughput(counted(lab, warm=False), 0.95)
 
 
-@line("stats-direct", "preads of what is cached with --cache direct, each a request, with --stats; against the same without")
+@line("stats-direct", "cached preads with --cache direct, each a request, with --stats; against the same without")
 def stats_direct(lab):
     require("mount", "--stats")
     yield from throughput(counted(lab, "--cache", "direct", warm=True), 0.95)

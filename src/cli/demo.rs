@@ -4,18 +4,19 @@
 //! the model's own bytes.
 
 use std::fs;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Context, bail, ensure};
+use odmoe_fs::explain::Explain;
 use odmoe_fs::gguf::GgmlType;
 use odmoe_fs::model::Model;
 use odmoe_fs::mounts::{UnmountError, unmount};
+use odmoe_fs::toy::Toy;
 use serde_json::Value;
 
-use super::toy::{ToyArgs, Watch, write_toy};
+use super::failure::{Context, Failure, Result};
+use super::screen::Screen;
 use super::{Stop, print, text};
 
 /// Show the whole way on a toy model: mount, list, read one expert, check it, unmount
@@ -29,61 +30,66 @@ const EXPERT_FILE: &str = "layer_01_expert_002";
 const LAYER: u64 = 1;
 const EXPERT: u64 = 2;
 
-pub fn run(_: &DemoArgs) -> anyhow::Result<()> {
+pub fn run(_: &DemoArgs) -> Result<()> {
     let stop = Stop::on_signals()?;
-    stop.explain(demo(&stop.flag))
+    stop.explain(demo(&stop))
 }
 
-fn demo(stop: &AtomicBool) -> anyhow::Result<()> {
-    let folder = tempfile::Builder::new()
-        .prefix("odmoe-demo-")
-        .tempdir()
-        .context("cannot make a temporary folder")?;
-    let toy = ToyArgs {
+/// A folder that only this user may enter, whatever the umask, and that is removed when dropped.
+pub fn temporary_folder(prefix: &str, within: &Path) -> Result<tempfile::TempDir> {
+    tempfile::Builder::new()
+        .prefix(prefix)
+        .permissions(fs::Permissions::from_mode(0o700))
+        .tempdir_in(within)
+        .with_context(|| format!("cannot make a temporary folder in {within:?}"))
+}
+
+fn demo(stop: &Stop) -> Result<()> {
+    let folder = temporary_folder("odmoe-demo-", &std::env::temp_dir())?;
+    let model = folder.path().join("toy.gguf");
+    let toy = Toy {
         layers: 2,
         experts: 4,
         dim: 256,
         ffn_dim: 512,
         vocab: 500,
         ggml_type: GgmlType::from_name("Q4_K").context("Q4_K is a type")?,
-        ..ToyArgs::new(&folder.path().join("toy.gguf"))
+        ..Toy::default()
     };
-    write_toy(&toy, Watch::silent(stop))?;
-    let bytes = toy.out.metadata()?.len();
-    print(&format!(
+    toy.write(&model, &stop.flag, &|_| {})?;
+    let bytes = model.metadata()?.len();
+    print(&Screen::of_stdout().fit(&format!(
         "A toy model of 2 layers with 4 experts each, in Q4_K: toy.gguf, {}\n\n",
         text::size(bytes)
-    ))?;
+    )))?;
 
     let directory = folder.path().join("mnt");
     fs::create_dir(&directory)?;
     print("$ odmoe-fs mount toy.gguf mnt\n")?;
-    match Mounted::new(&toy.out, &directory) {
+    match Mounted::new(&model, &directory) {
         Ok(mounted) => {
-            show(&toy.out, &directory)?;
+            show(&model, &directory)?;
             print("\n$ odmoe-fs umount mnt\n")?;
             mounted.unmount()?;
         }
         Err(e) => {
+            stop.check()?;
             print("\n$ odmoe-fs materialize toy.gguf out\n")?;
-            let out = folder.path().join("out");
-            run_self(&["materialize".as_ref(), toy.out.as_ref(), out.as_ref()])?;
-            show(&toy.out, &out)?;
-            bail!("mounting failed, so the same tree was shown as real files: {e:#}");
+            let files = folder.path().join("out");
+            run_self(&["materialize".as_ref(), model.as_ref(), files.as_ref()])?;
+            show(&model, &files)?;
+            return Err(e.context("mounting failed, so the same tree was shown as real files"));
         }
     }
     folder
         .close()
         .context("cannot remove the temporary folder")?;
     // A Ctrl-C waits until here, where all is clean again.
-    ensure!(
-        !stop.load(Ordering::Relaxed),
-        "everything was removed again"
-    );
-    print("Everything was removed again. Next: odmoe-fs mount YOUR-MODEL.gguf DIRECTORY\n")
+    stop.check().context("everything was removed again")?;
+    print("Everything was removed again. Next:\n  odmoe-fs mount MODEL.gguf DIR\n")
 }
 
-fn show(toy: &Path, root: &Path) -> anyhow::Result<()> {
+fn show(toy: &Path, root: &Path) -> Result<()> {
     show_tree(root)?;
     check_expert(toy, root)
 }
@@ -94,7 +100,7 @@ pub struct Mounted {
 }
 
 impl Mounted {
-    pub fn new(model: &Path, directory: &Path) -> anyhow::Result<Self> {
+    pub fn new(model: &Path, directory: &Path) -> Result<Self> {
         let mounted = Self {
             directory: directory.to_owned(),
         };
@@ -102,7 +108,7 @@ impl Mounted {
         Ok(mounted)
     }
 
-    pub fn unmount(self) -> anyhow::Result<()> {
+    pub fn unmount(self) -> Result<()> {
         run_self(&["umount".as_ref(), self.directory.as_ref()])
     }
 }
@@ -112,38 +118,39 @@ impl Drop for Mounted {
         match unmount(&self.directory, true) {
             // It was unmounted, or never mounted.
             Ok(_) | Err(UnmountError::NotOurs(_)) => {}
-            Err(e) => tracing::error!("{e}"),
+            Err(e) => tracing::error!("{}", e.line()),
         }
     }
 }
 
 /// Runs this program with other arguments, and fails with what it said.
-fn run_self(arguments: &[&std::ffi::OsStr]) -> anyhow::Result<()> {
+fn run_self(arguments: &[&std::ffi::OsStr]) -> Result<()> {
     let program = std::env::current_exe().context("cannot find this program itself")?;
     let output = Command::new(program).args(arguments).output()?;
     if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr);
-        let said = said.trim();
-        bail!("{}", said.strip_prefix("error: ").unwrap_or(said));
+        return Err(Failure::parsed(&String::from_utf8_lossy(&output.stderr)));
     }
     Ok(())
 }
 
-fn show_tree(root: &Path) -> anyhow::Result<()> {
+fn show_tree(root: &Path) -> Result<()> {
     let root_name = root.file_name().unwrap_or_default().to_string_lossy();
     let mut out = format!("{root_name}/\n");
     for directory in sorted(root)? {
         out += &format!("  {}/\n", name_of(&directory));
-        for file in sorted(&directory)? {
-            let bytes = file.metadata()?.len();
-            let (name, size) = (name_of(&file), text::count(bytes));
-            out += &format!("    {name:<40} {size:>9} bytes\n");
-        }
+        let files = sorted(&directory)?.into_iter().map(|file| {
+            let size = text::count(file.metadata()?.len());
+            Ok([
+                format!("    {:<34}", name_of(&file)),
+                format!("{size:>9} bytes"),
+            ])
+        });
+        out += &Screen::of_stdout().whole_table(files.collect::<Result<_>>()?);
     }
     print(&out)
 }
 
-fn sorted(directory: &Path) -> anyhow::Result<Vec<PathBuf>> {
+fn sorted(directory: &Path) -> Result<Vec<PathBuf>> {
     let entries = fs::read_dir(directory)?.map(|entry| Ok(entry?.path()));
     let mut paths = entries.collect::<std::io::Result<Vec<_>>>()?;
     paths.sort();
@@ -157,7 +164,7 @@ fn name_of(path: &Path) -> String {
 
 /// Reads an expert as a loader does, and compares every tensor with where the GGUF's own header
 /// says that the expert's slice of it lies.
-fn check_expert(toy: &Path, root: &Path) -> anyhow::Result<()> {
+fn check_expert(toy: &Path, root: &Path) -> Result<()> {
     let file = fs::read(root.join(format!("experts/{EXPERT_FILE}.safetensors")))?;
     let (length, rest) = file
         .split_first_chunk::<8>()
@@ -165,9 +172,10 @@ fn check_expert(toy: &Path, root: &Path) -> anyhow::Result<()> {
     let (json, payload) = rest
         .split_at_checked(u64::from_le_bytes(*length) as usize)
         .context("the header is cut short")?;
-    let header: Value = serde_json::from_slice(json)?;
+    let header: Value = serde_json::from_slice(json).map_err(|e| Failure::unknown(&e))?;
     let sources = header["__metadata__"]["odmoe.tensors"].as_str();
-    let sources: Value = serde_json::from_str(sources.context("there is no odmoe.tensors")?)?;
+    let sources = sources.context("there is no odmoe.tensors")?;
+    let sources: Value = serde_json::from_str(sources).map_err(|e| Failure::unknown(&e))?;
 
     let model = Model::open(toy)?;
     let gguf = fs::File::open(toy)?;
@@ -185,17 +193,17 @@ fn check_expert(toy: &Path, root: &Path) -> anyhow::Result<()> {
         gguf.read_exact_at(&mut expected, offset)?;
         let at = |n| header[&name]["data_offsets"][n].as_u64().unwrap_or(0) as usize;
         let found = payload.get(at(0)..at(1));
-        ensure!(
-            found == Some(&expected[..]),
-            "{name} differs from {gguf_name}; this is a bug in odmoe-fs"
-        );
+        if found != Some(&expected[..]) {
+            let message = format!("{name} differs from {gguf_name}: this is a bug in odmoe-fs");
+            return Err(Failure::new(message).hint("please report it"));
+        }
         out += &format!(
-            "  {name}  {} {:<11} {} bytes, the same as toy.gguf at byte {}\n",
+            "  {name}  {} {:<9}  {} bytes, the same as toy.gguf at {}\n",
             info.ggml_type,
             sources[&name]["shape"].to_string(),
             text::count(bytes),
             text::count(offset),
         );
     }
-    print(&out)
+    print(&Screen::of_stdout().fit(&out))
 }

@@ -1,10 +1,13 @@
-//! Messages: on the standard error, and those of a daemon, which has none, in a file or in the journal.
+//! Messages: to the standard error as long as somebody waits for the command, and from a daemon to a
+//! file or the journal.
 //!
-//! Which of the two a process is, its number tells: the daemon is forked off after all this is set up.
+//! All of this is set up before the daemon is forked off. That says then that it is the daemon, and
+//! later that it has left the terminal.
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use tracing::Level;
 use tracing::level_filters::LevelFilter;
@@ -15,14 +18,14 @@ use tracing_subscriber::{Layer, Registry};
 
 use super::text;
 
-/// How much is said.
+/// How much is printed.
 #[derive(Clone, Copy)]
 pub struct Volume {
     pub quiet: bool,
     pub verbose: u8,
 }
 
-/// How the messages of a mount are written.
+/// The form of a mount's messages.
 #[derive(Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum LogFormat {
     /// Lines for people
@@ -35,40 +38,55 @@ pub enum LogFormat {
 /// Where a daemon writes, once it is known.
 static LOG: OnceLock<File> = OnceLock::new();
 
-/// From here on a daemon's messages go to this file.
+/// Whether this process is the daemon, whose messages are logged.
+static IS_LOGGED: AtomicBool = AtomicBool::new(false);
+/// Whether there still is a caller to tell.
+static HAS_TERMINAL: AtomicBool = AtomicBool::new(true);
+
+/// This process is the daemon.
+pub fn log_from_here() {
+    IS_LOGGED.store(true, Ordering::Relaxed);
+}
+
+/// From here on only the log is written to.
+pub fn leave_terminal() {
+    HAS_TERMINAL.store(false, Ordering::Relaxed);
+}
+
+/// Sends a daemon's messages to a file from now on.
 pub fn log_to(file: &File) -> io::Result<()> {
     let _ = LOG.set(file.try_clone()?);
     Ok(())
 }
 
-/// To be called once, before anything is said. The journal is for daemons that have no file.
+/// Sets messages up, once and before the first of them. Daemons without a log file write to the
+/// journal.
 pub fn start(volume: Volume, format: LogFormat, to_journal: bool) {
-    let said = match (volume.quiet, volume.verbose) {
+    let printed = match (volume.quiet, volume.verbose) {
         (true, _) => Level::ERROR,
         (false, 0) => Level::WARN,
         (false, 1) => Level::INFO,
         (false, _) => Level::DEBUG,
     };
-    // A log that is asked for holds more than what a person must know.
+    // A log holds more than what a person must know at once.
     let logged = if volume.quiet {
-        said
+        printed
     } else {
-        said.max(Level::INFO)
+        printed.max(Level::INFO)
     };
-    let caller = std::process::id();
     let here = dynamic_filter_fn(move |metadata, _| {
-        metadata.level() <= &said && std::process::id() == caller
+        metadata.level() <= &printed && HAS_TERMINAL.load(Ordering::Relaxed)
     });
     let in_daemon = move || {
         dynamic_filter_fn(move |metadata, _| {
-            metadata.level() <= &logged && std::process::id() != caller
+            metadata.level() <= &logged && IS_LOGGED.load(Ordering::Relaxed)
         })
         .with_max_level_hint(LevelFilter::from_level(logged))
     };
     let colours = io::stderr().is_terminal() && text::may_be_coloured();
     let terminal = lines(format, || Diagnostics, colours, false);
     let file = lines(format, || Log, false, true);
-    let here = here.with_max_level_hint(LevelFilter::from_level(said));
+    let here = here.with_max_level_hint(LevelFilter::from_level(printed));
     let mut layers = vec![
         terminal.with_filter(here).boxed(),
         file.with_filter(in_daemon()).boxed(),
@@ -79,7 +97,7 @@ pub fn start(volume: Volume, format: LogFormat, to_journal: bool) {
     tracing_subscriber::registry().with(layers).init();
 }
 
-/// Messages as lines. Those of a log have their time; JSON has it always.
+/// Messages as lines, with the time in a log and in JSON.
 fn lines<W, O>(
     format: LogFormat,
     writer: W,
@@ -98,7 +116,7 @@ where
     }
 }
 
-/// The journal of systemd, where there is one.
+/// The journal of systemd, if there is one.
 #[cfg(target_os = "linux")]
 fn journal() -> Option<tracing_journald::Layer> {
     let journal = tracing_journald::layer().ok()?;
@@ -110,7 +128,7 @@ fn journal() -> Option<tracing_subscriber::layer::Identity> {
     None
 }
 
-/// The standard error, where a message that cannot be written is lost: it must not stop the work.
+/// The standard error. A message that cannot be written is lost: it must not stop the work.
 pub struct Diagnostics;
 
 impl Write for Diagnostics {

@@ -1,20 +1,24 @@
 //! `doctor`: whether mounts work on this machine, and what to do if not.
 
+use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::fs;
-use std::sync::atomic::AtomicBool;
+use std::path::{Path, PathBuf};
 
 use odmoe_fs::doctor::{Check, Verdict, examine};
+use odmoe_fs::toy::Toy;
 use serde::Serialize;
 
-use super::demo::Mounted;
-use super::toy::{ToyArgs, Watch, write_toy};
-use super::{print, print_json, text};
+use super::demo::{Mounted, temporary_folder};
+use super::failure::{Failure, Result};
+use super::screen::Screen;
+use super::{Stop, print, print_json, text};
 
 /// Check whether this machine can mount, and name the cure of what is missing
 ///
-/// Looks at the device, the mount helper, containers, the kernel and limits, and at the end mounts a toy
-/// model in a temporary folder. The exit status is 0 if a mount will work, and 3 if it will not.
+/// Looks at the device, the mount helper, containers, the kernel and limits, and at the end mounts a
+/// toy model in a temporary folder. The exit status is 0 if mounts work, 3 if they do not, and 1 if
+/// that could not be found out.
 #[derive(clap::Args)]
 pub struct DoctorArgs {
     /// Print one JSON object
@@ -24,23 +28,39 @@ pub struct DoctorArgs {
 
 #[derive(Serialize)]
 struct Report {
-    /// Whether a mount will work.
-    works: bool,
+    /// Whether mounts work; `null` if that could not be found out.
+    works: Option<bool>,
     checks: Vec<Check>,
 }
 
-/// Runs the command; says whether a mount will work.
-pub fn run(args: &DoctorArgs) -> anyhow::Result<bool> {
+/// Runs the command; says whether mounts work.
+pub fn run(args: &DoctorArgs) -> Result<bool> {
+    let stop = Stop::on_signals()?;
     let mut checks = examine();
-    checks.push(trial());
-    let works = checks.iter().all(|check| check.verdict != Verdict::Failure);
+    let trial = trial(&stop);
+    stop.check()?;
+    let has_failure = checks.iter().any(|check| check.verdict == Verdict::Failure);
+    let works = match trial.verdict {
+        Verdict::Unknown if !has_failure => None,
+        verdict => Some(verdict == Verdict::Good),
+    };
+    if works == Some(true) {
+        // What should keep mounts from working does not.
+        let failures = checks.iter_mut();
+        let failures = failures.filter(|check| check.verdict == Verdict::Failure);
+        failures.for_each(|check| check.verdict = Verdict::Note);
+    }
+    checks.push(trial);
     let report = Report { works, checks };
     if args.json {
         print_json(&report)?;
     } else {
-        print(&report.text())?;
+        print(&report.text(&Screen::of_stdout()))?;
     }
-    Ok(works)
+    works.ok_or_else(|| {
+        Failure::new("whether mounts work could not be tried")
+            .hint("set TMPDIR to a folder that you can write to")
+    })
 }
 
 /// What is wrong with this machine, for a mount that failed: a line for each, with its cure.
@@ -60,43 +80,81 @@ pub fn complaints() -> String {
     out
 }
 
-/// Mounts a toy model and reads of it: what no look at the machine can replace.
-fn trial() -> Check {
-    let (verdict, found) = match mount_and_read() {
-        Ok(()) => (
-            Verdict::Good,
-            "a toy model was mounted, read and unmounted".to_owned(),
-        ),
-        Err(e) => (Verdict::Failure, format!("{e:#}")),
-    };
-    Check {
-        name: "trial mount",
-        verdict,
-        found,
-        cure: None, // the other checks, or the error itself, name it
+/// Mounts a toy model and reads of it: what no look at the machine can replace. A folder in which
+/// that cannot be prepared says nothing of mounts, so the next one is tried.
+fn trial(stop: &Stop) -> Check {
+    let name = "trial mount";
+    let mut folders = vec![std::env::temp_dir()];
+    let others = ["XDG_RUNTIME_DIR"].into_iter().filter_map(std::env::var_os);
+    folders.extend(others.map(PathBuf::from));
+    folders.extend(["/tmp", "/var/tmp"].map(PathBuf::from));
+    let (mut refused, mut unprepared) = (None, None);
+    for folder in folders {
+        let prepared = match Prepared::new(&folder, stop) {
+            Ok(prepared) => prepared,
+            Err(e) => {
+                unprepared.get_or_insert(e);
+                continue;
+            }
+        };
+        match prepared.mount_and_read() {
+            Ok(()) => return Check::good(name, "a toy model was mounted, read and unmounted"),
+            Err(e) => drop(refused.get_or_insert(e)),
+        }
+        if stop.check().is_err() {
+            break;
+        }
+    }
+    match (refused, unprepared) {
+        (Some(e), _) => {
+            let cure = e.hint.map(Cow::into_owned);
+            Check::new(name, Verdict::Failure, e.message, cure)
+        }
+        (None, Some(e)) => Check::new(name, Verdict::Unknown, e.message, None),
+        (None, None) => Check::new(name, Verdict::Unknown, "it was not tried", None),
     }
 }
 
-fn mount_and_read() -> anyhow::Result<()> {
-    let folder = tempfile::Builder::new().prefix("odmoe-doctor-").tempdir()?;
-    let toy = ToyArgs {
-        layers: 1,
-        experts: 2,
-        dim: 64,
-        ffn_dim: 64,
-        vocab: 64,
-        ..ToyArgs::new(&folder.path().join("toy.gguf"))
-    };
-    write_toy(&toy, Watch::silent(&AtomicBool::new(false)))?;
-    let directory = folder.path().join("mnt");
-    fs::create_dir(&directory)?;
-    let mounted = Mounted::new(&toy.out, &directory)?;
-    fs::read(directory.join("experts/layer_00_expert_001.safetensors"))?;
-    mounted.unmount()
+/// A toy model and a directory to mount it on, in a folder that is removed again.
+struct Prepared {
+    folder: tempfile::TempDir,
+    model: PathBuf,
+    directory: PathBuf,
+}
+
+impl Prepared {
+    fn new(within: &Path, stop: &Stop) -> Result<Self> {
+        let folder = temporary_folder("odmoe-doctor-", within)?;
+        let model = folder.path().join("toy.gguf");
+        let toy = Toy {
+            layers: 1,
+            experts: 2,
+            dim: 64,
+            ffn_dim: 64,
+            vocab: 64,
+            ..Toy::default()
+        };
+        toy.write(&model, &stop.flag, &|_| {})?;
+        let directory = folder.path().join("mnt");
+        fs::create_dir(&directory)?;
+        Ok(Self {
+            folder,
+            model,
+            directory,
+        })
+    }
+
+    fn mount_and_read(self) -> Result<()> {
+        let mounted = Mounted::new(&self.model, &self.directory)?;
+        let file = "experts/layer_00_expert_001.safetensors";
+        fs::read(self.directory.join(file))?;
+        mounted.unmount()?;
+        Ok(self.folder.close()?)
+    }
 }
 
 impl Report {
-    fn text(&self) -> String {
+    fn text(&self, screen: &Screen) -> String {
         let width = self
             .checks
             .iter()
@@ -109,19 +167,21 @@ impl Report {
                 Verdict::Good => "ok  ",
                 Verdict::Note => "note",
                 Verdict::Failure => "FAIL",
+                Verdict::Unknown => "?   ",
             };
-            // Writing to a String cannot fail.
-            let found = text::name(&check.found);
-            let _ = writeln!(out, "{mark}  {:width$}  {found}", check.name);
+            let label = format!("{mark}  {:width$}  ", check.name);
+            out += &screen.beside(&label, &text::name(&check.found));
+            out += "\n";
             if let Some(cure) = &check.cure {
-                let _ = writeln!(out, "      {:width$}  cure: {cure}", "");
+                // A command, which can be copied only if nothing breaks it.
+                // Writing to a String cannot fail.
+                let _ = writeln!(out, "      cure: {cure}");
             }
         }
-        out += if self.works {
-            "\nmounts work here\n"
-        } else {
-            "\nmounts do not work here\n"
-        };
-        out
+        out + match self.works {
+            Some(true) => "\nmounts work here\n",
+            Some(false) => "\nmounts do not work here\n",
+            None => "\nwhether mounts work here could not be found out\n",
+        }
     }
 }

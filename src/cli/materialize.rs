@@ -1,30 +1,32 @@
-//! `materialize`: the tree as real files.
+//! `materialize`: writes the tree as real files.
 
 use std::io::Write;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
-use anyhow::{bail, ensure};
-use odmoe_fs::materialize::ignore_file_size_signal;
 use odmoe_fs::materialize::{Numbers, Options, Plan, Reflink, Selection};
 use odmoe_fs::model::Model;
 use odmoe_fs::mounts::odmoe_mount_of;
+use odmoe_fs::process::ignore_file_size_signal;
 use odmoe_fs::source::PageCache;
-use odmoe_fs::verify::{Comparison, Depth, What};
+use odmoe_fs::verify::{Comparison, Depth, DifferenceKind};
 use odmoe_fs::work::default_jobs;
 
+use super::failure::{Failure, Result};
 use super::progress::Meter;
+use super::screen::Screen;
+use super::verify::warn_of_unfinished;
 use super::{Diagnostics, ModelArg, Stop, print, say, text};
 
 /// Write the tree of a model as real files
 ///
-/// A file gets its name when it is complete and on the disk. If the run is interrupted, the same
-/// command goes on from there; files that are complete are not written again.
+/// A file gets its name when it is complete and on the disk. After an interruption, the same
+/// command continues: complete files are not written again.
 #[derive(clap::Args)]
 pub struct MaterializeArgs {
     #[command(flatten)]
     model: ModelArg,
-    /// The directory to write base_model/ and experts/ into; made if missing
+    /// The directory to write base_model/ and experts/ into; created if missing
     #[arg(value_name = "DIR")]
     directory: PathBuf,
     /// Write only base_model/
@@ -33,22 +35,22 @@ pub struct MaterializeArgs {
     /// Write only the experts (and metadata.json)
     #[arg(long)]
     experts_only: bool,
-    /// Of the experts, write only those of these layers, such as 0-3,7
+    /// Write only the experts of these layers, such as 0-3,7
     #[arg(long, value_name = "LIST")]
     layers: Option<Numbers>,
-    /// Of the experts, write only those with these numbers, such as 0,5
+    /// Write only the experts with these numbers, such as 0,5
     #[arg(long, value_name = "LIST")]
     experts: Option<Numbers>,
-    /// Say what would be written, and stop
+    /// Show what would be compared and written, and change nothing
     #[arg(long, conflicts_with = "verify")]
     dry_run: bool,
     /// Share disk blocks with the model instead of copying them (on XFS and btrfs)
     #[arg(long, value_name = "WHEN", value_enum, default_value_t)]
     reflink: When,
-    /// Replace files that are there but are not what would be written
+    /// Replace files that exist but are not what would be written
     #[arg(long)]
     force: bool,
-    /// When all is written, read every file back and compare it with the model
+    /// Afterwards, read every file back and compare it with the model
     #[arg(long)]
     verify: bool,
     /// Files to write at the same time [default: the processors, at most 8]
@@ -77,11 +79,12 @@ impl From<When> for Reflink {
     }
 }
 
-pub fn run(args: &MaterializeArgs, quiet: bool) -> anyhow::Result<()> {
-    // Beyond `ulimit -f`, writing shall be an error and not the end.
+pub fn run(args: &MaterializeArgs, quiet: bool) -> Result<()> {
+    // Writing beyond `ulimit -f` must be an error, not the end of the process.
     ignore_file_size_signal();
     let mut model = Model::open(&args.model.model)?;
-    // Each byte is read once: 578 GiB shall not wash out what others have cached.
+    warn_of_unfinished(&model)?;
+    // Each byte is read once, and 578 GiB must not push out what other programs have cached.
     model.set_page_cache(PageCache::Unchanged);
     let selection = Selection {
         without_base: args.experts_only,
@@ -94,34 +97,44 @@ pub fn run(args: &MaterializeArgs, quiet: bool) -> anyhow::Result<()> {
         selection,
         reflink: args.reflink.into(),
         force: args.force,
+        dry_run: args.dry_run,
     };
     let plan = Plan::new(&model, &args.directory, &options)?;
-    let to_write = text::counted(plan.files(), "file");
     let done = match plan.files_done() {
         0 => String::new(),
         done => format!(" ({} complete already)", text::count(done as u64)),
     };
-    let announcement = format!("{to_write}, {}{done}", text::size(plan.bytes()));
+    let amount = |files, bytes| format!("{}, {}", text::counted(files, "file"), text::size(bytes));
+    let to_write = format!("to write: {}{done}", amount(plan.files(), plan.bytes()));
+    let to_compare = match plan.files_to_compare() {
+        0 => String::new(),
+        files => format!(
+            "to compare: {}, that look complete but have another time\n",
+            amount(files, plan.bytes_to_compare())
+        ),
+    };
     if args.dry_run {
-        print(&format!("to write: {announcement}\n{}", costs(&plan)))?;
+        let text = format!("{to_compare}{to_write}\n{}", costs(&plan));
+        print(&Screen::of_stdout().fit(&text))?;
         return Ok(plan.check_room()?);
     }
     plan.check_room()?;
     let lost = plan.lost()?;
     if let [first, ..] = &lost[..] {
         tracing::warn!(
-            "the registry lists {} that this run does not write and that cannot be found, such as {first}: it will list no such any more",
+            "the registry lists {} that cannot be found and that this run does not write, such as {first}: it will no longer list them",
             text::counted(lost.len(), "expert")
         );
     }
-    if !quiet && plan.files() > 0 {
-        let taken = text::size(plan.cost().room);
-        let _ = writeln!(
-            Diagnostics,
-            "to write: {announcement}, taking {taken} of room"
-        );
+    if !quiet {
+        let mut announced = to_compare;
+        if plan.files() > 0 {
+            let taken = text::size(plan.cost().room);
+            announced += &format!("{to_write}, taking {taken} of room\n");
+        }
+        let _ = Diagnostics.write_all(announced.as_bytes());
     }
-    let meter = Meter::new(plan.bytes(), quiet);
+    let meter = Meter::new(plan.bytes_to_compare() + plan.bytes(), quiet);
     let jobs = args.jobs.and_then(|n| NonZeroUsize::new(n.into()));
     let jobs = jobs.unwrap_or_else(default_jobs);
     let stop = Stop::on_signals()?;
@@ -129,16 +142,25 @@ pub fn run(args: &MaterializeArgs, quiet: bool) -> anyhow::Result<()> {
     meter.finish();
     let outcome = stop.explain(result)?;
     let directory = text::path(&args.directory);
-    say(&match plan.files() {
+    say(&match outcome.files {
         0 if outcome.documents_written => format!(
             "nothing to write but the documents: all other files are complete in {directory}\n"
         ),
         0 => format!("nothing to write: all files are complete in {directory}\n"),
-        _ => format!("wrote {announcement} into {directory}\n"),
+        files => {
+            let written = amount(files, outcome.bytes);
+            format!("wrote {written}{done} into {directory}\n")
+        }
     });
+    if let [first, ..] = &outcome.untimed[..] {
+        tracing::warn!(
+            "the time of {}, such as {first:?}, cannot be set, so that every run compares their bytes",
+            text::counted(outcome.untimed.len(), "file")
+        );
+    }
     if let [first, ..] = &outcome.unlisted[..] {
         tracing::warn!(
-            "{directory} also holds {} of another model, or of nobody, such as {first:?}; remove what loaders shall not find",
+            "{directory} also holds {} that do not belong to this tree, such as {first:?}; remove those that loaders must not find",
             text::counted(outcome.unlisted.len(), "file")
         );
     }
@@ -148,34 +170,39 @@ pub fn run(args: &MaterializeArgs, quiet: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Compares all that is there with the model. What others have put beside it is theirs.
+/// Compares the files of the tree with the model. Other files in the directory do not matter.
 fn read_back(
     model: &Model,
     directory: &Path,
     jobs: NonZeroUsize,
     stop: &Stop,
     quiet: bool,
-) -> anyhow::Result<()> {
+) -> Result<()> {
     let comparison = Comparison::new(model, directory, Depth::Whole)?;
     let meter = Meter::new(comparison.bytes(), quiet);
     let result = comparison.run(jobs, &stop.flag, &|progress| meter.add(progress));
     meter.finish();
     let report = stop.explain(result)?;
-    let differences = report.differences.iter().filter(|d| d.what != What::Extra);
+    let differences = report
+        .differences
+        .iter()
+        .filter(|d| d.kind != DifferenceKind::Extra);
     let lines: Vec<String> = differences
         .map(|d| format!("\n  {} {d}", text::path(&directory.join(&d.path))))
         .collect();
-    ensure!(
-        lines.is_empty(),
-        "what was read back from {directory:?} is not what the model holds; remove these files, and the same command writes them again:{}",
-        lines.concat()
-    );
+    if !lines.is_empty() {
+        let message = format!(
+            "these files in {directory:?} are not what the model holds:{}",
+            lines.concat()
+        );
+        return Err(Failure::new(message).hint("remove them, and run the same command again"));
+    }
     let bytes = text::size(report.bytes);
-    say(&format!("verified: {bytes} are those of the model\n"));
+    say(&format!("verified: {bytes} match the model\n"));
     Ok(())
 }
 
-/// What a plan costs, line by line.
+/// The cost of a plan, line by line.
 fn costs(plan: &Plan) -> String {
     let cost = plan.cost();
     let shared = match plan.refusal() {
@@ -197,13 +224,14 @@ fn costs(plan: &Plan) -> String {
     lines.into_iter().map(line).collect()
 }
 
-/// A mounted tree is there already, and cannot be written to.
-fn refuse_mounts(directory: &Path) -> anyhow::Result<()> {
+/// A mounted tree exists already, and is read-only.
+fn refuse_mounts(directory: &Path) -> Result<()> {
     if let Some(mount) = odmoe_mount_of(directory) {
-        bail!(
-            "{directory:?} lies in the odmoe-fs mount on {:?}, which is read-only; choose another directory",
+        let message = format!(
+            "{directory:?} lies in the odmoe-fs mount on {:?}, which is read-only",
             mount.directory
         );
+        return Err(Failure::new(message).hint("choose another directory"));
     }
     Ok(())
 }

@@ -10,8 +10,10 @@ mod inspect;
 mod materialize;
 mod mount;
 mod progress;
+mod screen;
 mod status;
 mod stop;
+mod suggest;
 mod text;
 mod top;
 mod toy;
@@ -23,13 +25,13 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Context;
-use clap::error::ErrorKind;
-use clap::{CommandFactory, Parser, Subcommand};
-use odmoe_fs::mounts::no_new_privileges;
+use clap::{Parser, Subcommand};
+use odmoe_fs::process::{
+    close_inherited_descriptors, no_new_privileges, raise_descriptor_limit, reset_inherited_signals,
+};
 
 use self::diagnostics::{Diagnostics, LogFormat, Volume};
-use self::failure::{FOUND_SOMETHING, Failure, WRONG_USAGE, exit_code, is_broken_pipe};
+use self::failure::{Context, FOUND_SOMETHING, Failure, Result, WRONG_USAGE, exit_code};
 use self::fstab::HelperCall;
 use self::stop::Stop;
 
@@ -38,10 +40,10 @@ use self::stop::Stop;
 #[derive(Parser)]
 #[command(name = "odmoe-fs", version, max_term_width = 100)]
 struct Cli {
-    /// Say more on stderr; said twice, a mount tells of each request of the kernel
+    /// Print more on stderr; given twice, a mount logs every request of the kernel
     #[arg(short, long, global = true, action = clap::ArgAction::Count, help_heading = "Messages")]
     verbose: u8,
-    /// Say only errors on stderr
+    /// Print only errors on stderr
     #[arg(
         short,
         long,
@@ -71,7 +73,7 @@ enum Command {
 }
 
 impl Command {
-    /// Whether it may need the set-user-id helper that mounts and unmounts for users.
+    /// Whether it may run the set-user-id helper that mounts and unmounts for users.
     fn mounts(&self) -> bool {
         matches!(
             self,
@@ -111,33 +113,44 @@ pub fn run() -> ExitCode {
     }
 }
 
+/// Why a command line cannot be obeyed.
+enum Wrong {
+    /// Or a call for help.
+    Line(clap::Error),
+    /// An option of `-o`.
+    Option(Failure),
+}
+
 /// Parses a command line, and what its `-o` options stand for.
-fn parse(arguments: &[OsString]) -> Result<Cli, clap::Error> {
-    let cli = Cli::try_parse_from(arguments)?;
+fn parse(arguments: &[OsString]) -> std::result::Result<Cli, Wrong> {
+    let cli = Cli::try_parse_from(arguments).map_err(|mut e| {
+        suggest::improve(&mut e, arguments);
+        Wrong::Line(e)
+    })?;
     let Command::Mount(args) = &cli.command else {
         return Ok(cli);
     };
-    let flags = fstab::flags(args.options.iter().map(String::as_str), false)
-        .map_err(|e| Cli::command().error(ErrorKind::UnknownArgument, e))?;
+    let lists = args.options.iter().map(String::as_str);
+    let flags = fstab::flags(lists, false).map_err(Wrong::Option)?;
     let command = arguments.iter().position(|argument| argument == "mount");
     let (before, after) = arguments.split_at(command.map_or(1, |at| at + 1));
-    Cli::try_parse_from(before.iter().chain(&flags).chain(after))
+    Cli::try_parse_from(before.iter().chain(&flags).chain(after)).map_err(Wrong::Line)
 }
 
 /// Mounts for mount(8), in whose exit statuses 1 is a wrong call and 32 a mount that failed.
-fn help_mount(call: Result<HelperCall, String>) -> ExitCode {
+fn help_mount(call: Result<HelperCall>) -> ExitCode {
     const WRONG_CALL: u8 = 1;
     const NOT_MOUNTED: u8 = 32;
     let call = match call {
         Ok(call) => call,
         Err(e) => {
-            let _ = writeln!(Diagnostics, "error: {e}");
+            e.report(false);
             return ExitCode::from(WRONG_CALL);
         }
     };
     match parse(&call.arguments) {
-        Err(e) => {
-            let _ = e.print();
+        Err(wrong) => {
+            usage(&wrong);
             ExitCode::from(WRONG_CALL)
         }
         Ok(mut cli) => {
@@ -153,9 +166,7 @@ fn help_mount(call: Result<HelperCall, String>) -> ExitCode {
 }
 
 fn execute(cli: &Cli) -> ExitCode {
-    if let Command::Mount(args) = &cli.command
-        && let Err(e) = args.leave_what_was_inherited()
-    {
+    if let Err(e) = set_up(cli) {
         return exit_code(Err(e), false);
     }
     let volume = Volume {
@@ -167,8 +178,8 @@ fn execute(cli: &Cli) -> ExitCode {
         _ => (LogFormat::Text, false),
     };
     diagnostics::start(volume, format, to_journal);
-    // More parts of a split set can stay open. Where it is refused, fewer do.
-    let _ = odmoe_fs::source::raise_descriptor_limit();
+    // With a higher limit more parts of a split set stay open; without, fewer do.
+    let _ = raise_descriptor_limit();
     if !cli.command.mounts() {
         no_new_privileges();
     }
@@ -190,18 +201,39 @@ fn execute(cli: &Cli) -> ExitCode {
     exit_code(result, json)
 }
 
+/// Frees this process of what its caller may have handed down. To be called before anything is
+/// opened.
+fn set_up(cli: &Cli) -> Result<()> {
+    reset_inherited_signals().context("cannot reset signals")?;
+    if let Command::Mount(args) = &cli.command
+        && args.leaves_a_daemon()
+    {
+        // SAFETY: nothing was opened yet, and std opens nothing by itself.
+        unsafe { close_inherited_descriptors() }.context("cannot close inherited descriptors")?;
+    }
+    Ok(())
+}
+
 /// The exit status of a command that looks whether all is well.
-fn found(is_well: anyhow::Result<bool>, json: bool) -> ExitCode {
+fn found(is_well: Result<bool>, json: bool) -> ExitCode {
     match is_well {
         Ok(false) => ExitCode::from(FOUND_SOMETHING),
         result => exit_code(result.map(drop), json),
     }
 }
 
-/// Tells what cannot be understood of a command line, or the help that it asks for.
-fn usage(error: &clap::Error) -> ExitCode {
+/// Prints what is wrong with a command line, or the help that it asks for.
+fn usage(wrong: &Wrong) -> ExitCode {
+    let json = std::env::args_os().any(|argument| argument == "--json");
+    let error = match wrong {
+        Wrong::Line(error) => error,
+        Wrong::Option(failure) => {
+            failure.report(json);
+            return ExitCode::from(WRONG_USAGE);
+        }
+    };
     if let Err(e) = error.print() {
-        // Help that nobody could read is no success.
+        // Help that could not be printed is a failure.
         return match e.kind() {
             io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
             _ => ExitCode::FAILURE,
@@ -210,40 +242,41 @@ fn usage(error: &clap::Error) -> ExitCode {
     if !error.use_stderr() {
         return ExitCode::SUCCESS;
     }
-    if std::env::args_os().any(|argument| argument == "--json") {
+    if json {
         let text = error.to_string();
-        let lines = text.lines().map(str::trim);
-        let lines: Vec<_> = lines.take_while(|line| !line.is_empty()).collect();
-        let message = lines.join(" ");
-        let failure = Failure {
-            code: "usage",
-            message: message.trim_start_matches("error: ").to_owned(),
-            hint: "see --help".to_owned(),
-        };
-        failure.print_json();
+        let mut lines = text.lines().map(str::trim);
+        let message: Vec<_> = lines.by_ref().take_while(|line| !line.is_empty()).collect();
+        let failure = Failure::usage(message.join(" ").trim_start_matches("error: "));
+        let tip = lines.find_map(|line| line.strip_prefix("tip: "));
+        match tip {
+            Some(tip) => failure.hint(tip.to_owned()),
+            None => failure,
+        }
+        .print_json();
     }
     ExitCode::from(WRONG_USAGE)
 }
 
 /// Prints a result.
-fn print(text: &str) -> anyhow::Result<()> {
+fn print(text: &str) -> Result<()> {
     let mut stdout = io::stdout();
     stdout
         .write_all(text.as_bytes())
         .and_then(|()| stdout.flush())
-        .context("cannot write to the standard output")
+        .map_err(|e| Failure::output(&e))
 }
 
 /// Prints a result for programs.
-fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
-    print(&(serde_json::to_string_pretty(value)? + "\n"))
+fn print_json(value: &impl serde::Serialize) -> Result<()> {
+    let json = serde_json::to_string_pretty(value).map_err(|e| Failure::unknown(&e))?;
+    print(&(json + "\n"))
 }
 
-/// Says what was done. It is done even if nobody can be told.
+/// Prints what was done. That it cannot be printed does not undo it.
 fn say(text: &str) {
     if let Err(e) = print(text)
-        && !is_broken_pipe(&e)
+        && !e.is_closed_output()
     {
-        tracing::warn!("{e:#}");
+        tracing::warn!("{}", e.message);
     }
 }

@@ -1,17 +1,22 @@
 //! `mount`: the tree on a directory, from the background or the foreground.
 
 use std::fs::File;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, anyhow, ensure};
+use odmoe_fs::explain::Explain;
 use odmoe_fs::model::Model;
 use odmoe_fs::mounts::{
-    Cache, Mount, MountError, Options, close_inherited_descriptors, set_read_ahead,
+    self, Cache, Caller, Launched, Mount, MountError, Options, answers, launch, set_read_ahead,
+    unmount_stale,
 };
+use odmoe_fs::process::leave_caller;
 
 use super::diagnostics::{self, LogFormat};
 use super::doctor::complaints;
+use super::failure::{Failure, Result};
+use super::verify::warn_of_unfinished;
 use super::{ModelArg, say, text};
 
 /// Show a model as base_model/ and experts/ on a directory
@@ -87,6 +92,9 @@ pub struct MountArgs {
         help_heading = "Messages"
     )]
     pub log_file: Option<PathBuf>,
+    /// Labels of SELinux for the mount, such as context=...; `-o` has them without this name
+    #[arg(long, value_name = "LABEL", hide = true)]
+    security_label: Vec<String>,
     /// Look at the model, and change nothing: mount(8) was told to fake.
     #[arg(skip)]
     pub is_fake: bool,
@@ -102,12 +110,9 @@ pub struct MountArgs {
 }
 
 impl MountArgs {
-    /// A daemon must not hold what it inherited. To be called before anything is opened.
-    pub fn leave_what_was_inherited(&self) -> anyhow::Result<()> {
-        if !self.foreground {
-            close_inherited_descriptors().context("cannot close inherited descriptors")?;
-        }
-        Ok(())
+    /// Whether the mount is served by a process that outlives this one.
+    pub fn leaves_a_daemon(&self) -> bool {
+        !self.foreground
     }
 
     /// Whether messages go to the journal, where there is one.
@@ -131,7 +136,7 @@ enum ReadAheadArg {
     Bytes(u64),
 }
 
-fn read_ahead(text: &str) -> Result<ReadAheadArg, String> {
+fn read_ahead(text: &str) -> std::result::Result<ReadAheadArg, String> {
     const SMALLEST: u64 = 4 << 10;
     const LARGEST: u64 = 16 << 20;
     if text == "auto" {
@@ -143,20 +148,108 @@ fn read_ahead(text: &str) -> Result<ReadAheadArg, String> {
         .ok_or_else(|| "it must be auto, or a size from 4K to 16M".to_owned())
 }
 
-pub fn run(args: &MountArgs) -> anyhow::Result<()> {
-    mount(args).inspect_err(|e| {
-        // What keeps this one from working may not be what its error says.
-        if matches!(
-            e.downcast_ref(),
-            Some(MountError::Refused { .. } | MountError::DaemonDied(_) | MountError::Daemon(_))
-        ) {
-            let complaints = complaints();
-            complaints.lines().for_each(|line| tracing::warn!("{line}"));
+pub fn run(args: &MountArgs) -> Result<()> {
+    if args.is_fake {
+        return open_model(args).map(drop);
+    }
+    if args.foreground {
+        return serve(args, |made| {
+            tell_systemd();
+            say(&format!("{}unmount with Ctrl-C\n", made.summary));
+            Ok(())
+        });
+    }
+    let launched = launch(
+        |caller| serve_in_background(args, caller),
+        |_| answers(&args.directory),
+    );
+    if !matches!(launched, Ok(Launched::Ready(_))) {
+        // What a daemon that died has mounted, if it came so far, nobody serves.
+        let _ = unmount_stale(&args.directory);
+    }
+    match launched? {
+        Launched::Ready(said) => say(&String::from_utf8_lossy(&said)),
+        Launched::Failed(said) => return Err(Failure::from_json(&said)),
+        Launched::Died(fate) => {
+            complain();
+            return Err(MountError::DaemonDied(fate).into());
+        }
+        Launched::Interrupted(signal) => return Err(Failure::interrupted(signal)),
+    }
+    Ok(())
+}
+
+/// Serves from a process of its own; returns its exit status.
+fn serve_in_background(args: &MountArgs, caller: Caller) -> i32 {
+    diagnostics::log_from_here();
+    let mut caller = Some(caller);
+    let served = serve(args, |made| {
+        let directory = text::shell(made.directory);
+        let said = format!(
+            "{}unmount with: odmoe-fs umount {directory}\n",
+            made.summary
+        );
+        diagnostics::leave_terminal();
+        leave_caller(made.log)?;
+        let caller = caller.take().expect("it is taken once");
+        caller.ready(said.as_bytes())
+    });
+    let Err(error) = served else {
+        return 0;
+    };
+    match caller {
+        Some(caller) => caller.failed(&error.to_json()),
+        None => tracing::error!("{}", error.message),
+    }
+    1
+}
+
+/// A mount that was just made.
+struct Made<'a> {
+    directory: &'a Path,
+    /// What is in it, in a line.
+    summary: &'a str,
+    log: Option<&'a File>,
+}
+
+/// Opens the model, mounts, and serves; `ready` is called when the tree answers.
+fn serve<T>(args: &MountArgs, ready: impl FnOnce(Made) -> io::Result<T>) -> Result<()> {
+    let served = prepare(args).and_then(|mount| {
+        let log = match &args.log_file {
+            Some(path) => Some(open_log(path, &mount)?),
+            None => None,
+        };
+        if let Some(log) = &log {
+            diagnostics::log_to(log)?;
+        }
+        let (directory, summary) = (mount.directory().to_owned(), summary(&mount));
+        let served = mount.serve(|| {
+            tune(&directory, args.readahead);
+            ready(Made {
+                directory: &directory,
+                summary: &summary,
+                log: log.as_ref(),
+            })
+        });
+        served.map_err(|e| match e {
+            MountError::Interrupted(signal) => Failure::interrupted(signal),
+            e => e.into(),
+        })
+    });
+    served.inspect_err(|e| {
+        if e.code == "mount.refused" {
+            complain();
         }
     })
 }
 
-fn mount(args: &MountArgs) -> anyhow::Result<()> {
+/// What keeps a mount from working may not be what its error says.
+fn complain() {
+    let complaints = complaints();
+    complaints.lines().for_each(|line| tracing::warn!("{line}"));
+}
+
+fn open_model(args: &MountArgs) -> Result<Model> {
     let model = Model::open(&args.model.model)?;
     if model.layout().experts().is_empty() {
         tracing::warn!(
@@ -164,9 +257,11 @@ fn mount(args: &MountArgs) -> anyhow::Result<()> {
             args.model.model
         );
     }
-    if args.is_fake {
-        return Ok(());
-    }
+    warn_of_unfinished(&model)?;
+    Ok(model)
+}
+
+fn prepare(args: &MountArgs) -> Result<Mount> {
     let options = Options {
         nonempty: args.nonempty,
         replace: args.replace,
@@ -180,32 +275,13 @@ fn mount(args: &MountArgs) -> anyhow::Result<()> {
             CacheArg::Direct => Cache::Model,
         },
         stats: args.stats,
+        security_labels: args.security_label.clone(),
     };
-    let mount = Mount::prepare(model, &args.directory, &options)?;
-    let log = match &args.log_file {
-        Some(path) => Some(open_log(path, &mount)?),
-        None => None,
-    };
-    if let Some(log) = &log {
-        diagnostics::log_to(log)?;
-    }
-    let summary = summary(&mount);
-    let directory = mount.directory().to_owned();
-    if args.foreground {
-        mount.serve(|| {
-            tune(&directory, args.readahead);
-            tell_systemd();
-            say(&format!("{summary}unmount with Ctrl-C\n"));
-        })?;
-    } else {
-        mount.serve_in_background(log.as_ref())?;
-        tune(&directory, args.readahead);
-        let directory = text::shell(&directory);
-        say(&format!(
-            "{summary}unmount with: odmoe-fs umount {directory}\n"
-        ));
-    }
-    Ok(())
+    Ok(Mount::prepare(
+        open_model(args)?,
+        &args.directory,
+        &options,
+    )?)
 }
 
 /// Tells a systemd unit with `Type=notify` that the tree answers; elsewhere it does nothing.
@@ -221,43 +297,38 @@ fn tune(directory: &Path, read_ahead: ReadAheadArg) {
     if let ReadAheadArg::Bytes(bytes) = read_ahead
         && let Err(e) = set_read_ahead(directory, bytes)
     {
-        tracing::warn!("{e}");
+        tracing::warn!("{}", e.line());
     }
 }
 
-/// Opens the log for appending, and makes it if it is not there.
-fn open_log(path: &Path, mount: &Mount) -> anyhow::Result<File> {
+/// Opens the log, unless it would be the model or lie below the mount.
+fn open_log(path: &Path, mount: &Mount) -> Result<File> {
     let folder = std::path::absolute(path)?;
     let folder = folder
         .parent()
         .and_then(|folder| folder.canonicalize().ok());
-    ensure!(
-        !folder.is_some_and(|folder| folder.starts_with(mount.directory())),
-        "the log {path:?} would lie below the mount, where nobody could read it; choose another place"
-    );
-    let irregular = || format!("the log {path:?} is no regular file; choose one that is");
-    let log = File::options()
-        .append(true)
-        .create(true)
-        .custom_flags(libc::O_NONBLOCK) // else a pipe that nobody reads would hold us up
-        .open(path)
-        .map_err(|e| match e.raw_os_error() {
-            Some(libc::ENXIO | libc::EISDIR) => anyhow!(irregular()),
-            _ => anyhow!(e).context(format!("cannot open the log {path:?}")),
-        })?;
+    let refused = |why| Failure::new(format!("the log {path:?} {why}")).hint("choose another file");
+    if folder.is_some_and(|folder| folder.starts_with(mount.directory())) {
+        return Err(refused(
+            "would lie below the mount, where nobody could read it",
+        ));
+    }
+    let irregular = || refused("is not a regular file");
+    let log = mounts::open_log(path).map_err(|e| match e.raw_os_error() {
+        Some(libc::ENXIO | libc::EISDIR) => irregular(),
+        _ => Failure::from(e).context(&format!("cannot open the log {path:?}")),
+    })?;
     let metadata = log.metadata()?;
-    ensure!(
-        metadata.is_file() || metadata.file_type().is_char_device(),
-        irregular()
-    );
+    if !metadata.is_file() && !metadata.file_type().is_char_device() {
+        return Err(irregular());
+    }
     let is_part = |part: &Path| {
         part.metadata()
             .is_ok_and(|part| (part.dev(), part.ino()) == (metadata.dev(), metadata.ino()))
     };
-    ensure!(
-        !mount.model().source().paths().any(is_part),
-        "the log {path:?} is the model itself; choose another file"
-    );
+    if mount.model().source().paths().any(is_part) {
+        return Err(refused("is the model itself"));
+    }
     Ok(log)
 }
 

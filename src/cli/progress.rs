@@ -1,4 +1,4 @@
-//! Progress of what takes over a second.
+//! Progress of work that takes more than a second.
 
 use std::io::{self, IsTerminal, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,8 +9,8 @@ use odmoe_fs::work::Progress;
 
 use super::{Diagnostics, text};
 
-/// Progress on stderr: a bar on a terminal, else a line for every tenth, once it has taken a
-/// second.
+/// Progress on stderr, after the first second: a bar on a terminal that can move its cursor, else a
+/// line for every tenth of the bytes.
 pub struct Meter {
     bar: ProgressBar,
     lines: bool,
@@ -23,8 +23,8 @@ pub struct Meter {
 
 impl Meter {
     pub fn new(total_bytes: u64, quiet: bool) -> Self {
-        let terminal = io::stderr().is_terminal();
-        let bar = if quiet || !terminal {
+        let has_bar = io::stderr().is_terminal() && !is_dumb();
+        let bar = if quiet || !has_bar {
             ProgressBar::hidden()
         } else {
             let style = ProgressStyle::with_template(
@@ -36,7 +36,7 @@ impl Meter {
         };
         Self {
             bar,
-            lines: !quiet && !terminal,
+            lines: !quiet && !has_bar,
             total_bytes,
             bytes: AtomicU64::new(0),
             files: AtomicU64::new(0),
@@ -75,4 +75,9 @@ impl Meter {
     pub fn finish(&self) {
         self.bar.finish_and_clear();
     }
+}
+
+/// Whether a terminal only prints one line after the other, as `TERM` says.
+fn is_dumb() -> bool {
+    std::env::var_os("TERM").is_none_or(|term| term.is_empty() || term == "dumb")
 }

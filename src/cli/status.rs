@@ -1,15 +1,17 @@
-//! `status`: our mounts, and whether they answer.
+//! `status`: our mounts, and whether each answers.
 
 use odmoe_fs::mounts::{MountStatus, status};
 use serde::Serialize;
 
-use super::{print, print_json, text};
+use super::screen::Screen;
+use super::{Result, print, print_json, text};
 
 /// List the mounts of odmoe-fs on this machine, and whether each answers
 ///
-/// A mount is alive; not answering, when its process is stopped or waits for the disk; stale, when its
-/// process is dead (`umount` removes it, and so does the next `mount` there); or not readable, when it
-/// is another user's.
+/// A mount is alive; changed, when a part of its model has been written to since it was mounted, so
+/// that reads of that part fail; not answering, when its process is stopped or waits for the disk;
+/// stale, when its process is dead (`umount` removes it, and so does the next `mount` there); or not
+/// readable, when it belongs to another user.
 #[derive(clap::Args)]
 pub struct StatusArgs {
     /// Print a JSON array of {"directory", "model", "pid", "state"}
@@ -38,7 +40,7 @@ impl Line {
     }
 }
 
-pub fn run(args: &StatusArgs) -> anyhow::Result<()> {
+pub fn run(args: &StatusArgs) -> Result<()> {
     let lines: Vec<Line> = status().into_iter().map(Line::of).collect();
     if args.json {
         return print_json(&lines);
@@ -56,5 +58,6 @@ pub fn run(args: &StatusArgs) -> anyhow::Result<()> {
             line.model.as_deref().map_or("-".into(), text::name),
         ]
     });
-    print(&text::table(std::iter::once(head).chain(rows).collect()))
+    let rows = std::iter::once(head).chain(rows).collect();
+    print(&Screen::of_stdout().whole_table(rows))
 }

@@ -2,11 +2,13 @@
 
 use std::path::Path;
 
-use indicatif::{HumanBytes, HumanCount};
+use indicatif::HumanCount;
+use odmoe_fs::units::Size;
+use unicode_width::UnicodeWidthStr;
 
 /// `1.50 GiB`
 pub fn size(bytes: u64) -> String {
-    HumanBytes(bytes).to_string()
+    Size(bytes).to_string()
 }
 
 /// The bytes of `4096`, `512K`, `1M` or `2GiB`: units are powers of 1024.
@@ -34,7 +36,7 @@ pub fn counted(n: usize, noun: &str) -> String {
 }
 
 /// A name from a model, which may hold anything, made safe for a terminal: nothing in it moves the
-/// cursor, turns the direction of writing, or cannot be seen.
+/// cursor, turns the direction of writing, or is invisible.
 pub fn name(name: &str) -> String {
     let is_seen = |c: char| c.escape_debug().len() == 1 || "\"'\\".contains(c);
     if !name.chars().all(is_seen) {
@@ -49,26 +51,54 @@ pub fn path(path: &Path) -> String {
     name(&path.to_string_lossy())
 }
 
-/// Whether the user has nothing against colours (https://no-color.org).
+/// Whether the user wants colours (https://no-color.org) and the terminal has them.
 pub fn may_be_coloured() -> bool {
-    std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty())
+    std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty()) && !is_dumb()
 }
 
-/// Columns as wide as what is in them, the last one open.
+/// Whether a terminal only prints line after line: without colours or a cursor that moves.
+pub fn is_dumb() -> bool {
+    std::env::var_os("TERM").is_none_or(|term| term.is_empty() || term == "dumb")
+}
+
+/// Columns as wide as what is in them, those of numbers to the right, the last one open. The first
+/// row may be a head.
 pub fn table<const N: usize>(rows: Vec<[String; N]>) -> String {
-    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max();
-    let widths: Vec<usize> = (0..N).map(|column| width(column).unwrap_or(0)).collect();
+    let widths = widths(&rows);
+    let is_number = |cell: &str| cell.starts_with(|c: char| c.is_ascii_digit());
+    let are_numbers: [bool; N] =
+        std::array::from_fn(|n| rows.iter().skip(1).all(|row| is_number(&row[n])));
     let line = |row: &[String; N]| {
-        let cells = row.iter().zip(&widths);
+        let cells = row.iter().zip(widths).zip(are_numbers).enumerate();
         let cells: Vec<String> = cells
-            .map(|(cell, width)| format!("{cell:width$}"))
+            .map(
+                |(n, ((cell, width), is_number))| match is_number && n + 1 < N {
+                    true => right(cell, width),
+                    false => left(cell, width),
+                },
+            )
             .collect();
         cells.join("  ").trim_end().to_owned() + "\n"
     };
     rows.iter().map(line).collect()
 }
 
-/// A path as a shell takes it.
+/// How wide each column is on a terminal.
+pub fn widths<const N: usize>(rows: &[[String; N]]) -> [usize; N] {
+    std::array::from_fn(|n| rows.iter().map(|row| row[n].width()).max().unwrap_or(0))
+}
+
+/// Text at the left of so many columns.
+pub fn left(text: &str, columns: usize) -> String {
+    text.to_owned() + &" ".repeat(columns.saturating_sub(text.width()))
+}
+
+/// Text at the right of so many columns.
+pub fn right(text: &str, columns: usize) -> String {
+    " ".repeat(columns.saturating_sub(text.width())) + text
+}
+
+/// A path, quoted for a shell if need be.
 pub fn shell(path: &Path) -> String {
     let text = self::path(path);
     let plain = |c: char| c.is_alphanumeric() || "/._-+@%,:=".contains(c);

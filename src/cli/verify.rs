@@ -1,26 +1,28 @@
-//! `verify`: is a model sound, is a tree that of a model.
+//! `verify`: checks a model, or compares a tree with its model.
 
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
-use anyhow::ensure;
 use odmoe_fs::layout::Layout;
 use odmoe_fs::model::Model;
 use odmoe_fs::mounts::{State, odmoe_mount_of, state_of};
 use odmoe_fs::source::PageCache;
-use odmoe_fs::verify::{Comparison, Depth, Difference, Report};
+use odmoe_fs::verify::{Comparison, Depth, Difference, Report, Unfinished, VerifyError};
 use odmoe_fs::work::default_jobs;
 use serde::Serialize;
 
+use super::failure::Result;
 use super::progress::Meter;
+use super::screen::Screen;
 use super::{ModelArg, Stop, print, print_json, text};
 
 /// Check a model, or compare a mounted or materialized tree with it, byte for byte
 ///
-/// Without DIR, it checks the model alone: that every part is there, whole, and well-formed, and that
-/// every byte of every tensor is in exactly one file of the tree. With DIR, it compares that tree
-/// with the model: what its documents list, and nothing more, must be there and be the same. The
-/// exit status is 3 if there is a difference.
+/// Without DIR, it checks the model alone: every part must be there, whole and well-formed, every
+/// byte of every tensor must be in exactly one file of the tree, and none may look as if it had
+/// never been written, as in an incomplete download. With DIR, it compares that tree with the
+/// model: exactly the files that its documents list must be there, with the model's bytes. The exit
+/// status is 3 if the model may be incomplete, or if there is a difference.
 #[derive(clap::Args)]
 pub struct VerifyArgs {
     #[command(flatten)]
@@ -39,19 +41,21 @@ pub struct VerifyArgs {
     jobs: Option<u16>,
 }
 
-/// Runs the command; says whether all is as it should be.
-pub fn run(args: &VerifyArgs, quiet: bool) -> anyhow::Result<bool> {
+/// Runs the command. Returns whether everything is as it should be.
+pub fn run(args: &VerifyArgs, quiet: bool) -> Result<bool> {
     let mut model = Model::open(&args.model.model)?;
     let Some(directory) = &args.directory else {
-        let sound = Sound::of(&model);
+        let unfinished = Unfinished::of(&model)?;
+        let report = ModelReport::of(&model, &unfinished);
         if args.json {
-            print_json(&sound)?;
+            print_json(&report)?;
         } else {
-            print(&sound.text(&args.model.model))?;
+            let text = report.text(&args.model.model, &unfinished);
+            print(&Screen::of_stdout().fit(&text))?;
         }
-        return Ok(true);
+        return Ok(report.sound);
     };
-    // Each byte is read once, and shall not wash out what others have cached.
+    // Each byte is read once, and must not push out what other programs have cached.
     model.set_page_cache(PageCache::Unchanged);
     let depth = if args.quick {
         Depth::Quick
@@ -62,11 +66,7 @@ pub fn run(args: &VerifyArgs, quiet: bool) -> anyhow::Result<bool> {
     let jobs = jobs.unwrap_or_else(default_jobs);
     let mount = odmoe_mount_of(directory);
     if let Some(mount) = &mount {
-        ensure!(
-            state_of(&mount.directory) != State::Stale,
-            "the process of the mount on {:?} is dead, so nothing can be compared; mount it again",
-            mount.directory
-        );
+        ask(&mount.directory)?;
     }
     let stop = Stop::on_signals()?;
     let comparison = Comparison::new(&model, directory, depth)?;
@@ -74,52 +74,103 @@ pub fn run(args: &VerifyArgs, quiet: bool) -> anyhow::Result<bool> {
     let result = comparison.run(jobs, &stop.flag, &|progress| meter.add(progress));
     meter.finish();
     let report = stop.explain(result)?;
-    if let Some(mount) = mount.filter(|_| !report.differences.is_empty()) {
-        ensure!(
-            odmoe_mount_of(directory).as_ref() == Some(&mount)
-                && state_of(&mount.directory) != State::Stale,
-            "the mount on {:?} ended during the comparison; mount it, and compare again",
-            mount.directory
-        );
+    if let Some(mount) = mount {
+        // A mount that is held open stays readable after a lazy unmount.
+        let is_dead =
+            || !report.differences.is_empty() && state_of(&mount.directory) == State::Stale;
+        if odmoe_mount_of(directory).as_ref() != Some(&mount) || is_dead() {
+            return Err(VerifyError::Ended(mount.directory).into());
+        }
     }
     if args.json {
         print_json(&TreeReport::of(&report, depth, model.layout()))?;
     } else {
-        print(&in_words(&report, depth, model.layout(), directory))?;
+        let text = in_words(&report, depth, model.layout(), directory);
+        print(&Screen::of_stdout().fit(&text))?;
     }
     Ok(report.differences.is_empty())
 }
 
-/// A model that has no fault; one that has does not get so far.
+/// Fails if the mount on a directory does not answer. A call into it could not even be interrupted.
+fn ask(directory: &Path) -> Result<()> {
+    let fail = |error: fn(PathBuf) -> VerifyError| Err(error(directory.to_owned()).into());
+    match state_of(directory) {
+        // Opening an unreadable one fails with the reason.
+        State::Alive | State::Changed | State::NotReadable => Ok(()),
+        State::NotAnswering => fail(VerifyError::NotAnswering),
+        State::Stale => fail(VerifyError::Stale),
+    }
+}
+
+/// Warns of a model that may be incomplete, as far as that shows at a glance.
+pub fn warn_of_unfinished(model: &Model) -> Result<()> {
+    let unfinished = Unfinished::at_a_glance(model)?;
+    if !unfinished.is_nothing() {
+        tracing::warn!(
+            "{:?} may be incomplete, since {}; `odmoe-fs verify MODEL.gguf` tells more",
+            model.source().given_path(),
+            unfinished.reasons().join(", and ")
+        );
+    }
+    Ok(())
+}
+
+/// A well-formed model; any other has caused an error before.
 #[derive(Serialize)]
-struct Sound {
+struct ModelReport<'a> {
+    /// Whether nothing suggests that it is incomplete.
+    sound: bool,
     parts: usize,
     tensors: usize,
     /// Payload bytes of all tensors.
     tensor_bytes: u64,
     /// Files of the tree.
     files: usize,
+    /// Payload bytes that are holes, and how many tensors have some.
+    unwritten_bytes: u64,
+    unwritten_tensors: usize,
+    first_unwritten_tensor: Option<&'a str>,
+    /// Bytes of all parts, and how many of them take room, if suspiciously few.
+    part_bytes: u64,
+    stored_bytes: Option<u64>,
+    /// Files with names of incomplete downloads.
+    download_files: Vec<std::borrow::Cow<'a, str>>,
 }
 
-impl Sound {
-    fn of(model: &Model) -> Self {
-        let tensors = &model.layout().model().tensors;
+impl<'a> ModelReport<'a> {
+    fn of(model: &Model, unfinished: &'a Unfinished) -> Self {
+        let marks = unfinished.marks.iter();
         Self {
+            sound: unfinished.is_nothing(),
             parts: model.source().paths().len(),
-            tensors: tensors.len(),
-            tensor_bytes: tensors.iter().map(|tensor| tensor.info.bytes).sum(),
+            tensors: unfinished.tensors,
+            tensor_bytes: unfinished.tensor_bytes,
             files: model.tree().files().count(),
+            unwritten_bytes: unfinished.unwritten_bytes,
+            unwritten_tensors: unfinished.unwritten_tensors,
+            first_unwritten_tensor: unfinished.first_tensor.as_deref(),
+            part_bytes: unfinished.part_bytes,
+            stored_bytes: unfinished.stored_bytes,
+            download_files: marks.map(|path| path.to_string_lossy()).collect(),
         }
     }
 
-    fn text(&self, path: &Path) -> String {
+    fn text(&self, path: &Path, unfinished: &Unfinished) -> String {
+        let path = text::path(path);
+        let tensors = text::counted(self.tensors, "tensor");
+        let parts = text::counted(self.parts, "part");
+        if self.sound {
+            return format!(
+                "{path} is sound: {tensors} in {parts}; each of their {} is in exactly one of {}\n",
+                text::size(self.tensor_bytes),
+                text::counted(self.files, "file"),
+            );
+        }
+        let reasons = unfinished.reasons().into_iter();
+        let reasons: String = reasons.map(|reason| format!("  {reason}\n")).collect();
         format!(
-            "{} is sound: {} in {}; each of their {} is in exactly one of {}\n",
-            text::path(path),
-            text::counted(self.tensors, "tensor"),
-            text::counted(self.parts, "part"),
-            text::size(self.tensor_bytes),
-            text::counted(self.files, "file"),
+            "{path} is well-formed, with {tensors} in {parts}, but it may be incomplete:\n{reasons}\
+             Most often a download was interrupted: finish it, or compare the checksum with the published one.\n"
         )
     }
 }
@@ -151,10 +202,13 @@ impl<'a> TreeReport<'a> {
     fn of(report: &'a Report, depth: Depth, layout: &Layout) -> Self {
         let difference = |difference: &'a Difference| DifferenceReport {
             path: difference.path.to_string_lossy(),
-            kind: difference.what.code(),
+            kind: difference.kind.code(),
             offset: difference.offset,
             tensor: difference.tensor.as_ref().map(|t| t.name.as_str()),
-            gguf_name: difference.tensor.as_ref().map(|t| t.gguf_name.as_str()),
+            gguf_name: difference
+                .tensor
+                .as_ref()
+                .and_then(|t| t.gguf_name.as_deref()),
             message: difference.to_string(),
         };
         Self {

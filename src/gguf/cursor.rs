@@ -1,22 +1,23 @@
-//! Reading the fields of a header, one after the other.
+//! Reads the fields of a header, one after another.
 //!
-//! Every read compares the length with what is left of the file before a byte is read, skipped or
+//! Every length is compared with what is left of the file before anything is read, skipped or
 //! allocated.
 
 use std::collections::HashSet;
 use std::fmt::Display;
 use std::io::{BufRead, Seek, SeekFrom};
 
-use super::MAGIC;
 use super::error::{HeaderError, Problem};
+use super::foreign;
 use super::limits::*;
 use super::tensor::TensorInfo;
-use super::types::{self, GgmlType};
+use super::types::{self, GgmlType, OLLAMA_MXFP4};
 use super::value::{KeyValue, Value, ValueType};
+use super::{MAGIC, OLLAMA_GPT_OSS};
 
 impl KeyValue {
-    /// Reads the value whole, also what reading the header skipped; arrays of arrays, too. The
-    /// reader must be of the same file, of `file_bytes` bytes; it may stand anywhere.
+    /// Reads the whole value, including all that reading the header skipped. The reader must be of
+    /// the same file, which has `file_bytes` bytes, and may be at any position.
     pub fn read_whole<R: BufRead + Seek>(
         &self,
         mut reader: R,
@@ -36,7 +37,7 @@ impl KeyValue {
     }
 }
 
-/// What values a reader keeps in memory.
+/// Which values a reader keeps in memory.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Keep {
     /// Scalars, and strings and arrays up to [`MAX_KEPT_STRING_BYTES`] and [`MAX_KEPT_ITEMS`].
@@ -102,6 +103,13 @@ impl<R: BufRead + Seek> Cursor<R> {
     }
 
     pub(super) fn fixed_header(&mut self) -> Result<u32, HeaderError> {
+        let head = self.reader.fill_buf();
+        let head = head.map(|head| foreign::recognise(head, self.file_bytes));
+        match head {
+            Err(e) => return Err(self.fail("the magic", e.into())),
+            Ok(Some(problem)) => return Err(self.fail("the magic", problem)),
+            Ok(None) => {}
+        }
         let magic = self.bytes::<4>(&"the magic")?;
         if magic != MAGIC {
             self.position = 0;
@@ -154,7 +162,13 @@ impl<R: BufRead + Seek> Cursor<R> {
             return Err(fail(Problem::Empty));
         }
         if count > limit {
-            return Err(fail(Problem::AboveLimit { count, limit }));
+            return Err(fail(match limit {
+                MAX_NAME_BYTES => Problem::LongName {
+                    bytes: count,
+                    limit,
+                },
+                _ => Problem::AboveLimit { count, limit },
+            }));
         }
         let bytes = self.vec(count, field)?;
         if bytes.contains(&0) {
@@ -180,7 +194,7 @@ impl<R: BufRead + Seek> Cursor<R> {
     }
 
     pub(super) fn key_values(&mut self, count: u64) -> Result<Vec<KeyValue>, HeaderError> {
-        // Not for `count` at once: of a sparse file, it is no more than a claim.
+        // No room for `count` is made at once: in a sparse file it is only a claim.
         let mut key_values: Vec<KeyValue> = Vec::new();
         let mut seen = HashSet::new();
         for index in 0..count {
@@ -226,7 +240,7 @@ impl<R: BufRead + Seek> Cursor<R> {
             ValueType::U32 => Value::U32(self.u32(field)?),
             ValueType::I32 => Value::I32(i32::from_le_bytes(self.bytes(field)?)),
             ValueType::F32 => Value::F32(f32::from_le_bytes(self.bytes(field)?)),
-            // llama.cpp takes any byte but 0 as true.
+            // llama.cpp takes any byte but 0 for true.
             ValueType::Bool => Value::Bool(self.bytes::<1>(field)? != [0]),
             ValueType::U64 => Value::U64(self.u64(field)?),
             ValueType::I64 => Value::I64(i64::from_le_bytes(self.bytes(field)?)),
@@ -267,7 +281,7 @@ impl<R: BufRead + Seek> Cursor<R> {
         }
         let short = len <= MAX_KEPT_ITEMS && of != ValueType::Array;
         let keep = short || self.keep == Keep::Everything;
-        // Items take more memory than their bytes in the file, so not all of it is taken at once.
+        // An item takes more memory than its bytes in the file, so room is made as they come.
         let mut items = keep.then(|| Vec::with_capacity(len.min(MAX_KEPT_ITEMS) as usize));
         match (of, of.fixed_bytes()) {
             (_, Some(bytes)) if !keep => self.skip(len * bytes, field)?,
@@ -289,10 +303,11 @@ impl<R: BufRead + Seek> Cursor<R> {
         Ok(Value::Array { of, len, items })
     }
 
-    /// The tensor table; with each tensor the file offset of its offset field, for messages.
+    /// The tensor table. With each tensor comes the file offset of its offset field, for messages.
     pub(super) fn tensor_infos(
         &mut self,
         count: u64,
+        architecture: Option<&str>,
     ) -> Result<Vec<(TensorInfo, u64)>, HeaderError> {
         let mut infos = Vec::new();
         let mut seen = HashSet::new();
@@ -303,12 +318,17 @@ impl<R: BufRead + Seek> Cursor<R> {
                 self.position = start;
                 return Err(self.fail(format_args!("tensor {index} {name:?}"), Problem::Duplicate));
             }
-            infos.push(self.tensor_info(index, name)?);
+            infos.push(self.tensor_info(index, name, architecture)?);
         }
         Ok(infos)
     }
 
-    fn tensor_info(&mut self, index: u64, name: String) -> Result<(TensorInfo, u64), HeaderError> {
+    fn tensor_info(
+        &mut self,
+        index: u64,
+        name: String,
+        architecture: Option<&str>,
+    ) -> Result<(TensorInfo, u64), HeaderError> {
         let field = |what: &str| format!("tensor {index} {name:?}, {what}");
         let at = self.position;
         let fail = |offset, what: &str, problem| HeaderError {
@@ -328,7 +348,7 @@ impl<R: BufRead + Seek> Cursor<R> {
             let signed = i64::from_le_bytes(self.bytes(&field("shape"))?);
             ne[dim] = u64::try_from(signed)
                 .map_err(|_| fail(at, "shape", Problem::NegativeDimension(signed)))?;
-            // As llama.cpp: an empty dimension does not excuse the others.
+            // As in llama.cpp, a dimension of 0 does not excuse the others.
             elements = elements
                 .checked_mul(signed.max(1))
                 .ok_or_else(|| fail(at, "shape", Problem::Elements(ne[..n_dims].to_vec())))?;
@@ -338,6 +358,9 @@ impl<R: BufRead + Seek> Cursor<R> {
         let id = self.u32(&field("type"))?;
         let ggml_type = GgmlType::from_id(id).ok_or_else(|| {
             let problem = match types::retired(id) {
+                Some(_) if id == OLLAMA_MXFP4 && architecture == Some(OLLAMA_GPT_OSS) => {
+                    Problem::OllamaMxfp4
+                }
                 Some((name, advice)) => Problem::RetiredType { id, name, advice },
                 None => Problem::UnknownType(id),
             };

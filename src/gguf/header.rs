@@ -27,7 +27,7 @@ pub struct Header {
 }
 
 impl Header {
-    /// Reads the header of a GGUF of `file_bytes` bytes from a reader that stands at its first byte.
+    /// Reads the header of a GGUF of `file_bytes` bytes from a reader at its first byte.
     ///
     /// Time and memory are bounded by the header's real size; the payload is never read.
     pub fn read<R: BufRead + Seek>(reader: R, file_bytes: u64) -> Result<Self, HeaderError> {
@@ -51,11 +51,12 @@ impl Header {
         let alignment = alignment(&key_values)?;
 
         let infos_start = cursor.position;
-        let mut tensors = cursor.tensor_infos(n_tensors)?;
+        let architecture = architecture(&key_values);
+        let mut tensors = cursor.tensor_infos(n_tensors, architecture)?;
         let data_start = if tensors.is_empty() {
             cursor.position
         } else {
-            // The position is at most MAX_HEADER_BYTES and the alignment fits 32 bits.
+            // The position is at most MAX_HEADER_BYTES and the alignment fits into 32 bits.
             cursor.position.next_multiple_of(alignment.into())
         };
         if data_start > file_bytes {
@@ -63,7 +64,7 @@ impl Header {
                 offset: infos_start,
                 field: format!("the start of the tensor data (aligned to {alignment})"),
                 problem: Problem::BeyondEnd {
-                    end: data_start,
+                    end: described_end(&tensors, data_start),
                     file_bytes,
                 },
             });
@@ -79,10 +80,28 @@ impl Header {
         })
     }
 
+    /// Where the last tensor ends in the file, without padding.
+    pub fn data_end(&self) -> u64 {
+        let last = self.tensors.last();
+        last.map_or(self.data_start, |info| info.offset + info.bytes)
+    }
+
+    /// `general.architecture`; absent in parts of a split set after the first.
+    pub fn architecture(&self) -> Option<&str> {
+        architecture(&self.key_values)
+    }
+
     /// The value of a key.
     pub fn get(&self, key: &str) -> Option<&KeyValue> {
         self.key_values.iter().find(|kv| kv.key == key)
     }
+}
+
+fn architecture(key_values: &[KeyValue]) -> Option<&str> {
+    let kv = key_values
+        .iter()
+        .find(|kv| kv.key == "general.architecture");
+    kv?.value.as_str()
 }
 
 fn alignment(key_values: &[KeyValue]) -> Result<u32, HeaderError> {
@@ -109,6 +128,7 @@ fn place(
     alignment: u32,
     file_bytes: u64,
 ) -> Result<(), HeaderError> {
+    let described_end = described_end(tensors, data_start);
     let mut expected = 0u64;
     for (index, (info, at)) in tensors.iter_mut().enumerate() {
         let fail = |field: &str, problem| HeaderError {
@@ -134,6 +154,7 @@ fn place(
             .checked_add(info.bytes)
             .ok_or_else(|| fail("data", overflow()))?;
         if end > file_bytes {
+            let end = end.max(described_end);
             return Err(fail("data", Problem::BeyondEnd { end, file_bytes }));
         }
         // The padding after the last tensor may be missing, so it may round beyond the file; a
@@ -148,12 +169,22 @@ fn place(
     Ok(())
 }
 
+/// Where the last tensor ends, as far as the table can be believed: for messages.
+fn described_end(tensors: &[(TensorInfo, u64)], data_start: u64) -> u64 {
+    let last = tensors.last();
+    last.map_or(data_start, |(info, _)| {
+        let end = data_start.saturating_add(info.offset);
+        end.saturating_add(info.bytes)
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::types::GgmlType;
     use super::super::value::ValueType;
     use super::super::write::Writer;
     use super::*;
+    use crate::explain::Explain;
     use std::io::Cursor as IoCursor;
 
     fn read(bytes: &[u8]) -> Result<Header, HeaderError> {
@@ -194,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_skipped_can_be_read_later() {
+    fn skipped_values_can_be_read_later() {
         let long = Value::String("x".repeat(70_000));
         let nested = Value::array(ValueType::Array, vec![string_array(1), string_array(70)]);
         let mut writer = Writer::new();
@@ -227,13 +258,38 @@ mod tests {
     }
 
     #[test]
+    fn a_file_that_is_cut_off_is_compared_with_the_end_of_its_last_tensor() {
+        let mut writer = Writer::new();
+        for name in ["a", "b", "c"] {
+            writer.tensor(name, &[32, 100], GgmlType::from_name("Q8_0").unwrap());
+        }
+        let written = writer.header();
+        let whole = written.data[2].0 + written.data[2].1;
+        for (bytes, tensor, percent) in [
+            (written.bytes.len() as u64, 0, 1),
+            (written.data[1].0 + 10, 1, 34),
+            (whole - 1, 2, 99),
+        ] {
+            let error = Header::read(IoCursor::new(&written.bytes), bytes).unwrap_err();
+            assert!(error.hint().unwrap().contains("not complete"));
+            let error = error.to_string();
+            let end = format!(
+                "the tensors end at byte {whole}, but the file has only {bytes} bytes ({percent} %)"
+            );
+            assert!(error.ends_with(&end), "{error}");
+            assert!(error.starts_with(&format!("tensor {tensor} ")), "{error}");
+        }
+    }
+
+    #[test]
     fn an_error_names_the_field_and_the_byte() {
         let mut writer = Writer::new();
         writer.key_value("general.alignment", &Value::U32(3));
-        let error = read(&writer.header().bytes).unwrap_err().to_string();
+        let error = read(&writer.header().bytes).unwrap_err();
         assert_eq!(
-            error,
+            error.to_string(),
             "general.alignment, at byte 53: 3 is not a power of two"
         );
+        assert!(error.hint().unwrap().contains("convert the model again"));
     }
 }

@@ -12,7 +12,9 @@
 
 mod cursor;
 mod error;
+mod foreign;
 mod header;
+mod joined;
 mod limits;
 mod split;
 mod tensor;
@@ -20,16 +22,22 @@ mod types;
 mod value;
 pub mod write;
 
+pub(crate) use error::LLAMA_CPP_GPT_OSS;
 pub use error::{HeaderError, Problem};
+pub use foreign::Foreign;
 pub use header::Header;
+pub use joined::Joined;
 pub use limits::MAX_TENSORS;
 pub use split::{ModelHeader, Part, PartName, SplitError, SplitKeys, Tensor, looks_like_raw_cut};
 pub use tensor::TensorInfo;
-pub use types::{GGML_TYPES, GgmlType};
+pub use types::{GGML_TYPES, GgmlType, OLLAMA_MXFP4};
 pub use value::{KeyValue, Value, ValueType};
 
 /// The first four bytes of every GGUF.
 pub const MAGIC: [u8; 4] = *b"GGUF";
+/// `general.architecture` of gpt-oss as Ollama writes it, with another order of rows and nibbles.
+/// In llama.cpp it is `gpt-oss`.
+pub const OLLAMA_GPT_OSS: &str = "gptoss";
 /// Bytes before the first key/value: magic, version, number of tensors, number of key/values.
 pub const FIXED_HEADER_BYTES: u64 = 24;
 /// The alignment of tensor data where `general.alignment` is absent, in bytes.

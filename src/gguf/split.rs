@@ -5,12 +5,15 @@
 //! part has its own alignment and data start; a tensor never spans parts.
 
 use std::collections::HashMap;
+use std::ffi::{OsStr, OsString};
 use std::ops::Range;
+use std::os::unix::ffi::OsStrExt;
 
 use super::header::Header;
 use super::limits::{MAX_MODEL_BYTES, MAX_PARTS, MAX_TENSORS};
 use super::tensor::TensorInfo;
 use super::value::KeyValue;
+use crate::explain::{Explain, Hint, hint_of};
 
 /// What a part says of the set it belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,7 +27,7 @@ pub struct SplitKeys {
 }
 
 impl SplitKeys {
-    /// The split keys of a part; `None` for a file that is whole. `split.count` decides, not the
+    /// The split keys of a part; `None` for a whole file. `split.count` decides, not the
     /// file name; 0 and 1 mean whole (`gguf-split --merge` leaves 0 behind).
     pub fn of(header: &Header) -> Result<Option<Self>, SplitError> {
         let number = |key: &'static str| {
@@ -56,7 +59,8 @@ impl SplitKeys {
 /// A part's file name, taken apart.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PartName {
-    pub prefix: String,
+    /// Any bytes that a file name can have, so not always UTF-8.
+    pub prefix: OsString,
     /// 1-based, as written in the name.
     pub number: u64,
     pub count: u64,
@@ -65,87 +69,134 @@ pub struct PartName {
 impl PartName {
     /// Takes `PREFIX-00002-of-00009.gguf` apart; `None` if the name does not follow the rule to
     /// the letter (at least five digits, padded with zeros).
-    pub fn parse(name: &str) -> Option<Self> {
-        let stem = name.strip_suffix(".gguf")?;
-        let (rest, count) = stem.rsplit_once("-of-")?;
-        let (prefix, number) = rest.rsplit_once('-')?;
+    pub fn parse(name: &OsStr) -> Option<Self> {
+        let stem = name.as_bytes().strip_suffix(b".gguf")?;
+        let (rest, count) = split_last(stem, b"-of-")?;
+        let (prefix, number) = split_last(rest, b"-")?;
         let parsed = Self {
-            prefix: prefix.to_owned(),
-            number: number.parse().ok()?,
-            count: count.parse().ok()?,
+            prefix: OsStr::from_bytes(prefix).to_owned(),
+            number: decimal(number)?,
+            count: decimal(count)?,
         };
         (parsed.sibling(parsed.number) == name).then_some(parsed)
     }
 
     /// The name of part `number` (1-based) of the same set.
-    pub fn sibling(&self, number: u64) -> String {
-        format!("{}-{number:05}-of-{:05}.gguf", self.prefix, self.count)
+    pub fn sibling(&self, number: u64) -> OsString {
+        let mut name = self.prefix.clone();
+        name.push(Self::ending(number, self.count));
+        name
+    }
+
+    /// The ending of the name of part `number` (1-based) of `count`.
+    pub fn ending(number: u64, count: u64) -> String {
+        format!("-{number:05}-of-{count:05}.gguf")
     }
 }
 
-/// Whether a file name is that of a raw byte cut (`.part1of2`, `.gguf-split-a`, `.gguf.001`), which
-/// has no header of its own and must be joined with its siblings first.
-pub fn looks_like_raw_cut(name: &str) -> bool {
-    let name = name.to_ascii_lowercase();
-    let digits = |s: &str| !s.is_empty() && s.bytes().all(|b| b.is_ascii_digit());
-    let letters =
-        |s: &str| !s.is_empty() && s.len() <= 3 && s.bytes().all(|b| b.is_ascii_lowercase());
-    if let Some((_, tail)) = name.rsplit_once(".part") {
-        let tail = tail.trim_start_matches(['-', '_']);
-        return match tail.split_once("of") {
+/// The bytes before and after the last `mark`.
+fn split_last<'a>(bytes: &'a [u8], mark: &[u8]) -> Option<(&'a [u8], &'a [u8])> {
+    let at = bytes.windows(mark.len()).rposition(|w| w == mark)?;
+    Some((&bytes[..at], &bytes[at + mark.len()..]))
+}
+
+fn decimal(digits: &[u8]) -> Option<u64> {
+    str::from_utf8(digits).ok()?.parse().ok()
+}
+
+/// Whether a file name is that of one piece of a file that was cut by bytes (`.part1of2`,
+/// `.gguf-split-a`, `.gguf.001`). Such a piece has no header of its own and must be joined with the
+/// others first.
+pub fn looks_like_raw_cut(name: &OsStr) -> bool {
+    let name = name.as_bytes().to_ascii_lowercase();
+    let digits = |s: &[u8]| !s.is_empty() && s.iter().all(u8::is_ascii_digit);
+    let letters = |s: &[u8]| !s.is_empty() && s.len() <= 3 && s.iter().all(u8::is_ascii_lowercase);
+    if let Some((_, tail)) = split_last(&name, b".part") {
+        let tail = without_dashes(tail);
+        return match split_last(tail, b"of") {
             Some((number, count)) => {
-                digits(number.trim_end_matches(['-', '_']))
-                    && digits(count.trim_start_matches(['-', '_']))
+                digits(without_dashes(number)) && digits(without_dashes(count))
             }
             None => digits(tail) || letters(tail),
         };
     }
-    ["-split-", "-part-", "."]
+    [&b"-split-"[..], b"-part-", b"."]
         .into_iter()
-        .filter_map(|mark| name.rsplit_once(mark))
-        .any(|(head, tail)| head.contains(".gguf") && (digits(tail) || letters(tail)))
+        .filter_map(|mark| Some((mark, split_last(&name, mark)?)))
+        .any(|(mark, (head, tail))| {
+            let is_gguf = head.windows(5).any(|w| w == b".gguf");
+            // `split` counts from aa; others are endings such as .bak.
+            let counts =
+                letters(tail) && (mark != b"." || tail.starts_with(b"a") && tail.len() == 2);
+            is_gguf && (digits(tail) || counts)
+        })
+}
+
+/// Strips dashes and underscores from both ends.
+fn without_dashes(bytes: &[u8]) -> &[u8] {
+    let is_plain = |b: &u8| !matches!(b, b'-' | b'_');
+    let Some(first) = bytes.iter().position(is_plain) else {
+        return b"";
+    };
+    let last = bytes.iter().rposition(is_plain).unwrap_or(first);
+    &bytes[first..=last]
 }
 
 /// Why the parts of a set do not make a model.
-#[derive(Debug, thiserror::Error, strum::IntoStaticStr, PartialEq, Eq)]
+#[derive(Debug, thiserror::Error, strum::IntoStaticStr, strum::EnumProperty, PartialEq, Eq)]
 #[strum(serialize_all = "snake_case", prefix = "split.")]
 pub enum SplitError {
-    #[error("{key} is no count")]
+    #[error("{key} is not a count")]
+    #[strum(props(hint = "split the model again with a current llama-gguf-split"))]
     BadKey { key: &'static str },
     #[error("split.count is {count}, but {key} is missing")]
+    #[strum(props(hint = "split the model again with a current llama-gguf-split"))]
     MissingKey { key: &'static str, count: u64 },
-    #[error(
-        "split.count is {count}, but at most {MAX_PARTS} parts fit the format; download it again, it is corrupt"
-    )]
+    #[error("split.count is {count}, but the format allows only {MAX_PARTS} parts")]
+    #[strum(props(hint = "split the model again with a current llama-gguf-split"))]
     TooManyParts { count: u64 },
-    #[error("the parts are larger together than any file system can show")]
+    #[error("the parts together are larger than any file system can show")]
+    #[strum(props(hint = "check that they are those of one model"))]
     TooLarge,
-    #[error("the parts hold {0} tensors together, more than any real model")]
+    #[error("the parts together hold {0} tensors, more than any real model")]
+    #[strum(props(hint = "if yours has so many, report it to odmoe-fs"))]
     TooManyTensors(u64),
     #[error("split.no is {no}, but split.count is {count}")]
+    #[strum(props(hint = "split the model again with a current llama-gguf-split"))]
     NumberBeyondCount { no: u64, count: u64 },
-    #[error("this is no part of a split set, but part {number} of {count} was expected here")]
+    #[error("this is not part of a split set, but part {number} of {count} was expected here")]
+    #[strum(props(hint = "put that part in its place, or give this file another name"))]
     NotAPart { number: u64, count: u64 },
-    #[error(
-        "split.no is {found}, but in this place it must be {expected}; give the file the name that it was published with"
-    )]
+    #[error("split.no is {found}, but in this place it must be {expected}")]
+    #[strum(props(hint = "give the file the name that it was published with"))]
     WrongNumber { found: u64, expected: u64 },
-    #[error(
-        "{key} is {found}, but {expected} in the first part; download the whole set again, its parts are of different models or versions"
-    )]
+    #[error("{key} is {found}, but {expected} in the first part")]
+    #[strum(props(hint = "keep the parts of one model and one version in a folder of their own"))]
     Disagree {
         key: &'static str,
         found: u64,
         expected: u64,
     },
     #[error("tensor {name:?} is in part {first} and again in part {second}")]
+    #[strum(props(hint = "check that all parts are of one model and one version"))]
     DuplicateTensor {
         name: String,
         first: usize,
         second: usize,
     },
-    #[error("the parts hold {found} tensors together, but split.tensors.count is {expected}")]
+    #[error("the parts together hold {found} tensors, but split.tensors.count is {expected}")]
+    #[strum(props(hint = "check that all parts are of one model and one version"))]
     TensorCount { found: u64, expected: u64 },
+}
+
+impl Explain for SplitError {
+    fn code(&self) -> &'static str {
+        self.into()
+    }
+
+    fn hint(&self) -> Option<Hint> {
+        hint_of(self)
+    }
 }
 
 /// What the headers of all parts say together.
@@ -223,6 +274,20 @@ impl ModelHeader {
         self.get("general.architecture")?.value.as_str()
     }
 
+    /// What the file is if it only belongs to a model, with an article: adapters, projectors and
+    /// the like are GGUF files, too.
+    pub fn accessory(&self) -> Option<&'static str> {
+        let text = |key| self.get(key).and_then(|kv| kv.value.as_str());
+        match (text("general.type"), self.architecture()) {
+            (Some("mmproj"), _) | (None, Some("clip")) => Some("a multimodal projector"),
+            (Some("adapter"), _) => Some("an adapter"),
+            (Some("imatrix"), _) | (None, Some("imatrix")) => Some("an importance matrix"),
+            (_, Some("controlvector")) => Some("a control vector"),
+            _ if self.tensors.is_empty() => Some("a GGUF without tensors"),
+            _ => None,
+        }
+    }
+
     /// The pair with the key `ARCHITECTURE.name`.
     pub fn get_of_architecture(&self, name: &str) -> Option<&KeyValue> {
         self.get(&format!("{}.{name}", self.architecture()?))
@@ -265,7 +330,7 @@ fn check_keys(headers: &[(Header, u64)]) -> Result<Option<SplitKeys>, (usize, Sp
     Ok(first)
 }
 
-/// What holds for each part must hold for all together, since trees are made of all of them.
+/// Limits of each part must hold for all parts together, since a tree is made of all of them.
 fn check_totals(headers: &[(Header, u64)]) -> Result<(), SplitError> {
     headers
         .iter()
@@ -310,20 +375,41 @@ mod tests {
 
     #[test]
     fn part_names_follow_the_rule_to_the_letter() {
-        let name = PartName::parse("grok-1-IQ3_XS-split-00002-of-00009.gguf").unwrap();
+        let parse = |name: &str| PartName::parse(OsStr::new(name));
+        let name = parse("grok-1-IQ3_XS-split-00002-of-00009.gguf").unwrap();
         assert_eq!(name.prefix, "grok-1-IQ3_XS-split");
         assert_eq!((name.number, name.count), (2, 9));
         assert_eq!(name.sibling(9), "grok-1-IQ3_XS-split-00009-of-00009.gguf");
-        assert!(PartName::parse("m-100001-of-123456.gguf").is_some());
+        assert!(parse("m-100001-of-123456.gguf").is_some());
+        assert!(parse("-00001-of-00002.gguf").is_some());
         for name in [
             "m-2-of-9.gguf",
             "m-002-of-009.gguf",
             "m-000002-of-00009.gguf",
             "m-+0002-of-00009.gguf",
             "m-00002-of-00009",
+            "m-٠٠٠٠٢-of-٠٠٠٠٩.gguf",
             "m.gguf",
+            ".gguf",
+            "",
         ] {
-            assert_eq!(PartName::parse(name), None, "{name}");
+            assert_eq!(parse(name), None, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_prefix_of_any_bytes_is_kept_in_the_names_of_the_siblings() {
+        for prefix in [
+            &b"mod\xe8le"[..],
+            b"\xff\xfe",
+            b"a\n\x1b[2J; b",
+            "模型".as_bytes(),
+        ] {
+            let name = [prefix, b"-00001-of-00002.gguf"].concat();
+            let parsed = PartName::parse(OsStr::from_bytes(&name)).unwrap();
+            assert_eq!(parsed.prefix.as_bytes(), prefix);
+            let sibling = [prefix, b"-00002-of-00002.gguf"].concat();
+            assert_eq!(parsed.sibling(2).as_bytes(), sibling);
         }
     }
 
@@ -337,7 +423,7 @@ mod tests {
     }
 
     #[test]
-    fn a_count_that_no_set_can_have_is_refused_before_anybody_counts_to_it() {
+    fn a_count_that_no_set_can_have_is_refused_at_once() {
         let count = 1 << 40;
         assert_eq!(
             SplitKeys::of(&part(Value::U64(count), 0)),
@@ -356,24 +442,34 @@ mod tests {
     #[test]
     fn raw_cuts_are_recognised_by_name() {
         for name in [
-            "m.gguf.part1of2",
-            "m.gguf.part-01-of-02",
-            "m.gguf.part2",
-            "m.gguf.partaa",
-            "m.gguf-split-a",
-            "m.gguf-part-ab",
-            "m.gguf.001",
+            &b"m.gguf.part1of2"[..],
+            b"m.gguf.part-01-of-02",
+            b"m.gguf.part2",
+            b"m.gguf.partaa",
+            b"m.gguf-split-a",
+            b"m.gguf-part-ab",
+            b"m.gguf.001",
+            b"m.gguf.ab",
+            b"mod\xe8le.GGUF.Part1of2",
+            b"\xff.gguf-split-a",
         ] {
-            assert!(looks_like_raw_cut(name), "{name}");
+            assert!(looks_like_raw_cut(OsStr::from_bytes(name)), "{name:?}");
         }
         for name in [
-            "m.gguf",
-            "m-00001-of-00002.gguf",
-            "m-split-00001-of-00002.gguf",
-            "sha256-00ff",
-            "my.partition.gguf",
+            &b"m.gguf"[..],
+            b"m-00001-of-00002.gguf",
+            b"m-split-00001-of-00002.gguf",
+            b"sha256-00ff",
+            b"my.partition.gguf",
+            b"m.gguf.part",
+            b"m.gguf.tmp",
+            b"m.gguf.bak",
+            b"m.gguf.gz",
+            b"m.gguf.part\xe8",
+            b"m.gguf.part--",
+            b"mod\xe8le.gguf",
         ] {
-            assert!(!looks_like_raw_cut(name), "{name}");
+            assert!(!looks_like_raw_cut(OsStr::from_bytes(name)), "{name:?}");
         }
     }
 }

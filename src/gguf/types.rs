@@ -19,9 +19,9 @@ pub struct GgmlType {
     pub block_size: u32,
     /// Bytes per block.
     pub block_bytes: u32,
-    /// Bytes in front of the blocks of every row (a scale of the whole row; fork types only).
+    /// Bytes in front of the blocks of every row (a scale for the whole row; fork types only).
     pub row_meta: u32,
-    /// Rows whose blocks are interleaved; a slice at a multiple of so many rows is still exact.
+    /// How many rows are interleaved; a slice at a multiple of that many rows is still exact.
     pub interleave: u32,
 }
 
@@ -151,15 +151,15 @@ impl GgmlType {
             .map(|at| &GGML_TYPES[at])
     }
 
-    /// The type with this name, in any case.
+    /// The type with this name, in upper or lower case.
     pub fn from_name(name: &str) -> Option<&'static GgmlType> {
         GGML_TYPES
             .iter()
             .find(|t| t.name.eq_ignore_ascii_case(name))
     }
 
-    /// Bytes of one row of `ne0` elements; `None` if `ne0` is no whole number of blocks or the
-    /// size overflows.
+    /// Bytes of one row of `ne0` elements; `None` if `ne0` is not a whole number of blocks or
+    /// the size overflows.
     pub fn row_bytes(&self, ne0: u64) -> Option<u64> {
         if !ne0.is_multiple_of(u64::from(self.block_size)) {
             return None;
@@ -184,13 +184,16 @@ impl fmt::Display for GgmlType {
     }
 }
 
+/// Q4_2 had this id until 2023, before there was GGUF; Ollama has reused it.
+pub const OLLAMA_MXFP4: u32 = 4;
+
 /// What is known of an id without a usable size: `(name, advice)`.
 pub(super) fn retired(id: u32) -> Option<(&'static str, &'static str)> {
     const REMOVED: &str = "quantise the model again, llama.cpp removed it";
     const REPACKED: &str =
         "quantise to Q4_0 or IQ4_NL instead, llama.cpp removed this pre-packed type";
     match id {
-        4 => Some(("Q4_2", REMOVED)),
+        OLLAMA_MXFP4 => Some(("Q4_2", REMOVED)),
         5 => Some(("Q4_3", REMOVED)),
         31 => Some(("Q4_0_4_4", REPACKED)),
         32 => Some(("Q4_0_4_8", REPACKED)),

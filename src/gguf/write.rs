@@ -23,7 +23,7 @@ struct Entry {
 /// A laid-out file: the bytes in front of the data, and where the data goes.
 #[derive(Debug)]
 pub struct Written {
-    /// Header and padding; tensor data starts right behind.
+    /// Header and padding; tensor data starts right after it.
     pub bytes: Vec<u8>,
     /// Per tensor, in order: `(offset in the file, bytes)`.
     pub data: Vec<(u64, u64)>,
@@ -62,8 +62,8 @@ impl Writer {
     /// Lays the file out.
     ///
     /// # Panics
-    /// If a tensor has more than four dimensions, rows of no whole number of blocks, or a size
-    /// beyond 64 bits.
+    /// If a tensor has more than four dimensions, rows that are not a whole number of
+    /// blocks, or a size beyond 64 bits.
     pub fn header(&self) -> Written {
         let alignment = u64::from(self.alignment.unwrap_or(DEFAULT_ALIGNMENT)).max(1);
         let mut bytes = MAGIC.to_vec();

@@ -7,11 +7,11 @@ use std::collections::BTreeMap;
 
 use super::names::{ExpertName, Holds, Matrix};
 use super::{LayoutError, View, described};
-use crate::gguf::Tensor;
+use crate::gguf::{ModelHeader, OLLAMA_GPT_OSS, Tensor};
 use crate::safetensors::Shape;
 
 /// llama.cpp stops at 1,024 experts; the ceilings keep a hostile file from asking for a tree that
-/// does not fit memory.
+/// does not fit into memory.
 const MAX_EXPERTS_PER_LAYER: u64 = 1 << 16;
 const MAX_EXPERTS: u64 = 1 << 18;
 
@@ -40,9 +40,10 @@ impl Layer {
 /// Sorts out the routed experts, by layer, and removes their tensors from `base`, where each
 /// tensor of the model has a flag at its index.
 pub(super) fn routed_experts(
-    tensors: &[Tensor],
+    model: &ModelHeader,
     base: &mut [bool],
 ) -> Result<BTreeMap<u32, Layer>, LayoutError> {
+    let tensors = &model.tensors[..];
     let mut by_layer: BTreeMap<u32, Vec<(u32, ExpertName)>> = BTreeMap::new();
     for (index, tensor) in tensors.iter().enumerate() {
         if let Some(name) = ExpertName::parse(&tensor.info.name) {
@@ -50,10 +51,12 @@ pub(super) fn routed_experts(
             by_layer.entry(name.layer).or_default().push(named);
         }
     }
+    let sign_of_ollama = sign_of_ollama(model);
     let mut layers = BTreeMap::new();
     let mut total = 0;
     for (number, named) in by_layer {
         let layer = layer(tensors, &named, base)?;
+        check_order_of_rows(tensors, &layer, &sign_of_ollama)?;
         let experts = layer.experts().count() as u64;
         total += experts;
         if experts > MAX_EXPERTS_PER_LAYER || total > MAX_EXPERTS {
@@ -89,7 +92,7 @@ fn layer(
                 layer.singles.entry(expert).or_default().push(view);
                 continue;
             }
-            // Without stacked weights nobody knows how many experts a bias or scale is for.
+            // Without stacked weights, the number of experts is not known.
             (_, None) => continue,
             (Holds::Stack(matrix), Some(count)) => {
                 let view = stack(tensor, index, name, matrix, count)?;
@@ -102,6 +105,37 @@ fn layer(
     }
     check_sources(tensors, &layer)?;
     Ok(layer)
+}
+
+/// What shows that Ollama has written gpt-oss: the architecture, or attention sinks without the
+/// suffix `weight` that they have in llama.cpp.
+fn sign_of_ollama(model: &ModelHeader) -> Option<String> {
+    if model.architecture() == Some(OLLAMA_GPT_OSS) {
+        return Some(format!("general.architecture is {OLLAMA_GPT_OSS:?}"));
+    }
+    let are_sinks = |name: &str| name.starts_with("blk.") && name.ends_with(".attn_sinks");
+    let sinks = model
+        .tensors
+        .iter()
+        .find(|tensor| are_sinks(&tensor.info.name))?;
+    Some(format!("{:?} has no suffix", sinks.info.name))
+}
+
+/// Where the gate and up rows of a fused stack alternate, no expert has a run of either.
+fn check_order_of_rows(
+    tensors: &[Tensor],
+    layer: &Layer,
+    sign: &Option<String>,
+) -> Result<(), LayoutError> {
+    // A fused stack has two views, one after the other.
+    let fused = (layer.stacks.windows(2)).find(|pair| pair[0].tensor == pair[1].tensor);
+    let (Some([gate, _]), Some(sign)) = (fused, sign) else {
+        return Ok(());
+    };
+    Err(LayoutError::AlternatingRows {
+        tensor: described(&tensors[gate.tensor as usize]),
+        sign: sign.clone(),
+    })
 }
 
 /// Two tensors must not claim the same name in the same expert.
@@ -188,7 +222,7 @@ fn expert_bytes(tensor: &Tensor, suffix: &str, count: u32) -> Option<u64> {
     let axis = expert_axis(suffix);
     let sliceable = info.ne[axis] == u64::from(count)
         && info.ne[axis + 1..].iter().all(|&n| n == 1)
-        // Within a row only single elements can be told apart.
+        // Within a row, only single elements can be sliced.
         && (axis > 0 || (info.ggml_type.block_size == 1 && info.ggml_type.row_meta == 0));
     sliceable.then(|| info.bytes / u64::from(count))
 }

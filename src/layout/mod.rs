@@ -22,7 +22,8 @@ pub use names::{Component, ExpertName, Holds, Matrix};
 pub use partition::PartitionError;
 
 use self::counting::CountingWriter;
-use crate::gguf::{ModelHeader, Tensor};
+use crate::explain::{Explain, Hint};
+use crate::gguf::{LLAMA_CPP_GPT_OSS, ModelHeader, Tensor};
 use crate::safetensors::{
     self, Dtype, LENGTH_WORD_BYTES, METADATA_KEY, Shape, TensorView, write_header_json,
 };
@@ -30,16 +31,16 @@ use crate::tree::{Content, NewFile, Tree};
 
 /// The version of the mapping from models to trees, `odmoe.layout`: the same parts give the same
 /// bytes under the same number.
-pub const LAYOUT_VERSION: &str = "1";
+pub const LAYOUT_VERSION: &str = "2";
 /// The folder of the always-resident tensors.
 pub const BASE_DIRECTORY: &str = "base_model";
 /// The folder of the routed experts.
 pub const EXPERTS_DIRECTORY: &str = "experts";
 
-/// The page size that payloads are aligned to; that of the file systems that share blocks.
+/// The page size that payloads are aligned to: the block size of file systems that share blocks.
 const PAGE_BYTES: u64 = 4096;
-/// Tensors of all expert files together: 15 times those of Kimi-K2.5. Each costs memory and the time
-/// to describe it, so a hostile model must not multiply experts and suffixes.
+/// Tensors of all expert files together: 15 times those of Kimi-K2.5. Each costs memory and time,
+/// so a hostile model must not multiply experts and suffixes.
 const MAX_EXPERT_TENSORS: usize = 1 << 20;
 /// Payloads start at multiples of this, the widest dtype.
 const PAYLOAD_ALIGNMENT: u64 = 8;
@@ -57,7 +58,7 @@ pub struct View {
     pub first: u64,
     /// Bytes of one run.
     pub bytes: u64,
-    /// From the start of one run to that of the next, in bytes; 0 if there is one run only.
+    /// From the start of one run to that of the next, in bytes; 0 if there is only one run.
     pub stride: u64,
 }
 
@@ -118,7 +119,7 @@ pub struct TensorFile {
     pub header_bytes: u64,
     /// Bytes of payload.
     pub payload_bytes: u64,
-    /// Payload bytes whose place in the file is not, modulo 4096, their place in the model.
+    /// Payload bytes whose offset in the file is not that in the model, modulo 4096.
     pub incongruent_bytes: u64,
 }
 
@@ -145,8 +146,14 @@ pub enum LayoutError {
     FourthDimension(String),
     #[error("{0} should hold gate and up rows, half of each, but has an odd number of rows")]
     OddFusedRows(String),
+    #[error("{tensor} holds gate and up rows in turn, as Ollama writes gpt-oss ({sign})")]
+    AlternatingRows {
+        tensor: String,
+        /// What shows that Ollama wrote the model.
+        sign: String,
+    },
     #[error(
-        "{tensor} interleaves {interleave} rows, but one expert's matrix has {rows}, no multiple of that; quantise the model to a type without _R{interleave}"
+        "{tensor} interleaves {interleave} rows, but one expert's matrix has {rows}, which is not a multiple of that"
     )]
     Interleave {
         tensor: String,
@@ -165,14 +172,43 @@ pub enum LayoutError {
         "the experts up to layer {layer} hold {tensors} tensors together, more than any real model"
     )]
     TooManyExpertTensors { layer: u32, tensors: usize },
-    #[error("a tensor is called {METADATA_KEY:?}, which safetensors reserves; rename it")]
+    #[error("a tensor is called {METADATA_KEY:?}, which safetensors reserves")]
     ReservedName,
     #[error(
-        "the header of {path} takes {bytes} bytes, but safetensors allows only 100000000, so the model has too many tensors"
+        "the model has so many tensors that the header of {path} takes {bytes} bytes, but safetensors allows only 100000000"
     )]
     HeaderTooLarge { path: String, bytes: u64 },
     #[error(transparent)]
     Partition(#[from] PartitionError),
+}
+
+/// For what a converter wrote: another download would be the same.
+const CONVERT: &str = "the model was written so: convert it again, or tell its publisher";
+/// For limits of this program, or of the format that it writes.
+const REPORT: &str = "if yours is a real model, report it to odmoe-fs";
+
+impl Explain for LayoutError {
+    fn code(&self) -> &'static str {
+        self.into()
+    }
+
+    fn hint(&self) -> Option<Hint> {
+        match self {
+            Self::Partition(cause) => cause.hint(),
+            Self::ExpertCounts { .. }
+            | Self::TwoSources { .. }
+            | Self::FourthDimension(_)
+            | Self::OddFusedRows(_) => Some(CONVERT.into()),
+            Self::AlternatingRows { .. } => Some(LLAMA_CPP_GPT_OSS.into()),
+            Self::Interleave { interleave, .. } => {
+                Some(format!("quantise the model to a type without _R{interleave}").into())
+            }
+            Self::TooManyExperts { .. }
+            | Self::TooManyExpertTensors { .. }
+            | Self::HeaderTooLarge { .. } => Some(REPORT.into()),
+            Self::ReservedName => Some("rename it".into()),
+        }
+    }
 }
 
 /// A tensor as messages name it, with its GGUF dimensions.
@@ -206,7 +242,7 @@ impl Layout {
             files: Vec::new(),
         };
         let mut base = vec![true; layout.model.tensors.len()];
-        let layers = experts::routed_experts(&layout.model.tensors, &mut base)?;
+        let layers = experts::routed_experts(&layout.model, &mut base)?;
         layout.add_base_files(&base)?;
         for (layer, content) in layers {
             layout.add_experts(layer, content)?;
@@ -237,7 +273,7 @@ impl Layout {
         &self.files[first..]
     }
 
-    /// The file of an expert; `None` if the model has no such.
+    /// The file of an expert; `None` if the model does not have it.
     pub fn expert(&self, layer: u32, expert: u32) -> Option<&TensorFile> {
         let wanted = FileKind::Expert { layer, expert };
         let at = self
@@ -291,7 +327,7 @@ impl Layout {
             bytes: view.bytes,
             gguf_name: &tensor.info.name,
             gguf_part: tensor.part,
-            // The run lies inside the tensor, whose end fits 64 bits.
+            // The run lies inside the tensor, whose end fits into 64 bits.
             gguf_offset: tensor.info.offset + view.first + u64::from(piece.run) * view.stride,
         }
     }
@@ -347,7 +383,7 @@ impl Layout {
         Ok(())
     }
 
-    /// Makes a file of the pieces from `first` on; none if there are none.
+    /// Adds a file of the pieces from `first` on, if there are any.
     fn add_file(&mut self, kind: FileKind, first: u32) -> Result<(), LayoutError> {
         let range = first as usize..self.pieces.len();
         if range.is_empty() {

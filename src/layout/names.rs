@@ -28,10 +28,12 @@ impl Component {
         }
     }
 
-    /// The component of a tensor that is no routed expert.
+    /// The component of a tensor that is not a routed expert's.
     pub fn of(name: &str) -> Self {
         let starts = |prefixes: &[&str]| prefixes.iter().any(|prefix| name.starts_with(prefix));
+        // Tables from which a token takes single rows, however large they are.
         if name.contains("token_embd")
+            || name.contains("engram_embd")
             || starts(&["position_embd.", "token_types.", "per_layer_token_embd."])
         {
             Self::Embeddings
@@ -98,35 +100,40 @@ pub enum Holds {
 
 impl<'a> ExpertName<'a> {
     /// Takes the name of a tensor of routed experts apart; `None` for every other name. Names are
-    /// matched whole: `v.blk.3.ffn_gate_exps.weight`, `…_chexps` and `…_shexp` are others.
+    /// matched whole: `v.blk.3.ffn_gate_exps.weight`, `…_chexps` and `…_shexp` are other names.
     pub fn parse(name: &'a str) -> Option<Self> {
-        let mut words = name.strip_prefix("blk.")?.split('.');
-        let layer = number(words.next()?)?;
-        let (holds, suffix) = match (words.next()?, words.next()?) {
-            ("ffn", "experts") => {
-                let expert = number(words.next()?)?;
-                let matrix = match words.next()? {
-                    "w1" => Matrix::Gate,
-                    "w2" => Matrix::Down,
-                    "w3" => Matrix::Up,
-                    _ => return None,
-                };
-                (Holds::One { matrix, expert }, words.next()?)
-            }
-            ("ffn_gate_up_exps", suffix) => (Holds::FusedStack, suffix),
-            (stem, third) => {
-                let stem = stem.strip_prefix("ffn_")?;
-                match stem.strip_suffix("_exps") {
-                    Some(word) => (Holds::Stack(Matrix::of_word(word)?), third),
-                    None => {
-                        let matrix = Matrix::of_word(stem)?;
-                        let expert = number(third)?;
-                        (Holds::One { matrix, expert }, words.next()?)
-                    }
+        let (layer, name) = name.strip_prefix("blk.")?.split_once('.')?;
+        let layer = number(layer)?;
+        let (holds, suffix) = if let Some(rest) = name.strip_prefix("ffn.experts.") {
+            let (expert, rest) = rest.split_once('.')?;
+            let (word, suffix) = rest.split_once('.')?;
+            let matrix = match word {
+                "w1" => Matrix::Gate,
+                "w2" => Matrix::Down,
+                "w3" => Matrix::Up,
+                _ => return None,
+            };
+            let expert = number(expert)?;
+            (Holds::One { matrix, expert }, suffix)
+        } else {
+            let (stem, rest) = name.strip_prefix("ffn_")?.split_once('.')?;
+            match stem.strip_suffix("_exps") {
+                Some("gate_up") => (Holds::FusedStack, rest),
+                Some(word) => (Holds::Stack(Matrix::of_word(word)?), rest),
+                None => {
+                    let matrix = Matrix::of_word(stem)?;
+                    let (expert, suffix) = rest.split_once('.')?;
+                    let expert = number(expert)?;
+                    (Holds::One { matrix, expert }, suffix)
                 }
             }
         };
-        (words.next().is_none() && !suffix.is_empty()).then_some(Self {
+        // Some writers of NVFP4 append the scales' names to that of the weight.
+        let suffix = match suffix.strip_prefix("weight.") {
+            Some(of_weight @ ("scale" | "input_scale")) => of_weight,
+            _ => suffix,
+        };
+        (!suffix.is_empty() && !suffix.contains('.')).then_some(Self {
             layer,
             holds,
             suffix,
@@ -134,7 +141,7 @@ impl<'a> ExpertName<'a> {
     }
 }
 
-/// A number as a name holds it: digits only.
+/// A number in a name: digits only.
 fn number(word: &str) -> Option<u32> {
     word.bytes().all(|b| b.is_ascii_digit()).then_some(())?;
     word.parse().ok()
@@ -171,6 +178,23 @@ mod tests {
                 "blk.4.ffn.experts.1023.w2.weight",
                 (4, one(Down, 1023), "weight"),
             ),
+            (
+                "blk.7.ffn_gate_exps.weight.scale",
+                (7, Holds::Stack(Gate), "scale"),
+            ),
+            (
+                "blk.7.ffn_down_exps.weight.input_scale",
+                (7, Holds::Stack(Down), "input_scale"),
+            ),
+            (
+                "blk.7.ffn_gate_up_exps.weight.scale",
+                (7, Holds::FusedStack, "scale"),
+            ),
+            ("blk.4.ffn_up.7.weight.scale", (4, one(Up, 7), "scale")),
+            (
+                "blk.4.ffn.experts.3.w1.weight.scale",
+                (4, one(Gate, 3), "scale"),
+            ),
         ] {
             assert_eq!(parse(name), Some(expected), "{name}");
         }
@@ -187,6 +211,12 @@ mod tests {
             "blk.3.ffn_gate_exps",
             "blk.3.ffn_gate_exps.",
             "blk.3.ffn_gate_exps.weight.1",
+            "blk.3.ffn_gate_exps.weight.bias",
+            "blk.3.ffn_gate_exps.weight.scale.1",
+            "blk.3.ffn_gate_exps.bias.scale",
+            "blk.3.ffn_gate_exps.weight.",
+            "blk.3.ffn_gate_shexp.weight.scale",
+            "blk.3.ffn_gate.weight.scale",
             "blk.3.ffn_gate.weight",
             "blk.3.ffn_gate_inp.weight",
             "blk.-1.ffn_gate_exps.weight",
@@ -207,6 +237,10 @@ mod tests {
             ("token_embd.weight", Embeddings),
             ("token_embd_norm.weight", Embeddings),
             ("per_layer_token_embd.weight", Embeddings),
+            ("blk.1.engram_embd.weight", Embeddings),
+            ("blk.14.engram_embd_norm.weight", Embeddings),
+            ("blk.1.engram_k_norm.weight", Norms),
+            ("blk.1.engram_q.weight", AttentionLayers),
             ("blk.6.nextn.embed_tokens.weight", AttentionLayers),
             ("position_embd.weight", Embeddings),
             ("token_types.weight", Embeddings),

@@ -1,21 +1,30 @@
 //! The promise that nothing is lost: every byte of every tensor is in one file, exactly once.
 //!
-//! Checked on the finished tree, from the extents that are served, and not on the reasoning that
-//! made them.
+//! It is checked on the finished tree, from the extents that are served, rather than on the
+//! reasoning that made them.
 
+use crate::explain::{Explain, Hint};
 use crate::gguf::ModelHeader;
 use crate::tree::{Content, Tree};
 
 /// A breach of the partition: a fault of this program, never of a model.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error(
-    "byte {offset} of part {part} {what}: this is a bug in odmoe-fs, please report it with the model's name"
-)]
+#[error("byte {offset} of part {part} {what}: this is a bug in odmoe-fs")]
 pub struct PartitionError {
     /// 1-based.
     pub part: u32,
     pub offset: u64,
     pub what: &'static str,
+}
+
+impl Explain for PartitionError {
+    fn code(&self) -> &'static str {
+        "layout.partition"
+    }
+
+    fn hint(&self) -> Option<Hint> {
+        Some("please report it with the model's name".into())
+    }
 }
 
 /// Checks the safetensors files of a tree against the tensors of its model.
@@ -47,10 +56,10 @@ pub(super) fn check(model: &ModelHeader, tree: &Tree) -> Result<(), PartitionErr
         let end = at + tensor.info.bytes;
         while at < end {
             match served.next_if(|&(part, offset, _)| (part, offset) <= (tensor.part, at)) {
-                None => return fail(tensor.part, at, "is a tensor's, but in no file"),
+                None => return fail(tensor.part, at, "belongs to a tensor, but is in no file"),
                 Some((part, offset, len)) if (part, offset) == (tensor.part, at) => at += len,
                 Some((part, offset, _)) => {
-                    return fail(part, offset, "is in two files, or no tensor's");
+                    return fail(part, offset, "is in two files, or belongs to no tensor");
                 }
             }
         }
@@ -59,7 +68,7 @@ pub(super) fn check(model: &ModelHeader, tree: &Tree) -> Result<(), PartitionErr
         }
     }
     match served.next() {
-        Some((part, offset, _)) => fail(part, offset, "is in two files, or no tensor's"),
+        Some((part, offset, _)) => fail(part, offset, "is in two files, or belongs to no tensor"),
         None => Ok(()),
     }
 }
@@ -98,8 +107,8 @@ mod tests {
     fn gaps_overlaps_and_strays_are_found() {
         // Two tensors of 64 bytes, an empty one between them.
         assert_eq!(check_runs(&[(64, 64), (0, 32), (32, 32)]), None);
-        let lost = Some("is a tensor's, but in no file");
-        let twice = Some("is in two files, or no tensor's");
+        let lost = Some("belongs to a tensor, but is in no file");
+        let twice = Some("is in two files, or belongs to no tensor");
         assert_eq!(check_runs(&[(64, 64), (32, 32)]), lost);
         assert_eq!(check_runs(&[(0, 64), (64, 32)]), lost);
         assert_eq!(check_runs(&[(0, 64), (32, 32), (64, 64)]), twice);

@@ -1,15 +1,19 @@
-//! What is in the target, compared with what would be written.
+//! Compares the target with what would be written.
 
-use std::fs::{self, File};
+use std::fs::{File, Metadata};
 use std::io;
-use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::num::NonZeroUsize;
+use std::sync::atomic::AtomicBool;
 
-use super::{MaterializeError, Plan, Progress, io_error};
+use parking_lot::Mutex;
+
+use super::{MaterializeError, Plan, copy, io_error};
+use crate::folder::{Entry, Kind};
 use crate::layout::Doc;
+use crate::on_disk::{Comparer, Fault, OnDisk, Run};
 use crate::sys::read;
 use crate::tree::Ino;
-use crate::verify::{Fault, first_difference};
+use crate::work::{Progress, in_parallel};
 
 /// Headers are compared in pieces of this size; most take one.
 const PIECE_BYTES: u64 = 64 << 10;
@@ -17,131 +21,179 @@ const PIECE_BYTES: u64 = 64 << 10;
 pub(super) enum State {
     Missing,
     Done,
-    /// Of the right size, with the right header, but with another time.
+    /// The size and the header are right, but not the time.
     OtherTime,
-    /// There, but not what would be written; the reason.
+    /// Not what would be written, for this reason.
     Foreign(String),
+    /// A directory, which no file can replace.
+    Folder,
+}
+
+/// A file whose size and header are right, but not its time.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Unsure {
+    pub ino: Ino,
+    /// Otherwise another run has left it there, and the documents would list it.
+    pub is_chosen: bool,
+}
+
+/// The result for files whose bytes had to be compared, each list in the order of inode numbers.
+#[derive(Debug, Default)]
+pub(super) struct Compared {
+    pub same: Vec<Ino>,
+    /// Chosen ones that are to be written.
+    pub different: Vec<Ino>,
 }
 
 impl Plan<'_> {
-    /// Compares a file of the target with what would be written: size, time and header, which
-    /// holds every tensor's name, shape and place. Reads no payload, of either side.
-    pub(super) fn state(&self, ino: Ino) -> Result<State, MaterializeError> {
-        let path = self.path(ino);
-        let metadata = match fs::symlink_metadata(&path) {
-            Ok(metadata) => metadata,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(State::Missing),
-            Err(e) => return Err(io_error("look at", &path)(e)),
+    /// Compares size, time and header of a file in the target with what would be written. The
+    /// header holds every tensor's name, shape and place. No payload is read, on either side.
+    pub(super) fn state(&self, there: &OnDisk, ino: Ino) -> Result<State, MaterializeError> {
+        let (path, tree) = (self.path(ino), self.model.tree());
+        let (file, metadata) = match there.open(tree, ino) {
+            Ok(Entry::There(opened)) => opened,
+            Ok(Entry::Missing) => return Ok(State::Missing),
+            Ok(Entry::Other(Kind::Folder)) => return Ok(State::Folder),
+            Ok(Entry::Other(kind)) => return Ok(State::Foreign(format!("is {}", kind.name()))),
+            Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
+                return Ok(State::Foreign("cannot be read by this user".into()));
+            }
+            Err(e) => return Err(io_error("open", &path)(e)),
         };
-        if !metadata.is_file() {
-            return Ok(State::Foreign("is no regular file".into()));
-        }
-        let size = self.model.tree().size(ino).unwrap_or(0);
+        let size = tree.size(ino).unwrap_or(0);
         if metadata.len() != size {
             let reason = format!("has {} bytes instead of {size}", metadata.len());
             return Ok(State::Foreign(reason));
         }
-        // Of a file without tensors, which is small, all of it.
-        let header = match self.model.tree().extents(ino).first() {
+        // A file without tensors is small, and compared whole.
+        let header = match tree.extents(ino).first() {
             Some(first) if path.extension() == Some("safetensors".as_ref()) => first.len,
             _ => size,
         };
-        let file = File::open(&path).map_err(io_error("read", &path))?;
-        // Else the kernel reads payload ahead.
+        // Otherwise the kernel reads ahead into the payload.
         read::only_what_is_read(&file);
         let mut buffer = vec![0; 2 * header.min(PIECE_BYTES) as usize];
-        if self
-            .first_difference(ino, &file, 0..header, &mut buffer)?
-            .is_some()
-        {
+        let comparer = Comparer {
+            model: self.model,
+            stop: &AtomicBool::new(false),
+            progress: &|_| {},
+        };
+        if self.differs(&comparer, ino, &file, header, &mut buffer)? {
             return Ok(State::Foreign("has another header".into()));
         }
-        let modified = metadata.modified().map_err(io_error("look at", &path))?;
-        Ok(if modified == self.model.source().modified() {
-            State::Done
-        } else {
-            State::OtherTime
+        Ok(match self.has_time(&metadata) {
+            true => State::Done,
+            false => State::OtherTime,
         })
     }
 
-    /// The first byte of a file in the target that is not what would be written. Reads past the
-    /// page cache where the kernel can do that, so that the disk is asked and not the memory.
-    pub(super) fn payload_difference(
+    /// Whether a file has the tree's time, in a form that the target's file system may give it.
+    pub(super) fn has_time(&self, metadata: &Metadata) -> bool {
+        let times = &self.methods.times;
+        metadata.modified().is_ok_and(|time| times.contains(&time))
+    }
+
+    /// Compares the bytes of the files that have another time with `jobs` workers.
+    pub(super) fn compare_unsure(
         &self,
-        ino: Ino,
-        buffer: &mut [u8],
+        target: &OnDisk,
+        jobs: NonZeroUsize,
         stop: &AtomicBool,
         progress: &(dyn Fn(Progress) + Sync),
-    ) -> Result<Option<u64>, MaterializeError> {
-        let path = self.path(ino);
-        let file = File::open(&path).map_err(io_error("read", &path))?;
-        read::forget(&file);
-        let size = self.model.tree().size(ino).unwrap_or(0);
-        let found = file.metadata().map_err(io_error("look at", &path))?.len();
-        let common = size.min(found);
-        let piece = buffer.len() as u64 / 2;
-        for start in (0..common).step_by(piece as usize) {
-            if stop.load(Ordering::Relaxed) {
-                return Err(MaterializeError::Stopped);
+    ) -> Result<Compared, MaterializeError> {
+        let compared = Mutex::new(Compared::default());
+        let comparer = Comparer {
+            model: self.model,
+            stop,
+            progress: &|bytes| progress(Progress { bytes, files: 0 }),
+        };
+        let tree = self.model.tree();
+        let buffer = || copy::buffer(jobs.get().min(self.unsure.len()));
+        in_parallel(jobs, &self.unsure, buffer, |unsure, buffer| {
+            let Unsure { ino, is_chosen } = unsure;
+            let size = tree.size(ino).unwrap_or(0);
+            let opened = target.open(tree, ino);
+            let differs = match opened.map_err(io_error("open", &self.path(ino)))? {
+                Entry::There((file, metadata)) if metadata.len() == size => {
+                    read::forget(&file);
+                    Some(self.differs(&comparer, ino, &file, size, buffer)?)
+                }
+                Entry::Missing => None, // removed meanwhile
+                _ => Some(true),
+            };
+            progress(Progress { bytes: 0, files: 1 });
+            match differs {
+                Some(false) => compared.lock().same.push(ino),
+                Some(true) if !is_chosen => {
+                    return Err(MaterializeError::OtherModel(self.path(ino)));
+                }
+                Some(true) if !self.options.force => {
+                    return Err(self.foreign(ino, "holds other bytes"));
+                }
+                _ if is_chosen => compared.lock().different.push(ino),
+                _ => {}
             }
-            let range = start..common.min(start + piece);
-            let bytes = range.end - range.start;
-            if let Some(offset) = self.first_difference(ino, &file, range, buffer)? {
-                return Ok(Some(offset));
-            }
-            progress(Progress { bytes, files: 0 });
-        }
-        progress(Progress { bytes: 0, files: 1 });
-        Ok((size != found).then_some(common))
+            Ok(())
+        })?;
+        let mut compared = compared.into_inner();
+        compared.same.sort_unstable();
+        compared.different.sort_unstable();
+        Ok(compared)
     }
 
-    fn first_difference(
+    /// Whether the first `len` bytes of a file in the target differ from what would be written.
+    fn differs(
         &self,
+        comparer: &Comparer,
         ino: Ino,
         file: &File,
-        range: std::ops::Range<u64>,
+        len: u64,
         buffer: &mut [u8],
-    ) -> Result<Option<u64>, MaterializeError> {
-        first_difference(self.model, ino, file, range, buffer).map_err(|fault| match fault {
+    ) -> Result<bool, MaterializeError> {
+        let run = Run {
+            ino,
+            start: 0,
+            len,
+            found_start: 0,
+        };
+        let difference = comparer.first_difference(run, file, buffer);
+        Ok(difference
+            .map_err(|fault| self.fault(ino, fault))?
+            .is_some())
+    }
+
+    fn fault(&self, ino: Ino, fault: Fault) -> MaterializeError {
+        match fault {
             Fault::Model(e) => e.into(),
             Fault::File { cause, .. } => io_error("read", &self.path(ino))(cause),
-        })
+            Fault::Stopped => MaterializeError::Stopped,
+        }
     }
 
     /// A document that is there will be replaced, so it must be one of this model.
-    pub(super) fn check_document(&self, path: &str, doc: Doc) -> Result<(), MaterializeError> {
-        let full_path = self.target.join(path);
-        match fs::symlink_metadata(&full_path) {
-            Ok(metadata) if metadata.is_file() => {}
-            Ok(_) => {
-                return Err(MaterializeError::Foreign {
-                    path: full_path,
-                    reason: "is no regular file".into(),
-                });
-            }
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-            Err(e) => return Err(io_error("look at", &full_path)(e)),
-        }
-        let found = fs::read(&full_path).map_err(io_error("read", &full_path))?;
+    pub(super) fn check_document(&self, ino: Ino, doc: Doc) -> Result<(), MaterializeError> {
+        let (path, tree) = (self.path(ino), self.model.tree());
+        // The documents of a partial tree are shorter, never longer.
+        let most = tree.size(ino).unwrap_or(0);
+        let found = self.target.there().read(tree, ino, most);
+        let found = match found.map_err(io_error("read", &path))? {
+            Entry::Missing => return Ok(()),
+            Entry::Other(Kind::Folder) => return Err(MaterializeError::FolderInTheWay(path)),
+            _ if self.options.force => return Ok(()),
+            Entry::Other(kind) => return Err(self.foreign(ino, &format!("is {}", kind.name()))),
+            Entry::There(found) => found,
+        };
         let mut whole = Vec::new();
         let rendered = self.model.layout().render(doc, &mut whole);
         rendered.expect("writing to memory cannot fail");
-        if found == whole || is_part_of(doc, &found, &whole) {
-            return Ok(());
+        match found {
+            Ok(found) if found == whole || is_part_of(doc, &found, &whole) => Ok(()),
+            _ => Err(self.foreign(ino, "describes something else")),
         }
-        Err(MaterializeError::Foreign {
-            path: full_path,
-            reason: "describes something else".into(),
-        })
     }
 }
 
-/// Whether a path is a folder, which no option replaces by a file.
-pub(super) fn is_folder(path: &Path) -> bool {
-    fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_dir())
-}
-
-/// Whether a document can be of a part of the tree that `whole` describes.
+/// Whether a document can describe a part of the tree that `whole` describes.
 fn is_part_of(doc: Doc, found: &[u8], whole: &[u8]) -> bool {
     let parse = |bytes| match serde_json::from_slice(bytes) {
         Ok(serde_json::Value::Object(map)) => Some(map),

@@ -1,9 +1,9 @@
-//! The bytes of one file, each run in the cheapest way that works.
+//! Writes the bytes of one file, each run by the cheapest method that works.
 //!
 //! Runs that must be copied go through a buffer, past the page cache on both sides
-//! (`RWF_DONTCACHE`): what others had cached of the model stays, 578 GiB do not wash the cache out,
-//! and since the disk begins with each piece at once, the flush at the end of a group finds nothing
-//! left to do. Measured on ext4, 2 GiB cold and flushed, against `cp`: see docs/performance.md.
+//! (`RWF_DONTCACHE`). So pages of the model that other programs have cached stay cached, 578 GiB do
+//! not wash the cache out, and the disk begins with each piece at once, which leaves little for the
+//! flush at the end of a group. For measurements against `cp`, see docs/performance.md.
 
 use std::fs::File;
 use std::io;
@@ -11,36 +11,37 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::ways::{Reflink, Segment, Way, Ways, refusal};
+use super::methods::{Method, Methods, Reflink, Segment, refusal};
 use super::{MaterializeError, Progress, io_error};
 use crate::model::Model;
 use crate::sys::copy;
 use crate::tree::{Ino, Origin, Slice};
 
-/// Bytes of all buffers together, at most.
+/// The most bytes of all buffers together.
 const BUFFERS_BYTES: usize = 64 << 20;
-/// Bytes of one buffer, at most: larger ones are no faster.
+/// The most bytes of one buffer: larger ones are no faster.
 const BUFFER_BYTES: usize = 4 << 20;
-/// Runs below this are written through the page cache: a page that two runs meet in would else go
-/// to the disk twice, and runs of so few bytes need no room of their own reserved.
+/// Shorter runs are written through the page cache: a page in which two runs meet would otherwise
+/// go to the disk twice, and runs this short gain nothing from reserved room.
 const SMALL_BYTES: u64 = 64 << 10;
-/// The kernel copies in pieces of this size, so that a signal is obeyed soon.
+/// The kernel copies in pieces of this size, so that a signal takes effect soon.
 const KERNEL_PIECE_BYTES: u64 = 64 << 20;
 
-/// A buffer for one of `jobs` workers: a power of two, so that pieces end where pages do.
+/// A buffer for one of `jobs` workers. Its size is a power of two, so that pieces end where pages
+/// do.
 pub(super) fn buffer(jobs: usize) -> Vec<u8> {
     let bytes = (BUFFERS_BYTES / jobs.next_power_of_two()).min(BUFFER_BYTES);
     vec![0; bytes]
 }
 
-/// What all workers of a run share.
+/// Shared by all workers of a run.
 pub(super) struct Copier<'a> {
     pub model: &'a Model,
-    pub ways: &'a Ways,
+    pub methods: &'a Methods,
     pub reflink: Reflink,
     pub stop: &'a AtomicBool,
     pub progress: &'a (dyn Fn(Progress) + Sync),
-    /// Cleared when the kernel has refused.
+    /// Cleared once the kernel has refused.
     pub in_kernel: AtomicBool,
 }
 
@@ -49,7 +50,7 @@ pub(super) struct Copier<'a> {
 pub(super) struct Target<'a> {
     pub ino: Ino,
     pub file: &'a File,
-    /// The name that it will have.
+    /// Its future name.
     pub path: &'a Path,
 }
 
@@ -59,9 +60,9 @@ impl Copier<'_> {
         let size = self.model.tree().size(target.ino).unwrap_or(0);
         let resized = target.file.set_len(size);
         resized.map_err(io_error("write", target.path))?;
-        // Sharing first: it has nothing to flush while nothing is written.
+        // Sharing comes first: it must flush the file, which is quick while nothing is written.
         let mut rest = Vec::new();
-        for segment in self.ways.segments(self.model, target.ino)? {
+        for segment in self.methods.segments(self.model, target.ino)? {
             if !self.spare(target, segment)? {
                 rest.push(segment);
             }
@@ -72,16 +73,16 @@ impl Copier<'_> {
         Ok(())
     }
 
-    /// Deals with a run that need not be copied; says whether it was one.
+    /// Shares a run or leaves it out, if it need not be copied. Returns whether it did.
     fn spare(&self, target: Target, segment: Segment) -> Result<bool, MaterializeError> {
-        if let Way::Share { part, offset } = segment.way {
+        if let Method::Share { part, offset } = segment.method {
             self.check_stop()?;
             let (file, at) = (target.file, segment.start);
             let clone = |from: &File| copy::clone_range(from, offset, segment.len, file, at);
             match self.model.source().with_part(part, clone)? {
                 Ok(()) => {}
-                // A full disk says so again when the run is copied; XFS says it also where one of its
-                // groups has no room for what counts the sharing.
+                // If the disk is full, copying the run fails as well. XFS also reports this where
+                // only one of its groups has no room to count the sharing.
                 Err(e) if !copy::is_refusal(&e) && e.kind() != io::ErrorKind::StorageFull => {
                     return Err(io_error("write", target.path)(e));
                 }
@@ -95,9 +96,9 @@ impl Copier<'_> {
                 Err(_) => return Ok(false),
             }
         }
-        let spared = segment.way != Way::Copy;
+        let spared = segment.method != Method::Copy;
         if spared {
-            self.say(segment.len);
+            self.report(segment.len);
         }
         Ok(spared)
     }
@@ -111,7 +112,9 @@ impl Copier<'_> {
         let Target { ino, file, path } = target;
         if segment.len >= SMALL_BYTES {
             match copy::allocate(file, segment.start, segment.len) {
-                Err(e) if !copy::is_refusal(&e) => return Err(io_error("make room for", path)(e)),
+                Err(e) if !copy::is_refusal(&e) => {
+                    return Err(io_error("reserve room for", path)(e));
+                }
                 _ => {}
             }
         }
@@ -121,7 +124,7 @@ impl Copier<'_> {
             self.check_stop()?;
             let copied = match self.copy_in_kernel(target, place, end - place)? {
                 0 => {
-                    // Up to where a page ends, so that no page is written in two pieces.
+                    // Pieces end where pages do, so that no page is written twice.
                     let piece = buffer.len() - (place % buffer.len() as u64) as usize;
                     let piece = &mut buffer[..piece.min((end - place) as usize)];
                     let read = self.model.read_at(ino, place, piece)?;
@@ -137,13 +140,13 @@ impl Copier<'_> {
                 copied => copied,
             };
             place += copied;
-            self.say(copied);
+            self.report(copied);
         }
         Ok(())
     }
 
-    /// Copies a piece from `place` on if the kernel does it by itself; returns its bytes. Whatever
-    /// hinders it, the way through the buffer meets too, and reports.
+    /// Copies a piece from `place` on inside the kernel, if it can; returns its bytes. Its errors
+    /// are not reported: copying through the buffer meets them again.
     fn copy_in_kernel(
         &self,
         target: Target,
@@ -178,7 +181,7 @@ impl Copier<'_> {
         Ok(())
     }
 
-    fn say(&self, bytes: u64) {
+    fn report(&self, bytes: u64) {
         (self.progress)(Progress { bytes, files: 0 });
     }
 }

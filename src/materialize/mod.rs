@@ -1,438 +1,67 @@
-//! The same tree as real files.
+//! Writes the tree as real files.
 //!
 //! The problem: hundreds of gigabytes that must never look finished when they are not.
 //!
-//! The plan: [`Plan::new`] compares the target with the tree (`compare`), finds out which bytes can
-//! be shared, skipped or must be copied (`ways`), and refuses before anything is written.
-//! [`Plan::run`] writes every missing file (`copy`) under a temporary name, gives it the tree's
-//! time, flushes a group of such files together, and only then gives them their names (`write`).
-//! So a file that has its name is complete, and the same command finishes what was interrupted.
-//! At the end the documents are made anew from the files that are there.
+//! The plan: [`Plan::new`] opens the target (`target`), compares sizes, times and headers with the
+//! tree's (`compare`), and finds out which bytes can be shared or left out and which must be copied
+//! (`methods`). What cannot work is refused then, before anything is written. [`Plan::run`] first
+//! compares the bytes of files that look complete but have another time. Then it writes every
+//! missing file (`copy`) under a temporary name, gives it the tree's time (`write`), flushes a
+//! group of such files together, and only then gives them their names (`publish`). So a file that
+//! has its name is complete, and the same command finishes an interrupted run. At the end the
+//! documents are rendered again from the files that are there.
 
 mod compare;
 mod copy;
+mod error;
+mod methods;
+mod plan;
+mod publish;
 mod selection;
-mod ways;
+mod target;
 mod write;
 
-use std::collections::HashSet;
-use std::io;
-use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
+use std::path::PathBuf;
 
-use indicatif::HumanBytes;
+pub use error::MaterializeError;
+pub use methods::{Cost, Reflink};
+pub use plan::Plan;
 pub use selection::{NotNumbers, Numbers, Selection};
-pub use ways::{Cost, Reflink};
 
-use self::compare::{State, is_folder};
-use self::ways::Ways;
-
-use crate::layout::{
-    BASE_DIRECTORY, Doc, EXPERTS_DIRECTORY, FileKind, METADATA_GGUF_PATH, METADATA_PATH,
-    REGISTRY_PATH,
-};
-use crate::model::Model;
-use crate::source::ReadError;
-pub use crate::sys::process::ignore_file_size_signal;
-use crate::tree::Ino;
+use self::error::io_error;
+use crate::layout::{Doc, METADATA_PATH, REGISTRY_PATH};
 pub use crate::work::Progress;
 
-/// Why a tree cannot be written. What is complete stays, and the same command goes on from there.
-#[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
-#[strum(serialize_all = "snake_case", prefix = "materialize.")]
-pub enum MaterializeError {
-    #[error("cannot {action} {path:?}: {cause}")]
-    Io {
-        action: &'static str,
-        path: PathBuf,
-        cause: io::Error,
-    },
-    #[error(
-        "{path:?} exists, but {reason}; it was not made from this model as it is now. Remove it, replace such files with --force, or choose another directory"
-    )]
-    Foreign { path: PathBuf, reason: String },
-    #[error(
-        "{0:?} was not chosen, but the registry would list it, and it holds other bytes: those of another model of the same shape. Remove it, or choose another directory"
-    )]
-    OtherModel(PathBuf),
-    #[error("{0:?} is not a directory; choose another place to write to")]
-    NotADirectory(PathBuf),
-    #[error(
-        "{0:?} is a link, which is not written through; remove it, or choose another directory"
-    )]
-    Link(PathBuf),
-    #[error(
-        "{0:?} was moved or replaced while it was written to, so nothing more was put there; the same command writes what is missing"
-    )]
-    Replaced(PathBuf),
-    #[error("another odmoe-fs is writing to {0:?}; wait until it has finished")]
-    Locked(PathBuf),
-    #[error(
-        "{target:?} has room for {}, but {} are needed{}; free some, or choose fewer files with --layers, --experts, --base-only or --experts-only",
-        HumanBytes(*available), HumanBytes(*needed),
-        if *replacing { ", since with --force files that are replaced stay until the new ones are complete" } else { "" }
-    )]
-    NoRoom {
-        target: PathBuf,
-        needed: u64,
-        available: u64,
-        /// Whether files are to be replaced.
-        replacing: bool,
-    },
-    #[error(
-        "{target:?} cannot share disk blocks with the model: {reason}; with --reflink auto they are copied"
-    )]
-    CannotShare { target: PathBuf, reason: String },
-    #[error("{option} {asked} asks for what the model does not have; its {what} are {existing}")]
-    NotThere {
-        option: &'static str,
-        what: &'static str,
-        asked: String,
-        existing: String,
-    },
-    #[error("nothing to write: of the chosen layers, none has an expert of the chosen numbers")]
-    NothingSelected,
-    #[error(
-        "stopped; files that have their names are complete, and the same command goes on from there"
-    )]
-    Stopped,
-    #[error(transparent)]
-    Source(#[from] ReadError),
-}
-
-fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> MaterializeError {
-    move |cause| MaterializeError::Io {
-        action,
-        path: path.to_owned(),
-        cause,
-    }
-}
-
-/// How a tree is to be written.
+/// How to write a tree.
 #[derive(Debug, Clone, Default)]
 pub struct Options {
-    /// Which files.
+    /// The files to write.
     pub selection: Selection,
     /// Whether to share blocks with the model.
     pub reflink: Reflink,
-    /// Replace files that are there but are not what would be written.
+    /// Replace files that exist but are not what would be written.
     pub force: bool,
+    /// Change nothing in the target, not even for a moment: the plan is for inspection, not for
+    /// running.
+    pub dry_run: bool,
 }
 
-/// What a run has done besides writing files.
+/// The result of a run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Outcome {
-    /// Whether a document had to be made anew.
+    /// Files that were written, not counting the two documents, and their bytes.
+    pub files: usize,
+    pub bytes: u64,
+    /// Complete files whose time could not be set, so that the next run compares their bytes again.
+    pub untimed: Vec<PathBuf>,
+    /// Whether a document had to be written.
     pub documents_written: bool,
-    /// What lies in the target's folders, but is not listed: files of another model, or of nobody.
+    /// Entries of the target's folders that are not listed, such as files of another model.
     pub unlisted: Vec<PathBuf>,
 }
 
-/// What is to be written to a target, and what is there already.
-#[derive(Debug)]
-pub struct Plan<'a> {
-    model: &'a Model,
-    target: PathBuf,
-    /// Files to write, in the order of the model.
-    missing: Vec<Ino>,
-    /// Of those, the ones to write over what has their name, whatever that is.
-    replaced: HashSet<Ino>,
-    /// Chosen files that are complete already.
-    done: Vec<Ino>,
-    /// Complete files, chosen or not, that only need the tree's time.
-    touch: Vec<Ino>,
-    /// By index in [`Layout::files`](crate::layout::Layout::files): is chosen, so that it will be
-    /// there when the plan has been run.
-    chosen: Vec<bool>,
-    options: Options,
-    ways: Ways,
-    cost: Cost,
-    incongruent_bytes: u64,
-}
-
-/// The folder of the target that exists: its file system is the one to be written to.
-fn existing_folder(target: &Path) -> Result<&Path, MaterializeError> {
-    for folder in target
-        .ancestors()
-        .filter(|folder| !folder.as_os_str().is_empty())
-    {
-        match folder.metadata() {
-            Ok(metadata) if metadata.is_dir() => return Ok(folder),
-            Ok(_) => return Err(MaterializeError::NotADirectory(folder.to_owned())),
-            // A name below something that is no folder.
-            Err(e)
-                if matches!(
-                    e.kind(),
-                    io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
-                ) => {}
-            Err(e) => return Err(io_error("look at", folder)(e)),
-        }
-    }
-    Ok(Path::new("."))
-}
-
-/// Fails if a folder of the target is a link: somebody else may have put it there.
-fn refuse_links(target: &Path) -> Result<(), MaterializeError> {
-    for directory in DIRECTORIES {
-        let path = target.join(directory);
-        match path.symlink_metadata() {
-            Ok(metadata) if metadata.is_symlink() => return Err(MaterializeError::Link(path)),
-            Ok(metadata) if !metadata.is_dir() => {
-                return Err(MaterializeError::NotADirectory(path));
-            }
-            _ => {}
-        }
-    }
-    Ok(())
-}
-
-impl<'a> Plan<'a> {
-    /// Compares a target, which need not exist, with the chosen part of a model's tree, and finds
-    /// out what the work will cost. Leaves nothing behind.
-    pub fn new(
-        model: &'a Model,
-        target: &Path,
-        options: &Options,
-    ) -> Result<Self, MaterializeError> {
-        let layout = model.layout();
-        let selection = &options.selection;
-        selection.check(layout)?;
-        refuse_links(target)?;
-        let mut plan = Self {
-            model,
-            target: target.to_owned(),
-            missing: Vec::new(),
-            replaced: HashSet::new(),
-            done: Vec::new(),
-            touch: Vec::new(),
-            chosen: vec![false; layout.files().len()],
-            options: options.clone(),
-            ways: Ways::probe(model, existing_folder(target)?, options.reflink)?,
-            cost: Cost::default(),
-            incongruent_bytes: 0,
-        };
-        let mut chosen_experts = 0;
-        for (index, file) in layout.files().iter().enumerate() {
-            if selection.takes(file.kind) {
-                if plan.take(plan.find(&file.kind.path()))? {
-                    plan.incongruent_bytes += file.incongruent_bytes;
-                }
-                plan.chosen[index] = true;
-                chosen_experts += usize::from(matches!(file.kind, FileKind::Expert { .. }));
-            }
-        }
-        if chosen_experts == 0 && (selection.layers.is_some() || selection.experts.is_some()) {
-            return Err(MaterializeError::NothingSelected);
-        }
-        if !selection.without_base {
-            plan.take(plan.find(METADATA_GGUF_PATH))?;
-        }
-        for (path, doc) in DOCUMENTS {
-            if !plan.options.force {
-                plan.check_document(path, doc)?;
-            }
-            let bytes = model.tree().size(plan.find(path)).unwrap_or(0);
-            plan.cost.copied += bytes;
-            plan.cost.room += bytes.next_multiple_of(plan.ways.block);
-        }
-        plan.check_others()?;
-        plan.check_sharing()?;
-        Ok(plan)
-    }
-
-    /// The number of files to write, without the two documents.
-    pub fn files(&self) -> usize {
-        self.missing.len()
-    }
-
-    /// The number of chosen files that are complete already.
-    pub fn files_done(&self) -> usize {
-        self.done.len()
-    }
-
-    /// Experts that the target's registry lists, but that are gone and were not chosen: the registry will list
-    /// them no more.
-    pub fn lost(&self) -> Result<Vec<String>, MaterializeError> {
-        let registry = self.target.join(REGISTRY_PATH);
-        // Another thing of that name is dealt with elsewhere; a pipe would be waited for.
-        if !registry.symlink_metadata().is_ok_and(|m| m.is_file()) {
-            return Ok(Vec::new());
-        }
-        let registry = std::fs::read(registry).unwrap_or_default();
-        let registry: serde_json::Map<String, serde_json::Value> =
-            serde_json::from_slice(&registry).unwrap_or_default();
-        let mut lost = Vec::new();
-        for (file, chosen) in self.model.layout().files().iter().zip(&self.chosen) {
-            let stem = file.kind.stem();
-            if !chosen
-                && registry.contains_key(&stem)
-                && matches!(self.state(self.find(&file.kind.path()))?, State::Missing)
-            {
-                lost.push(stem);
-            }
-        }
-        Ok(lost)
-    }
-
-    /// Bytes of the files to write.
-    pub fn bytes(&self) -> u64 {
-        self.cost.shared + self.cost.copied + self.cost.holes
-    }
-
-    /// How many of them will be shared, copied and left out.
-    pub fn cost(&self) -> Cost {
-        self.cost
-    }
-
-    /// Bytes that may still be written to the target's file system.
-    pub fn available_bytes(&self) -> u64 {
-        self.ways.available
-    }
-
-    /// Why blocks of the model, or of some of its parts, will not be shared.
-    pub fn refusal(&self) -> Option<&str> {
-        self.ways.refusal.as_deref()
-    }
-
-    /// Of the bytes to write, those of tensors that are at another place modulo 4096 than in the
-    /// model, so that no file system can share their blocks with it.
-    pub fn incongruent_bytes(&self) -> u64 {
-        self.incongruent_bytes
-    }
-
-    /// Fails if the target cannot be written to, or its file system has less room than the plan needs.
-    /// Before it does, it removes what a killed run has left there, which nobody else can use.
-    pub fn check_room(&self) -> Result<(), MaterializeError> {
-        if let (Some(cause), false) = (&self.ways.unwritable, self.missing.is_empty()) {
-            let cause = cause
-                .raw_os_error()
-                .map_or_else(|| cause.kind().into(), io::Error::from_raw_os_error);
-            return Err(io_error("make files in", existing_folder(&self.target)?)(
-                cause,
-            ));
-        }
-        let (needed, mut available) = (self.cost.room, self.ways.available);
-        if needed > available && self.target.is_dir() {
-            available = self.room_without_leftovers()?;
-        }
-        if needed > available {
-            return Err(MaterializeError::NoRoom {
-                target: self.target.clone(),
-                needed,
-                available,
-                replacing: !self.replaced.is_empty(),
-            });
-        }
-        Ok(())
-    }
-
-    fn check_sharing(&self) -> Result<(), MaterializeError> {
-        match &self.ways.refusal {
-            Some(reason) if self.options.reflink == Reflink::Always && !self.missing.is_empty() => {
-                Err(MaterializeError::CannotShare {
-                    target: self.target.clone(),
-                    reason: reason.clone(),
-                })
-            }
-            _ => Ok(()),
-        }
-    }
-
-    fn find(&self, path: &str) -> Ino {
-        let found = self.model.tree().find(path);
-        found.expect("the layout's files are in the tree")
-    }
-
-    /// Puts a chosen file where it belongs in the plan; says whether it is to be written.
-    fn take(&mut self, ino: Ino) -> Result<bool, MaterializeError> {
-        match self.compared_state(ino)? {
-            State::Done => self.done.push(ino),
-            State::OtherTime => {
-                self.done.push(ino);
-                self.touch.push(ino);
-            }
-            State::Foreign(_) if self.options.force && !is_folder(&self.path(ino)) => {
-                self.replaced.insert(ino);
-                self.plan_to_write(ino)?;
-                return Ok(true);
-            }
-            State::Foreign(reason) => return Err(self.foreign(ino, &reason)),
-            State::Missing => {
-                self.plan_to_write(ino)?;
-                return Ok(true);
-            }
-        }
-        Ok(false)
-    }
-
-    /// As [`state`](Self::state), but where only the time differs all bytes are compared.
-    fn compared_state(&self, ino: Ino) -> Result<State, MaterializeError> {
-        Ok(match self.state(ino)? {
-            State::OtherTime if self.holds_other_bytes(ino)? => {
-                State::Foreign("holds other bytes".into())
-            }
-            state => state,
-        })
-    }
-
-    fn holds_other_bytes(&self, ino: Ino) -> Result<bool, MaterializeError> {
-        let (mut buffer, stop) = (copy::buffer(1), AtomicBool::new(false));
-        let difference = self.payload_difference(ino, &mut buffer, &stop, &|_| {})?;
-        Ok(difference.is_some())
-    }
-
-    fn plan_to_write(&mut self, ino: Ino) -> Result<(), MaterializeError> {
-        self.ways.add_cost(self.model, ino, &mut self.cost)?;
-        self.missing.push(ino);
-        Ok(())
-    }
-
-    fn path(&self, ino: Ino) -> PathBuf {
-        let path = self.model.tree().path(ino).unwrap_or_default();
-        self.target.join(path)
-    }
-
-    fn foreign(&self, ino: Ino, reason: &str) -> MaterializeError {
-        MaterializeError::Foreign {
-            path: self.path(ino),
-            reason: reason.to_owned(),
-        }
-    }
-
-    /// Fails if a file that was not chosen looks like one of this model, so that the documents would
-    /// list it, but holds other bytes: those of another model of the same shape.
-    fn check_others(&mut self) -> Result<(), MaterializeError> {
-        let files = self.model.layout().files().iter().zip(&self.chosen);
-        let others = files.filter(|(_, chosen)| !**chosen);
-        let others: Vec<_> = others.map(|(f, _)| self.find(&f.kind.path())).collect();
-        for ino in others {
-            if matches!(self.state(ino)?, State::OtherTime) {
-                if self.holds_other_bytes(ino)? {
-                    return Err(MaterializeError::OtherModel(self.path(ino)));
-                }
-                self.touch.push(ino);
-            }
-        }
-        Ok(())
-    }
-
-    /// Which files the documents shall list, by index in `Layout::files`: those that were chosen, and
-    /// those that other runs of this model have left there.
-    fn present(&self) -> Result<Vec<bool>, MaterializeError> {
-        let files = self.model.layout().files().iter().zip(&self.chosen);
-        files
-            .map(|(file, &chosen)| {
-                Ok(chosen || matches!(self.state(self.find(&file.kind.path()))?, State::Done))
-            })
-            .collect()
-    }
-}
-
-/// The documents that describe what is there.
+/// The documents that describe a tree.
 const DOCUMENTS: [(&str, Doc); 2] = [
     (REGISTRY_PATH, Doc::Registry),
     (METADATA_PATH, Doc::Metadata),
 ];
-
-/// Both folders of the tree.
-const DIRECTORIES: [&str; 2] = [BASE_DIRECTORY, EXPERTS_DIRECTORY];

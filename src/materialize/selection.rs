@@ -1,4 +1,4 @@
-//! Which files of the tree to write.
+//! The choice of files to write.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -15,15 +15,15 @@ pub struct Selection {
     pub without_base: bool,
     /// Leave out all experts.
     pub without_experts: bool,
-    /// Of the experts, only those of these layers.
+    /// Only the experts of these layers.
     pub layers: Option<Numbers>,
-    /// Of the experts, only those with these numbers.
+    /// Only the experts with these numbers.
     pub experts: Option<Numbers>,
 }
 
 impl Selection {
-    /// Fails if a number or range that was asked for is not in the model, or goes beyond it. A range
-    /// may hold numbers that do not exist, such as layers without experts.
+    /// Fails if a number or range is not in the model, or goes beyond it. A range may contain
+    /// numbers that do not exist, such as layers without experts.
     pub(super) fn check(&self, layout: &Layout) -> Result<(), MaterializeError> {
         let of = |number: fn(u32, u32) -> u32| {
             let experts = layout
@@ -84,7 +84,7 @@ impl Numbers {
         self.0.iter().any(|range| range.contains(&number))
     }
 
-    /// Whether each range holds one of the numbers that exist, and ends no later than the last.
+    /// Whether each range contains one of the numbers that exist, and ends no later than the last.
     fn lie_in(&self, existing: &BTreeSet<u32>) -> bool {
         let lies_in = |range: &RangeInclusive<u32>| {
             existing.range(range.clone()).next().is_some()
@@ -119,9 +119,9 @@ fn in_ranges(numbers: &BTreeSet<u32>) -> String {
     Numbers(ranges).to_string()
 }
 
-/// Text that is no set of numbers.
+/// Text that is not a set of numbers.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("{0:?} is no list of numbers and ranges such as 0-3,7, smaller numbers first")]
+#[error("{0:?} is not a list of numbers and ranges such as 0-3,7, with the smaller numbers first")]
 pub struct NotNumbers(String);
 
 impl FromStr for Numbers {

@@ -1,181 +1,217 @@
-//! Writing: temporary names, workers, groups that are flushed together, the documents at the end.
-//!
-//! The problem: a flush of each of 23,040 files costs minutes, and a name on bytes that are not on
-//! the disk is a lie after the next power cut.
-//!
-//! The plan: workers complete files under temporary names. Once enough are complete, one call
-//! flushes the whole file system, and then each of them gets its name. The flush is short: most of
-//! the bytes went to the disk while they were written (`copy`).
+//! A run: workers compare files, write the missing ones under temporary names, and hand them to
+//! `publish`. The documents, which describe the files that are there, come last.
 
 use std::collections::HashSet;
-use std::fs::{self, File, FileTimes, TryLockError};
+use std::fs::{File, FileTimes, TryLockError};
 use std::io::{self, Write};
 use std::num::NonZeroUsize;
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
+use std::time::SystemTime;
 
-use parking_lot::Mutex;
-use tempfile::{NamedTempFile, TempPath};
-
-use super::compare::State;
 use super::copy::{self, Copier, Target};
-use super::{DIRECTORIES, DOCUMENTS, MaterializeError, Outcome, Plan, io_error};
-use crate::layout::{Doc, METADATA_GGUF_PATH, METADATA_PATH, REGISTRY_PATH, TensorFile};
+use super::error::FIND_ROOM;
+use super::publish::{Publisher, flush};
+use super::{DOCUMENTS, MaterializeError, Outcome, Plan, io_error};
+use crate::folder::{Entry, Folder, Unnamed};
+use crate::layout::{Doc, TensorFile};
+use crate::on_disk::OnDisk;
 use crate::sys;
 use crate::tree::Ino;
 use crate::work::{Progress, in_parallel};
 
-/// Complete files that are flushed together: so many, or so many bytes of them. What is killed
-/// before its flush is written again by the next run.
-const GROUP_FILES: usize = 256;
-const GROUP_BYTES: u64 = 2 << 30;
-/// Temporary files are named `.odmoe-RANDOM.tmp`: no loader takes them for a model.
-const TEMPORARY_PREFIX: &str = ".odmoe-";
-const TEMPORARY_SUFFIX: &str = ".tmp";
-
 impl Plan<'_> {
-    /// Writes what the plan found missing with `jobs` workers, and the documents. `progress` is
-    /// called from the workers. Once `stop` is set, it ends early, without leaving anything
-    /// unfinished behind.
+    /// Compares files that look complete but have another time, and writes the missing ones, with
+    /// `jobs` workers; then writes the documents. `progress` is called from the workers. Once
+    /// `stop` is set, the run ends early and leaves nothing unfinished behind.
     pub fn run(
         &self,
         jobs: NonZeroUsize,
         stop: &AtomicBool,
         progress: &(dyn Fn(Progress) + Sync),
     ) -> Result<Outcome, MaterializeError> {
-        for directory in DIRECTORIES {
-            let directory = self.target.join(directory);
-            fs::create_dir_all(&directory).map_err(io_error("make", &directory))?;
-        }
-        let lock = self.lock()?;
-        let folders = Folders::open(&self.target)?;
-        for folder in &folders.0 {
+        let target = self.target.make(self.model.tree())?;
+        let lock = self.lock(&target)?;
+        for folder in target.folders() {
             remove_leftovers(folder, &lock)?;
         }
-        for &ino in &self.touch {
-            let path = self.path(ino);
-            File::options()
-                .read(true)
-                .custom_flags(libc::O_NOFOLLOW)
-                .open(folders.of(&path).place(&path))
-                .and_then(|file| file.set_times(self.times()))
-                .map_err(io_error("set the time of", &path))?;
+        let compared = self.compare_unsure(&target, jobs, stop, progress)?;
+        if !compared.different.is_empty() {
+            self.check_room_to_replace(&compared.different)?;
         }
-        self.write_files(&folders, jobs, stop, progress)?;
-        let present = self.present()?;
+        let same = compared.same.iter().copied();
+        let untimed = same.filter(|&ino| !self.touch(&target, ino));
+        let untimed = untimed.map(|ino| self.path(ino)).collect();
+        let files = [&self.missing[..], &compared.different].concat();
+        let replaced = self.replaced.iter().chain(&compared.different).copied();
+        let publisher = Publisher::new(self, &target, replaced.collect(), progress);
+        self.write_files(&files, publisher, jobs, stop)?;
+        let present = self.present(&target, &compared.same)?;
+        let sizes = files.iter().filter_map(|&ino| self.model.tree().size(ino));
         let mut outcome = Outcome {
+            files: files.len(),
+            bytes: sizes.sum(),
+            untimed,
             documents_written: false,
-            unlisted: self.unlisted(&folders, &present)?,
+            unlisted: self.unlisted(&target, &present)?,
         };
         for (path, bytes) in self.documents(&present) {
-            outcome.documents_written |= self.write_document(&folders, path, &bytes)?;
+            outcome.documents_written |= self.write_document(&target, path, &bytes)?;
         }
-        folders.check()?;
-        for (folder, path) in folders
-            .0
-            .iter()
-            .map(|f| (&f.file, &f.path))
-            .chain([(&lock, &self.target)])
-        {
-            folder.sync_all().map_err(io_error("flush", path))?;
+        self.check_places(&target)?;
+        for folder in target.folders().chain(target.root()) {
+            flush(folder)?;
         }
         Ok(outcome)
     }
 
-    /// What lies in the target's folders and is not listed by the documents: files of another model, or
-    /// of nobody.
+    /// Fails if there is not enough room for new versions of these files, in addition to the
+    /// missing ones.
+    fn check_room_to_replace(&self, files: &[Ino]) -> Result<(), MaterializeError> {
+        let mut cost = self.cost;
+        for &ino in files {
+            self.methods.add_cost(self.model, ino, &mut cost)?;
+        }
+        let nearest = self.target.nearest();
+        let room = sys::room(nearest.file());
+        let room = room.map_err(io_error(FIND_ROOM, nearest.path()))?;
+        self.compare_room(cost.room, room.available, true)
+    }
+
+    /// Gives a file with the right bytes the tree's time. Returns whether that worked: only its
+    /// owner may do it, and the file is complete without.
+    fn touch(&self, target: &OnDisk, ino: Ino) -> bool {
+        let touched = target.open(self.model.tree(), ino).and_then(|entry| {
+            match entry {
+                Entry::There((file, _)) => file.set_times(self.times()),
+                _ => Err(io::ErrorKind::NotFound.into()), // exchanged meanwhile
+            }
+        });
+        if let Err(e) = &touched {
+            tracing::info!("the time of {:?} cannot be set: {e}", self.path(ino));
+        }
+        touched.is_ok()
+    }
+
+    /// Fails if the path of the target, or of a folder in it, leads elsewhere by now.
+    pub(super) fn check_places(&self, target: &OnDisk) -> Result<(), MaterializeError> {
+        let root = target.root().expect("the target was made");
+        if !root.is_in_place() {
+            return Err(MaterializeError::Replaced(self.target.path().to_owned()));
+        }
+        match target.folders().find(|folder| !root.still_holds(folder)) {
+            Some(folder) => Err(MaterializeError::Replaced(folder.path().to_owned())),
+            None => Ok(()),
+        }
+    }
+
+    /// Entries of the target's folders that the documents do not list, such as files of another
+    /// model.
     fn unlisted(
         &self,
-        folders: &Folders,
+        target: &OnDisk,
         present: &[bool],
     ) -> Result<Vec<PathBuf>, MaterializeError> {
+        let tree = self.model.tree();
         let files = self.model.layout().files().iter().zip(present);
-        let mut listed: HashSet<PathBuf> = files
-            .filter(|(_, present)| **present)
-            .map(|(file, _)| self.target.join(file.kind.path()))
+        let absent: HashSet<Ino> = files
+            .filter(|(_, present)| !**present)
+            .map(|(file, _)| self.find(&file.kind.path()))
             .collect();
-        let documents = [REGISTRY_PATH, METADATA_PATH, METADATA_GGUF_PATH];
-        listed.extend(documents.map(|path| self.target.join(path)));
         let mut unlisted = Vec::new();
-        for Folder { path, held, .. } in &folders.0 {
-            let entries = held.read_dir().map_err(io_error("list", path))?;
-            let paths = entries.flatten().map(|entry| path.join(entry.file_name()));
-            unlisted.extend(paths.filter(|path| !listed.contains(path)));
+        for (directory, folder) in target.folders_by_ino() {
+            for name in folder.names().map_err(io_error("list", folder.path()))? {
+                let ino = tree.lookup(directory, name.as_bytes());
+                if ino.is_none_or(|ino| absent.contains(&ino)) {
+                    unlisted.push(folder.path().join(name));
+                }
+            }
         }
         unlisted.sort();
         Ok(unlisted)
     }
 
-    /// Removes what killed runs have left in the target, and returns the bytes that may then be
-    /// written to its file system.
+    /// Removes what killed runs have left in the target, and returns the room on its file system
+    /// afterwards. A dry run only counts.
     pub(super) fn room_without_leftovers(&self) -> Result<u64, MaterializeError> {
-        let lock = self.lock()?;
-        for name in DIRECTORIES {
-            // Not there before the first run; what else is wrong, that run says.
-            if let Ok(folder) = Folder::open(self.target.join(name)) {
-                remove_leftovers(&folder, &lock)?;
+        let there = self.target.there();
+        let Some(root) = there.root() else {
+            return Ok(self.methods.available); // there are none before the first run
+        };
+        let lock = self.lock(there)?;
+        if self.options.dry_run {
+            let mut room = self.methods.available;
+            for folder in there.folders() {
+                let left = folder.temporaries();
+                let left = left.map_err(io_error("list", folder.path()))?;
+                room += left.iter().map(|(_, bytes)| bytes).sum::<u64>();
             }
+            return Ok(room);
         }
-        // Some file systems free room only then.
-        sys::copy::flush_file_system(&lock).map_err(io_error("flush", &self.target))?;
-        let room = sys::room(&self.target).map_err(io_error("ask for room in", &self.target))?;
+        for folder in there.folders() {
+            remove_leftovers(folder, &lock)?;
+        }
+        // Some file systems free the room only then.
+        let flushed = sys::copy::flush_file_system(&lock);
+        flushed.map_err(io_error("flush", self.target.path()))?;
+        let room = sys::room(root.file());
+        let room = room.map_err(io_error(FIND_ROOM, self.target.path()))?;
         Ok(room.available)
     }
 
-    /// Two runs into one target would take each other's temporary files for leftovers.
-    fn lock(&self) -> Result<File, MaterializeError> {
-        let folder = File::open(&self.target).map_err(io_error("open", &self.target))?;
-        match folder.try_lock() {
-            Err(TryLockError::WouldBlock) => Err(MaterializeError::Locked(self.target.clone())),
-            // Some network file systems lock nothing; then the user has to take care.
-            Ok(()) | Err(TryLockError::Error(_)) => Ok(folder),
+    /// Locks the target: two runs would take each other's temporary files for leftovers.
+    fn lock(&self, target: &OnDisk) -> Result<File, MaterializeError> {
+        let path = self.target.path();
+        let root = target
+            .root()
+            .expect("only a target that is there is locked");
+        let lock = root.again().map_err(io_error("open", path))?;
+        match lock.try_lock() {
+            Err(TryLockError::WouldBlock) => Err(MaterializeError::Locked(path.to_owned())),
+            // Some network file systems have no locks; there, the user must take care.
+            Ok(()) | Err(TryLockError::Error(_)) => Ok(lock),
         }
     }
 
     fn write_files(
         &self,
-        folders: &Folders,
+        files: &[Ino],
+        publisher: Publisher,
         jobs: NonZeroUsize,
         stop: &AtomicBool,
-        progress: &(dyn Fn(Progress) + Sync),
     ) -> Result<(), MaterializeError> {
+        let target = publisher.target;
         let copier = Copier {
             model: self.model,
-            ways: &self.ways,
+            methods: &self.methods,
             reflink: self.options.reflink,
             stop,
-            progress,
-            in_kernel: AtomicBool::new(self.ways.in_kernel),
+            progress: publisher.progress,
+            in_kernel: AtomicBool::new(self.methods.in_kernel),
         };
-        let publisher = Publisher {
-            plan: self,
-            folders,
-            progress,
-            pending: Mutex::default(),
-            failed: Mutex::new(false),
-        };
-        let buffer = || copy::buffer(jobs.get().min(self.missing.len()));
-        let written = in_parallel(jobs, &self.missing, buffer, |ino, buffer| {
+        let buffer = || copy::buffer(jobs.get().min(files.len()));
+        let written = in_parallel(jobs, files, buffer, |ino, buffer| {
             let path = self.path(ino);
-            let folder = folders.of(&path);
-            let file = temporary_in(folder).map_err(io_error("make files in", &folder.path))?;
-            let target = Target {
-                ino,
-                file: file.as_file(),
-                path: &path,
-            };
-            copier.write(target, buffer)?;
-            self.complete(file.as_file())
-                .map_err(io_error("write", &path))?;
-            publisher.take(ino, file.into_temp_path())
+            let (folder, _) = self.place(target, ino);
+            let (file, unnamed) = temporary_in(folder)?;
+            let file = &file;
+            copier.write(
+                Target {
+                    ino,
+                    file,
+                    path: &path,
+                },
+                buffer,
+            )?;
+            self.complete(file).map_err(io_error("write", &path))?;
+            publisher.take(ino, unnamed)
         });
-        // What is complete stays, also if another file failed.
+        // Complete files stay, even if another one has failed.
         publisher.finish().and(written)
     }
 
-    /// The documents that describe what is there, and their paths in the tree.
+    /// The documents that describe the listed files, and their paths in the tree.
     fn documents(&self, listed: &[bool]) -> [(&'static str, Vec<u8>); 2] {
         let layout = self.model.layout();
         let present = |file: &TensorFile| {
@@ -194,231 +230,85 @@ impl Plan<'_> {
         DOCUMENTS.map(render)
     }
 
-    /// Writes a document, unless it is there already; says whether it did.
+    /// Writes a document, unless it is there already. Returns whether it did.
     fn write_document(
         &self,
-        folders: &Folders,
+        target: &OnDisk,
         path: &str,
         bytes: &[u8],
     ) -> Result<bool, MaterializeError> {
-        let path = self.target.join(path);
-        let folder = folders.of(&path);
-        let place = folder.place(&path);
-        let modified = self.model.source().modified();
-        let is_written = place
-            .symlink_metadata()
-            .is_ok_and(|m| m.is_file() && m.modified().is_ok_and(|time| time == modified));
-        if is_written && fs::read(&place).is_ok_and(|found| found == bytes) {
+        let ino = self.find(path);
+        if self.is_written(target, ino, bytes) {
             return Ok(false);
         }
-        let file = temporary_in(folder).map_err(io_error("make files in", &folder.path))?;
-        let mut to = file.as_file();
-        to.write_all(bytes)
-            .and_then(|()| self.complete(file.as_file()))
-            .and_then(|()| file.as_file().sync_all())
+        let path = self.path(ino);
+        let (folder, name) = self.place(target, ino);
+        let (mut file, unnamed) = temporary_in(folder)?;
+        file.write_all(bytes)
+            .and_then(|()| self.complete(&file))
+            .and_then(|()| file.sync_all())
             .map_err(io_error("write", &path))?;
-        file.persist(place)
-            .map_err(|e| io_error("name", &path)(e.error))?;
+        let named = unnamed.replace(name.as_ref());
+        named.map_err(io_error("give its name to", &path))?;
         Ok(true)
     }
 
-    /// Gives a file the tree's time; once it has been flushed, it may have its name.
+    /// Whether a document is there, with these bytes and the tree's time.
+    fn is_written(&self, target: &OnDisk, ino: Ino, bytes: &[u8]) -> bool {
+        let tree = self.model.tree();
+        let has_time = target.open(tree, ino).is_ok_and(|entry| match entry {
+            Entry::There((_, metadata)) => self.has_time(&metadata),
+            _ => false,
+        });
+        let found = target.read(tree, ino, bytes.len() as u64);
+        has_time && matches!(found, Ok(Entry::There(Ok(found))) if found == bytes)
+    }
+
+    /// The folder that a file of the tree is written into, and its name.
+    pub(super) fn place<'t>(&self, target: &'t OnDisk, ino: Ino) -> (&'t Folder, &str) {
+        let place = target.place(self.model.tree(), ino);
+        place.expect("every folder of the target was made")
+    }
+
+    /// Gives a file the tree's time. Once the file has been flushed, it may get its name.
     fn complete(&self, file: &File) -> io::Result<()> {
         file.set_times(self.times())?;
-        if !self.ways.flushes_whole {
+        if !self.methods.flushes_whole {
             file.sync_all()?;
         }
         Ok(())
     }
 
     fn times(&self) -> FileTimes {
-        let modified = self.model.source().modified();
-        FileTimes::new()
-            .set_modified(modified)
-            .set_accessed(modified)
+        file_times(self.model.source().modified())
     }
 }
 
-/// Both folders of the target, held open: what is written there stays there, whoever moves them or
-/// puts links in their places. And a flush reports what was lost since they were opened.
-struct Folders([Folder; 2]);
-
-struct Folder {
-    path: PathBuf,
-    file: File,
-    /// The same folder by its descriptor.
-    held: PathBuf,
+/// The times of a complete file. Both are set, since some file systems do not accept one alone.
+pub(super) fn file_times(modified: SystemTime) -> FileTimes {
+    FileTimes::new()
+        .set_modified(modified)
+        .set_accessed(modified)
 }
 
-impl Folders {
-    fn open(target: &Path) -> Result<Self, MaterializeError> {
-        let [first, second] = DIRECTORIES.map(|name| Folder::open(target.join(name)));
-        Ok(Self([first?, second?]))
-    }
-
-    /// The folder that a path of the target lies in.
-    fn of(&self, path: &Path) -> &Folder {
-        let folder = self
-            .0
-            .iter()
-            .find(|folder| path.parent() == Some(&folder.path));
-        folder.expect("every file lies in one of both")
-    }
-
-    /// Fails if a name leads elsewhere by now.
-    fn check(&self) -> Result<(), MaterializeError> {
-        for Folder { path, file, .. } in &self.0 {
-            let held = file.metadata().map_err(io_error("look at", path))?;
-            let found = path.symlink_metadata().ok();
-            if found.is_none_or(|found| (found.dev(), found.ino()) != (held.dev(), held.ino())) {
-                return Err(MaterializeError::Replaced(path.clone()));
-            }
-        }
-        Ok(())
-    }
+fn temporary_in(folder: &Folder) -> Result<(File, Unnamed<'_>), MaterializeError> {
+    let made = folder.temporary();
+    made.map_err(io_error("create files in", folder.path()))
 }
 
-impl Folder {
-    fn open(path: PathBuf) -> Result<Self, MaterializeError> {
-        let opened = File::options()
-            .read(true)
-            .custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW)
-            .open(&path);
-        let file = opened.map_err(|e| match e.raw_os_error() {
-            Some(libc::ELOOP | libc::ENOTDIR) => MaterializeError::Link(path.clone()),
-            _ => io_error("open", &path)(e),
-        })?;
-        let held = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
-        // Elsewhere than on Linux, or without /proc, the name has to do.
-        let held = if held.is_dir() { held } else { path.clone() };
-        Ok(Self { path, file, held })
-    }
-
-    /// Where a file of the folder is reached.
-    fn place(&self, path: &Path) -> PathBuf {
-        self.held.join(path.file_name().unwrap_or_default())
-    }
-}
-
-/// Gives complete files their names, in groups.
-struct Publisher<'a> {
-    plan: &'a Plan<'a>,
-    folders: &'a Folders,
-    progress: &'a (dyn Fn(Progress) + Sync),
-    pending: Mutex<Group>,
-    /// Held during a flush; set when one failed. Of whose bytes were lost then, nobody knows, so
-    /// nothing gets a name any more.
-    failed: Mutex<bool>,
-}
-
-/// Files that are complete, but not flushed.
-#[derive(Default)]
-struct Group {
-    files: Vec<(Ino, TempPath)>,
-    bytes: u64,
-}
-
-impl Publisher<'_> {
-    /// Takes a complete file; publishes the group that it fills.
-    fn take(&self, ino: Ino, file: TempPath) -> Result<(), MaterializeError> {
-        let full = {
-            let mut group = self.pending.lock();
-            group.files.push((ino, file));
-            group.bytes += self.plan.model.tree().size(ino).unwrap_or(0);
-            if group.files.len() < GROUP_FILES && group.bytes < GROUP_BYTES {
-                return Ok(());
-            }
-            std::mem::take(&mut *group)
-        };
-        self.publish(full)
-    }
-
-    fn finish(self) -> Result<(), MaterializeError> {
-        let rest = std::mem::take(&mut *self.pending.lock());
-        self.publish(rest)
-    }
-
-    fn publish(&self, group: Group) -> Result<(), MaterializeError> {
-        if group.files.is_empty() {
-            return Ok(());
-        }
-        let mut failed = self.failed.lock();
-        if *failed {
-            return Ok(());
-        }
-        if let Err(e) = self.flush() {
-            *failed = true;
-            return Err(io_error("flush what was written to", &self.plan.target)(e));
-        }
-        self.folders.check()?;
-        for (ino, file) in group.files {
-            self.name(ino, file)?;
-        }
-        for Folder { path, file, .. } in &self.folders.0 {
-            file.sync_all().map_err(io_error("flush", path))?;
-        }
-        Ok(())
-    }
-
-    fn flush(&self) -> io::Result<()> {
-        let mut flushed = None;
-        for Folder { file, .. } in &self.folders.0 {
-            let file_system = Some(file.metadata()?.dev());
-            if flushed != file_system {
-                sys::copy::flush_file_system(file)?;
-                flushed = file_system;
-            }
-        }
-        Ok(())
-    }
-
-    /// Gives a file its name, but not over a file that has appeared since the plan was made; another
-    /// run may have made it.
-    fn name(&self, ino: Ino, file: TempPath) -> Result<(), MaterializeError> {
-        let path = self.plan.path(ino);
-        let place = self.folders.of(&path).place(&path);
-        let named = if self.plan.replaced.contains(&ino) {
-            file.persist(place)
-        } else {
-            file.persist_noclobber(place)
-        };
-        match named {
-            Err(e) if e.error.kind() == io::ErrorKind::AlreadyExists => {
-                match self.plan.state(ino)? {
-                    State::Done => {}
-                    _ => return Err(self.plan.foreign(ino, "was put there meanwhile")),
-                }
-            }
-            Err(e) => return Err(io_error("name", &path)(e.error)),
-            Ok(()) => {}
-        }
-        (self.progress)(Progress { bytes: 0, files: 1 });
-        Ok(())
-    }
-}
-
-/// With the rights that any new file gets, and errors that do not tell its name.
-fn temporary_in(folder: &Folder) -> io::Result<NamedTempFile> {
-    tempfile::Builder::new()
-        .prefix(TEMPORARY_PREFIX)
-        .suffix(TEMPORARY_SUFFIX)
-        .make_in(&folder.held, |path| File::create_new(path))
-}
-
-/// Removes the temporary files of runs that were killed. Only with the lock: a run that lives has such
-/// files, too.
+/// Removes the temporary files of killed runs. The lock must be held: a living run has such files,
+/// too.
 fn remove_leftovers(folder: &Folder, _lock: &File) -> Result<(), MaterializeError> {
-    remove_temporaries(&folder.held).map_err(io_error("clean", &folder.path))
-}
-
-fn remove_temporaries(directory: &Path) -> io::Result<()> {
-    for entry in directory.read_dir()? {
-        let entry = entry?;
-        let name = entry.file_name();
-        let name = name.to_string_lossy();
-        if name.starts_with(TEMPORARY_PREFIX) && name.ends_with(TEMPORARY_SUFFIX) {
-            fs::remove_file(entry.path())?;
-        }
+    let found = folder.temporaries().map_err(io_error(
+        "remove what a killed run has left in",
+        folder.path(),
+    ))?;
+    for (name, _) in found {
+        let removed = folder.remove(&name);
+        removed.map_err(io_error(
+            "remove what a killed run has left in",
+            folder.path(),
+        ))?;
     }
     Ok(())
 }

@@ -1,14 +1,18 @@
-//! Who keeps a mount busy: processes with a file of it open, mapped, or as their working directory.
+//! Who keeps a mount busy: processes with a file of it open, mapped, or as their working directory;
+//! mounts that lie on it; loop devices made of its files.
 //!
-//! Nothing of the mount is touched, whose process may be stopped: `fdinfo` and `maps` name mounts and devices by
-//! their numbers, and where a process works is a text.
+//! Nothing of the mount is touched, since its process may be stopped: `fdinfo` and `maps` name mounts
+//! and devices by their numbers, and where a process works is a text.
 
 use std::fmt;
 use std::fs;
-use std::path::Path;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 
-use super::MountEntry;
-use super::processes::{descriptor_fields, process_folder, process_ids};
+use super::processes::{descriptor_fields, name_of, process_folder, process_ids};
+use super::table::{MountEntry, mount_table};
+use crate::sys::process::effective_ids;
 
 /// A process that uses a mount.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,22 +29,77 @@ impl fmt::Display for Holder {
     }
 }
 
-/// Every process that uses a mount, as far as this user may look.
-pub(super) fn holders(mount: &MountEntry) -> Vec<Holder> {
-    let others = process_ids().filter(|&pid| pid != std::process::id());
-    let mut holders: Vec<_> = others.filter_map(|pid| holder(pid, mount)).collect();
-    holders.sort_by_key(|holder| holder.pid);
-    holders
+/// What is known of the users of a mount. As text it continues "is in use".
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Use {
+    pub processes: Vec<Holder>,
+    /// Directories of the mount on which something else is mounted.
+    pub mounts_on_it: Vec<PathBuf>,
+    /// Block devices that are made of files of the mount, such as `/dev/loop3`.
+    pub devices: Vec<PathBuf>,
+    /// Whether there are processes that this user may not look into.
+    pub some_are_hidden: bool,
 }
 
-fn holder(pid: u32, mount: &MountEntry) -> Option<Holder> {
-    let process = process_folder(pid);
-    if !(works_in(&process, mount) || has_open(pid, mount) || has_mapped(&process, mount)) {
-        return None;
+impl Use {
+    /// What to do about it.
+    pub(super) fn advice(&self) -> &'static str {
+        let is_known = !(self.processes.is_empty() && self.devices.is_empty());
+        match (is_known, self.mounts_on_it.is_empty()) {
+            (_, false) => "unmount what is mounted on it",
+            (true, true) => "end that",
+            (false, true) if self.some_are_hidden => "root can see more: `sudo odmoe-fs umount`",
+            (false, true) => {
+                "look for a swap file, an NFS export, or a process of another PID namespace"
+            }
+        }
     }
-    let name = fs::read(process.join("comm")).unwrap_or_default();
-    let name = String::from_utf8_lossy(&name).trim_end().to_owned();
-    Some(Holder { pid, name })
+}
+
+impl fmt::Display for Use {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const SHOWN: usize = 4;
+        let processes = self.processes.iter().map(Holder::to_string);
+        let mounts = self.mounts_on_it.iter();
+        let mounts = mounts.map(|directory| format!("what is mounted on {directory:?}"));
+        let devices = self.devices.iter().map(|device| format!("{device:?}"));
+        let users: Vec<String> = processes.chain(mounts).chain(devices).collect();
+        match users.len().saturating_sub(SHOWN) {
+            _ if users.is_empty() && self.some_are_hidden => {
+                write!(f, ", but not by a process that you may look into")
+            }
+            _ if users.is_empty() => write!(f, ", but not by a process that can be seen"),
+            0 => write!(f, " by {}", users.join(", ")),
+            more => write!(f, " by {} and {more} more", users[..SHOWN].join(", ")),
+        }
+    }
+}
+
+/// Everything that uses a mount, as far as this user may look.
+pub(super) fn use_of(mount: &MountEntry) -> Use {
+    let others = process_ids().filter(|&pid| pid != std::process::id());
+    let mut used = Use {
+        processes: Vec::new(),
+        mounts_on_it: mount_table()
+            .into_iter()
+            .filter(|other| other.parent == mount.id && other.id != mount.id)
+            .map(|other| other.directory)
+            .collect(),
+        devices: loop_devices(&mount.directory),
+        some_are_hidden: false,
+    };
+    for pid in others {
+        let process = process_folder(pid);
+        if works_in(&process, mount) || has_open(pid, mount) || has_mapped(&process, mount) {
+            let name = name_of(pid);
+            used.processes.push(Holder { pid, name });
+        }
+        let looked = fs::read_dir(process.join("fd"));
+        let is_denied = |e: io::Error| e.kind() == io::ErrorKind::PermissionDenied;
+        used.some_are_hidden |= looked.err().is_some_and(is_denied) && effective_ids().0 != 0;
+    }
+    used.processes.sort_by_key(|holder| holder.pid);
+    used
 }
 
 fn works_in(process: &Path, mount: &MountEntry) -> bool {
@@ -68,4 +127,18 @@ fn has_mapped(process: &Path, mount: &MountEntry) -> bool {
         let field = line.split(|b| *b == b' ').nth(3);
         field == Some(device.as_bytes())
     })
+}
+
+/// The loop devices whose files lie in a directory, as the kernel names them.
+fn loop_devices(directory: &Path) -> Vec<PathBuf> {
+    let devices = fs::read_dir("/sys/block").into_iter().flatten().flatten();
+    let made_of = |device: &fs::DirEntry| {
+        let file = fs::read(device.path().join("loop/backing_file")).unwrap_or_default();
+        let file = file.strip_suffix(b"\n").unwrap_or(&file);
+        Path::new(std::ffi::OsStr::from_bytes(file)).starts_with(directory)
+    };
+    let devices = devices.filter(made_of);
+    devices
+        .map(|device| Path::new("/dev").join(device.file_name()))
+        .collect()
 }

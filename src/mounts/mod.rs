@@ -5,50 +5,56 @@
 //!
 //! The plan: [`Mount::prepare`] finds out everything that can be known before (so that a user
 //! reads the reason and not an errno), [`Mount::serve`] runs it until it is unmounted or told to
-//! stop, [`Mount::serve_in_background`] does so in a daemon whose fate the caller learns, and
-//! [`unmount`] ends one of ours.
+//! stop, [`launch`] does both in a daemon whose fate its caller learns, and [`unmount`] ends one of
+//! ours.
 
+mod attach;
 mod background;
+mod copies;
 mod holders;
+mod log;
+mod place;
 mod preflight;
 mod processes;
 mod read_ahead;
+mod session;
 mod status;
 mod table;
 mod unmount;
+mod workers;
 
-use std::fs::File;
 use std::io;
-use std::mem::ManuallyDrop;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
-use fuser::{Config, MountOption, Session, SessionACL};
-use memmap2::MmapMut;
+use fuser::SessionACL;
 
-pub use holders::Holder;
+pub use background::{Caller, Launched, answers, launch};
+pub use copies::MountCopy;
+pub use holders::{Holder, Use};
+pub use log::open_log;
+pub use preflight::unmount_stale;
 pub use read_ahead::{ReadAheadError, set_read_ahead};
 pub use status::{MountStatus, State, state_of, status};
-pub use table::{MountEntry, mount_of, mount_table, odmoe_mount_of};
-pub(crate) use unmount::fusermount;
-pub use unmount::{UnmountError, unmount};
+pub use table::{ForeignLink, MountEntry, mount_of, mount_table, odmoe_mount_of};
+pub use unmount::{StillServed, UnmountError, Unmounted, unmount};
 
+use self::attach::Wishes;
+use self::place::{Lock, Place};
+use self::preflight::Claim;
+use crate::explain::{ASK_DOCTOR, Explain, Hint, hint_of};
 use crate::fuse::OdmoeFs;
 use crate::model::Model;
 pub use crate::served::Cache;
 use crate::served::{Owner, Served};
 use crate::source::PageCache;
-use crate::sys::privileges;
-pub use crate::sys::privileges::no_new_privileges;
 use crate::sys::process::effective_ids;
-pub use crate::sys::process::{Signals, close_inherited_descriptors};
 
 /// The file system type in mount tables.
 pub const FS_TYPE: &str = "fuse.odmoe";
 const SUBTYPE: &str = "odmoe";
 
 /// What a user may choose of a mount.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Options {
     /// Mount over a directory that is not empty.
     pub nonempty: bool,
@@ -66,31 +72,37 @@ pub struct Options {
     pub cache: Cache,
     /// Count what is asked for, and show it as extended attributes of the root ([`crate::stats`]).
     pub stats: bool,
+    /// Labels that SELinux gives the mount, such as `context="..."`. Only root may set them, and a
+    /// kernel without SELinux refuses them.
+    pub security_labels: Vec<String>,
 }
 
 /// Why a mount cannot be made, or ended badly. Each says what to do.
-#[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
+#[derive(Debug, thiserror::Error, strum::IntoStaticStr, strum::EnumProperty)]
 #[strum(serialize_all = "snake_case", prefix = "mount.")]
 pub enum MountError {
-    #[error("{0:?} does not exist; make it with `mkdir -p`")]
+    #[error("{0:?} does not exist")]
+    #[strum(props(hint = "make it with `mkdir -p`"))]
     DirectoryMissing(PathBuf),
-    #[error("{0:?} is not a directory; a mount needs an empty one")]
+    #[error("{0:?} is not a directory")]
+    #[strum(props(hint = "a mount needs an empty one"))]
     NotADirectory(PathBuf),
-    #[error(
-        "{0:?} is not empty, and mounting would hide what is in it; choose another directory, or say --nonempty"
-    )]
+    #[error("{0:?} is not empty, and mounting would hide what is in it")]
+    #[strum(props(hint = "choose another directory, or say --nonempty"))]
     NotEmpty(PathBuf),
-    #[error(
-        "{source_name:?} is already mounted on {directory:?}; unmount it first, with `odmoe-fs umount`, or say --replace"
-    )]
+    #[error("{source_name:?} is already mounted on {directory:?}")]
+    #[strum(props(hint = "unmount it first, with `odmoe-fs umount`, or say --replace"))]
     AlreadyMounted {
         directory: PathBuf,
         source_name: String,
     },
     #[error(
-        "{source_name:?} is mounted on {directory:?}, but {} does not answer; say --replace, or unmount it with `odmoe-fs umount --lazy`, and end the process",
+        "{source_name:?} is mounted on {directory:?}, but {} does not answer",
         process(*.pid)
     )]
+    #[strum(props(
+        hint = "say --replace, or unmount it with `odmoe-fs umount --lazy`, and end the process"
+    ))]
     NotAnswering {
         directory: PathBuf,
         source_name: String,
@@ -101,61 +113,104 @@ pub enum MountError {
         directory: PathBuf,
         cause: UnmountError,
     },
-    #[error(
-        "{0:?} is locked by another program, perhaps another mount that is being made; try again"
-    )]
+    #[error("what is mounted on {directory:?} cannot be replaced: {cause}")]
+    CannotReplace {
+        directory: PathBuf,
+        cause: UnmountError,
+    },
+    #[error("{0:?} was moved, replaced or unmounted while the mount was being made")]
+    #[strum(props(hint = "check what lies there, and mount again"))]
+    Moved(PathBuf),
+    #[error("{0:?} is locked by another program, perhaps another mount that is being made")]
+    #[strum(props(hint = "try again"))]
     DirectoryLocked(PathBuf),
-    #[error(
-        "{directory:?} lies inside the odmoe-fs mount on {mount:?}; choose a directory elsewhere"
-    )]
+    #[error("{directory:?} lies inside the odmoe-fs mount on {mount:?}")]
+    #[strum(props(hint = "choose a directory elsewhere"))]
     InsideMount { directory: PathBuf, mount: PathBuf },
-    #[error(
-        "{directory:?} holds the model's own file {part:?}, which the mount would hide; choose a directory elsewhere"
-    )]
+    #[error("{directory:?} holds the model's own file {part:?}, which the mount would hide")]
+    #[strum(props(hint = "choose a directory elsewhere"))]
     HidesModel { directory: PathBuf, part: PathBuf },
     #[error("{directory:?} cannot be used: {cause}")]
     Directory {
         directory: PathBuf,
         cause: io::Error,
     },
-    #[error(
-        "/dev/fuse does not exist, so this kernel has no FUSE; load it with `modprobe fuse`, or start the container with `--device /dev/fuse --cap-add SYS_ADMIN`"
-    )]
+    #[error("/dev/fuse does not exist, so this kernel has no FUSE")]
+    #[strum(props(
+        hint = "load it with `modprobe fuse`, or start the container with `--device /dev/fuse --cap-add SYS_ADMIN`"
+    ))]
     NoDevice,
-    #[error(
-        "no right to open /dev/fuse; let every user with `sudo chmod 0666 /dev/fuse`, as distributions do"
-    )]
+    #[error("no right to open /dev/fuse")]
+    #[strum(props(hint = "let every user with `sudo chmod 0666 /dev/fuse`, as distributions do"))]
     DeviceDenied,
     #[error("/dev/fuse cannot be opened: {0}")]
     Device(io::Error),
-    #[error(
-        "fusermount3 is not installed, and mounting needs it unless you are root; install the package fuse3 (`sudo apt install fuse3`, `sudo dnf install fuse3`)"
-    )]
+    #[error("fusermount3 is not installed, and mounting needs it unless you are root")]
+    #[strum(props(
+        hint = "install the package fuse3 (`sudo apt install fuse3`, `sudo dnf install fuse3`)"
+    ))]
     NoFusermount,
+    #[error("FUSERMOUNT_PATH is {0:?}, which is not a program")]
+    #[strum(props(hint = "unset it, or name the fusermount3 of the package fuse3"))]
+    WrongHelper(PathBuf),
     #[error(
         "--allow-other needs the line `user_allow_other` in /etc/fuse.conf, unless you are root"
     )]
     UserAllowOther,
     #[error("mounting on {directory:?} failed: {reason}")]
-    Refused { directory: PathBuf, reason: String },
+    Refused {
+        directory: PathBuf,
+        /// What the mount helper or the kernel said.
+        reason: String,
+        /// What to do about the usual cases.
+        hint: Option<Hint>,
+    },
     #[error("the mount on {directory:?} ended: {cause}")]
     Session {
         directory: PathBuf,
         cause: io::Error,
     },
-    #[error(
-        "{threads} worker threads cannot be started: {cause}; use fewer with --threads, or allow more with `ulimit -u` and `ulimit -v`"
-    )]
+    #[error("{threads} worker threads cannot be started: {cause}")]
+    #[strum(props(
+        hint = "use fewer with --threads, or allow more with `ulimit -u` and `ulimit -v`"
+    ))]
     Workers { threads: usize, cause: io::Error },
     #[error("cannot go to the background: {0}")]
     Background(io::Error),
-    /// What the daemon said before it ended.
-    #[error("{0}")]
-    Daemon(String),
+    #[error("interrupted by signal {0} before the mount could be used")]
+    Interrupted(i32),
+    #[error("unmounted, since the command that asked for the mount has ended: {0}")]
+    Abandoned(io::Error),
     #[error(
-        "the background process ended before the mount was ready ({0}); if memory is short, use fewer --threads, else say the same with -f to see why"
+        "the connection of the mount on {0:?} was aborted (by `umount -f`, perhaps in a container that has a copy of the mount, or through /sys/fs/fuse)"
     )]
+    #[strum(props(hint = "mount again"))]
+    Aborted(PathBuf),
+    #[error("the background process ended before the mount was ready ({0})")]
+    #[strum(props(
+        hint = "if memory is short, use fewer --threads, else mount with -f to see why"
+    ))]
     DaemonDied(String),
+}
+
+impl Explain for MountError {
+    fn code(&self) -> &'static str {
+        match self {
+            Self::Repair { cause, .. } | Self::CannotReplace { cause, .. } => cause.code(),
+            _ => self.into(),
+        }
+    }
+
+    fn hint(&self) -> Option<Hint> {
+        match self {
+            Self::Repair { cause, .. } | Self::CannotReplace { cause, .. } => cause.hint(),
+            Self::Directory { cause, .. } => cause.hint(),
+            Self::Session { cause, .. } | Self::Background(cause) => cause.hint(),
+            Self::Device(_) | Self::UserAllowOther => Some(ASK_DOCTOR),
+            Self::Refused { hint, .. } => hint.clone().or(Some(ASK_DOCTOR)),
+            _ => hint_of(self),
+        }
+    }
 }
 
 fn process(pid: Option<u32>) -> String {
@@ -166,10 +221,12 @@ fn process(pid: Option<u32>) -> String {
 #[derive(Debug)]
 pub struct Mount {
     file_system: OdmoeFs,
-    directory: PathBuf,
-    /// Keeps others from mounting on the same directory meanwhile.
-    lock: Option<File>,
-    config: Config,
+    place: Place,
+    /// Keep others from mounting on the same directory meanwhile.
+    locks: Vec<Lock>,
+    wishes: Wishes,
+    acl: SessionACL,
+    threads: usize,
 }
 
 impl Mount {
@@ -179,7 +236,9 @@ impl Mount {
         directory: &Path,
         options: &Options,
     ) -> Result<Self, MountError> {
-        let (directory, lock) = preflight::check(&model, directory, options)?;
+        preflight::usable_fuse(options)?;
+        let threads = options.threads.unwrap_or_else(default_threads);
+        workers::try_workers(threads).map_err(|cause| MountError::Workers { threads, cause })?;
         if options.cache == Cache::Mount {
             // The mounted files keep the bytes; a second copy would cost twice the memory.
             model.set_page_cache(PageCache::Unchanged);
@@ -196,195 +255,48 @@ impl Mount {
         };
         if !options.allow_other && owner.uid != uid {
             tracing::warn!(
-                "the files belong to user {}, but only user {uid}, who mounts, may enter; say --allow-other to let others in",
+                "the files belong to user {}, but only user {uid}, who mounts, may enter; pass --allow-other to let others in",
                 owner.uid
             );
         }
-        let config = config(&model, options);
+        let wishes = Wishes {
+            source: source_name(&model),
+            allow_other: options.allow_other,
+            security_labels: options.security_labels.clone(),
+        };
+        // Last, since with `replace` it takes away what is there.
+        let Claim { place, locks } = preflight::claim(&model, directory, options)?;
         let mut served = Served::new(model, owner, options.cache);
         if options.stats {
             served.count();
         }
         Ok(Self {
             file_system: OdmoeFs::new(served),
-            directory,
-            lock,
-            config,
+            place,
+            locks,
+            wishes,
+            acl: if options.allow_other {
+                SessionACL::All
+            } else {
+                SessionACL::Owner
+            },
+            threads,
         })
     }
 
     /// The directory, absolute and without links.
     pub fn directory(&self) -> &Path {
-        &self.directory
+        self.place.path()
     }
 
     /// The model to be shown.
     pub fn model(&self) -> &Model {
         self.file_system.served().model()
     }
-
-    /// Mounts, calls `ready`, and serves until somebody unmounts, or until SIGINT, SIGTERM or
-    /// SIGHUP: then the mount is taken out of the tree at once, readers finish, and this returns
-    /// when the last has left. A second signal ends the process.
-    ///
-    /// It is for a process that does nothing else, and ends when this returns: the calling thread
-    /// receives those signals no more.
-    pub fn serve(self, ready: impl FnOnce()) -> Result<(), MountError> {
-        // Before any thread starts, so that all of them leave the signals to the one that waits.
-        let signals = Signals::block(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP])
-            .map_err(MountError::Background)?;
-        let threads = self.config.n_threads.unwrap_or(1);
-        try_workers(threads).map_err(|cause| MountError::Workers { threads, cause })?;
-        let directory = self.directory;
-        let session = Session::new(self.file_system, &directory, &self.config).map_err(|e| {
-            MountError::Refused {
-                directory: directory.clone(),
-                reason: preflight::explain(&e),
-            }
-        })?;
-        drop(self.lock);
-        give_up_privileges();
-        let attached = Attached {
-            entry: table::mounted_on(&directory),
-            directory: directory.clone(),
-        };
-        let on_signal = attached.clone();
-        std::thread::Builder::new()
-            .name("signals".into())
-            .spawn(move || stop_on_signal(&on_signal, signals))
-            .map_err(MountError::Background)?;
-        let fail = |cause| MountError::Session {
-            directory: directory.clone(),
-            cause,
-        };
-        // At its end a session of fuser unmounts whatever is at its path, though it may be gone
-        // and another file system there by then. So it never drops its mount; we end it.
-        let mut session = ManuallyDrop::new(session.spawn().map_err(&fail)?);
-        let serving = std::mem::replace(&mut session.guard, std::thread::spawn(|| Ok(())));
-        tracing::info!("mounted on {directory:?}, {threads} worker threads");
-        ready();
-        let served = serving
-            .join()
-            .unwrap_or_else(|_| Err(io::Error::other("the workers panicked")));
-        tracing::info!("the mount on {directory:?} has ended");
-        served.map_err(|cause| {
-            // Not ended by the kernel, so the mount may still be there, and nobody serves it.
-            if let Err(e) = attached.detach() {
-                tracing::error!("{e}");
-            }
-            fail(cause)
-        })
-    }
-}
-
-/// One of our mounts as the table showed it at the start: what is at its place later may be
-/// another's. While the session lives the two cannot be mistaken for each other; afterwards the
-/// kernel gives its numbers to other mounts.
-#[derive(Clone)]
-struct Attached {
-    directory: PathBuf,
-    entry: Option<MountEntry>,
-}
-
-impl Attached {
-    /// Takes the mount out of the tree if it is still there. Only while the session lives.
-    fn detach(&self) -> Result<(), UnmountError> {
-        let here = table::mounted_on(&self.directory);
-        // Only Linux has a table to look at.
-        if !cfg!(target_os = "linux") || (here.is_some() && here == self.entry) {
-            unmount::detach(&self.directory)?;
-        }
-        Ok(())
-    }
-}
-
-/// Ends a mount when a signal asks for it.
-fn stop_on_signal(mount: &Attached, signals: Signals) {
-    if signals.wait().is_err() {
-        return;
-    }
-    match mount.detach() {
-        // Usually the session ends at once, and the process with it.
-        Ok(()) => {
-            std::thread::sleep(Duration::from_millis(300));
-            tracing::warn!(
-                "unmounted {:?}, but files of it are still open: waiting for them; a second signal ends the process now",
-                mount.directory
-            );
-        }
-        Err(e) => tracing::error!("{e}; a second signal ends the process now"),
-    }
-    if let Ok(second) = signals.wait() {
-        std::process::exit(128 + second);
-    }
-}
-
-/// From here on nothing is mounted, only served and unmounted. A user's daemon unmounts with the
-/// set-user-id helper, which has to keep working; it has no privileges of its own to give up.
-fn give_up_privileges() {
-    if effective_ids().0 == 0 {
-        if let Err(e) = privileges::keep_what_serving_needs() {
-            tracing::warn!("the daemon keeps all privileges of root: {e}");
-        }
-        privileges::no_new_privileges();
-    }
-}
-
-/// The buffer of a worker of fuser and what else it reserves, and its stack.
-const WORKER_BYTES: usize = 17 << 20;
-const STACK_BYTES: usize = 2 << 20;
-
-/// Starts as many threads as there will be workers, with as much memory, and ends them again. fuser
-/// starts its own when the mount is made already, and would leave it without anybody to serve it.
-///
-/// The memory is not taken from the allocator, which would keep it, and take later buffers from what
-/// is not fresh: then zeroing them uses them.
-fn try_workers(threads: usize) -> io::Result<()> {
-    // All at once first: what a thread lacks while it starts is no error but its end.
-    drop(MmapMut::map_anon(threads * (WORKER_BYTES + STACK_BYTES))?);
-    let gate = parking_lot::Mutex::new(());
-    let started = || {
-        let reserved = MmapMut::map_anon(WORKER_BYTES);
-        drop(gate.lock()); // until all of them are there
-        reserved.map(drop)
-    };
-    std::thread::scope(|scope| {
-        let closed = gate.lock();
-        let workers: Vec<_> = (0..threads)
-            .map(|_| std::thread::Builder::new().spawn_scoped(scope, started))
-            .collect();
-        drop(closed);
-        workers.into_iter().try_for_each(|worker| {
-            let ended = worker?.join();
-            ended.unwrap_or_else(|_| Err(io::Error::other("a thread panicked")))
-        })
-    })
-}
-
-fn config(model: &Model, options: &Options) -> Config {
-    let mut config = Config::default();
-    config.mount_options = vec![
-        MountOption::RO,
-        MountOption::NoSuid,
-        MountOption::NoDev,
-        MountOption::NoExec,
-        MountOption::NoAtime,
-        MountOption::DefaultPermissions,
-        MountOption::FSName(source_name(model)),
-        // Not `Subtype`, which fuser drops when it mounts as root.
-        MountOption::CUSTOM(format!("subtype={SUBTYPE}")),
-    ];
-    config.acl = if options.allow_other {
-        SessionACL::All
-    } else {
-        SessionACL::Owner
-    };
-    config.n_threads = Some(options.threads.unwrap_or_else(default_threads));
-    config
 }
 
 /// The name of the source in mount tables: the model's path, unless that could be taken for
-/// options, since they are joined with commas and unescaped.
+/// options, since the mount helper is told them joined with commas.
 fn source_name(model: &Model) -> String {
     model
         .source()

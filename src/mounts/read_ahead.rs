@@ -9,6 +9,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::table;
+use crate::explain::{Explain, Hint};
 
 /// The largest request of the kernel, in pages.
 const MAX_PAGES: &str = "/proc/sys/fs/fuse/max_pages_limit";
@@ -17,22 +18,40 @@ const PAGE_BYTES: u64 = 4096;
 const OLD_MAX_PAGES: u64 = 256;
 
 /// Why the kernel's read-ahead is not what was asked for.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case", prefix = "read_ahead.")]
 pub enum ReadAheadError {
     #[error("the kernel's read-ahead cannot be set: {0:?} is in no table of mounts")]
     NoMount(PathBuf),
-    #[error(
-        "the kernel's read-ahead was not changed ({cause}); root can do it: echo {kib} | sudo tee {setting}"
-    )]
+    #[error("the kernel's read-ahead was not changed ({cause})")]
     Refused {
         setting: String,
         kib: u64,
         cause: io::Error,
     },
-    #[error(
-        "the kernel reads ahead as asked, but in requests of {granted_kib} KiB; for larger ones: sudo sysctl fs.fuse.max_pages_limit={pages}, and mount again"
-    )]
+    #[error("the kernel reads ahead as asked, but in requests of {granted_kib} KiB")]
     SmallRequests { granted_kib: u64, pages: u64 },
+}
+
+impl Explain for ReadAheadError {
+    fn code(&self) -> &'static str {
+        self.into()
+    }
+
+    fn hint(&self) -> Option<Hint> {
+        match self {
+            Self::NoMount(_) => None,
+            Self::Refused { setting, kib, .. } => {
+                Some(format!("root can do it: echo {kib} | sudo tee {setting}").into())
+            }
+            Self::SmallRequests { pages, .. } => Some(
+                format!(
+                    "for larger ones: sudo sysctl fs.fuse.max_pages_limit={pages}, and mount again"
+                )
+                .into(),
+            ),
+        }
+    }
 }
 
 /// Sets the kernel's read-ahead of the mount on a directory, in bytes.

@@ -3,25 +3,24 @@
 //! The problem: `stat` on a mount whose daemon is stopped hangs, and for one that is dead it may be
 //! answered from the kernel's memory.
 //!
-//! The plan: the mount table says what there is. A child asks each, all at the same time, and who
-//! has not answered within a second does not answer. No file is kept about any of it.
+//! The plan: the mount table says what there is. A child process asks each, all at the same time, and
+//! a mount that has not answered within a second does not answer. No file is kept about any of it.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, poll};
+
 use super::SUBTYPE;
 use super::processes::{descriptor_fields, process_folder, process_ids};
 use super::table::{self, MountEntry};
-use crate::doctor::DEVICE;
-use crate::sys::mount::{Answer, Question};
+use crate::host::DEVICE;
+use crate::sys::probe::{Answer, Probe};
 
 /// How long a mount may take to answer.
 const PATIENCE: Duration = Duration::from_secs(1);
-const POLL: Duration = Duration::from_millis(2);
-/// How long children that are killed may take to end.
-const DYING: Duration = Duration::from_millis(10);
 
 /// One of our mounts.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,6 +37,8 @@ pub struct MountStatus {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
     Alive,
+    /// It answers, but parts of its model have changed since it was mounted, and reads of them fail.
+    Changed,
     /// Its process is stopped, or waits for something.
     NotAnswering,
     /// Its process is dead.
@@ -51,6 +52,7 @@ impl State {
     pub fn name(self) -> &'static str {
         match self {
             Self::Alive => "alive",
+            Self::Changed => "changed",
             Self::NotAnswering => "not answering",
             Self::Stale => "stale",
             Self::NotReadable => "not readable",
@@ -61,6 +63,7 @@ impl State {
         match answer {
             None => Self::NotAnswering,
             Some(Answer::Alive) => Self::Alive,
+            Some(Answer::Changed) => Self::Changed,
             // The second if somebody has aborted the connection.
             Some(Answer::Error(libc::ENOTCONN | libc::ECONNABORTED)) => Self::Stale,
             // Most often EACCES.
@@ -116,27 +119,45 @@ fn serving<'a>(mount: &MountEntry, processes: &'a [Process]) -> Option<&'a Proce
     serving.max_by_key(|process| process.started)
 }
 
+/// Asks all at the same time. One that has not answered when the patience is over does not answer.
 fn states(directories: &[&Path]) -> Vec<State> {
-    let mut questions: Vec<_> = directories.iter().map(|d| Question::ask(d).ok()).collect();
+    let mut probes: Vec<_> = directories.iter().map(|d| Probe::ask(d).ok()).collect();
     let give_up = Instant::now() + PATIENCE;
     loop {
-        let answers = questions.iter_mut().flatten().map(Question::answer);
-        let open = answers.filter(Option::is_none).count();
-        if open == 0 || Instant::now() > give_up {
+        let waiting = probes
+            .iter_mut()
+            .flatten()
+            .filter(|probe| !probe.is_answered());
+        let mut waiting: Vec<&mut Probe> = waiting.collect();
+        let left = give_up.saturating_duration_since(Instant::now());
+        if waiting.is_empty() || left.is_zero() {
             break;
         }
-        std::thread::sleep(POLL);
+        let mut pipes: Vec<_> = waiting
+            .iter()
+            .map(|probe| PollFd::new(probe, PollFlags::IN))
+            .collect();
+        let timeout = left.try_into().ok();
+        if poll(&mut pipes, timeout.as_ref()).is_err() {
+            continue; // interrupted
+        }
+        let answered: Vec<bool> = pipes
+            .iter()
+            .map(|pipe| !pipe.revents().is_empty())
+            .collect();
+        for (probe, _) in waiting
+            .iter_mut()
+            .zip(answered)
+            .filter(|(_, answered)| *answered)
+        {
+            probe.answer();
+        }
     }
-    let state = |question: &mut Option<Question>| match question {
-        Some(question) => State::of(question.answer()),
+    let state = |probe: &mut Option<Probe>| match probe {
+        Some(probe) => State::of(probe.is_answered().then(|| probe.answer())),
         None => State::NotReadable, // there is no room for another process
     };
-    let states = questions.iter_mut().map(state).collect();
-    if questions.iter_mut().flatten().any(|q| q.answer().is_none()) {
-        questions.iter().flatten().for_each(Question::give_up);
-        std::thread::sleep(DYING);
-    }
-    states
+    probes.iter_mut().map(state).collect()
 }
 
 /// A process that has opened the FUSE device.

@@ -1,9 +1,17 @@
 //! The mount table, `/proc/self/mountinfo`: read without touching any mount.
 
 use std::ffi::OsString;
+#[cfg(target_os = "linux")]
+use std::fs::File;
 use std::io;
 use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::MetadataExt;
+#[cfg(target_os = "linux")]
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Component, Path, PathBuf};
+
+use crate::explain::{Explain, Hint};
+use crate::sys::process::effective_ids;
 
 /// One line of the table.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,11 +73,13 @@ fn unescaped(field: &[u8]) -> OsString {
 /// Every mount that this process sees, in the order they were made; empty where there is no such
 /// table.
 pub fn mount_table() -> Vec<MountEntry> {
-    let table = std::fs::read("/proc/self/mountinfo").unwrap_or_default();
-    table
-        .split(|b| *b == b'\n')
-        .filter_map(MountEntry::parse)
-        .collect()
+    parse_table(&std::fs::read("/proc/self/mountinfo").unwrap_or_default())
+}
+
+/// The mounts of a table, `/proc/PID/mountinfo`.
+pub(super) fn parse_table(table: &[u8]) -> Vec<MountEntry> {
+    let lines = table.split(|b| *b == b'\n');
+    lines.filter_map(MountEntry::parse).collect()
 }
 
 /// What is mounted on exactly this directory (absolute, without links); the topmost of several.
@@ -108,48 +118,112 @@ pub(super) fn visible<'a>(table: &'a [MountEntry], path: &Path) -> Option<&'a Mo
 /// The mount of ours that a path lies in, without asking it. Of a path that does not exist, where it would be made.
 pub fn odmoe_mount_of(path: &Path) -> Option<MountEntry> {
     let path = std::path::absolute(path).ok()?;
-    let existing = path.ancestors().find_map(|path| resolved(path).ok())?;
+    let existing = path
+        .ancestors()
+        .find_map(|path| resolved(path, Links::Any).ok())?;
     mount_of(&existing).filter(MountEntry::is_odmoe)
 }
 
 /// As many links as the kernel follows.
 const MOST_LINKS: usize = 40;
 
+/// Which links a path may go through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Links {
+    Any,
+    /// None that another user, who is not root, can exchange.
+    Trusted,
+}
+
 /// A directory's absolute path without links, found without asking a mount of ours on the way: it may
-/// be dead or stopped. What lies below one is taken as it is written.
-pub(super) fn resolved(directory: &Path) -> io::Result<PathBuf> {
+/// be dead or stopped. There are no links below one, so what is written after it is what is meant.
+///
+/// # Errors
+/// ELOOP for too many links; EPERM, with words of ours, for a link that is not trusted.
+pub(super) fn resolved(directory: &Path, links: Links) -> io::Result<PathBuf> {
     let table = mount_table();
     let mut done = PathBuf::from("/");
     let mut rest: Vec<OsString> = reversed(&std::path::absolute(directory)?);
-    let mut links = 0;
+    let mut followed = 0;
     while let Some(name) = rest.pop() {
         if name == ".." {
             done.pop();
             continue;
         }
         let next = done.join(&name);
-        let mount = visible(&table, &next).filter(|mount| mount.directory == next);
-        if mount.is_some_and(|mount| mount.is_odmoe() || rest.is_empty()) {
-            return Ok(rest
-                .into_iter()
-                .rev()
-                .fold(next, |path, name| path.join(name)));
+        let mount = visible(&table, &next);
+        let is_ours = mount.is_some_and(MountEntry::is_odmoe);
+        let is_last_mount = rest.is_empty() && mount.is_some_and(|mount| mount.directory == next);
+        if is_ours || is_last_mount {
+            done = next;
+            continue;
         }
         if !next.symlink_metadata()?.is_symlink() {
             done = next;
             continue;
         }
-        links += 1;
-        if links > MOST_LINKS {
+        followed += 1;
+        if followed > MOST_LINKS {
             return Err(io::Error::from_raw_os_error(libc::ELOOP));
         }
-        let target = next.read_link()?;
+        let target = match links {
+            Links::Any => next.read_link()?,
+            Links::Trusted => trusted_target(&next)?,
+        };
         if target.is_absolute() {
             done = PathBuf::from("/");
         }
         rest.extend(reversed(&target));
     }
     Ok(done)
+}
+
+/// Where a link leads to, unless another user, who is not root, can exchange it: it is theirs, and
+/// so is the folder that it lies in, or others may write to that.
+fn trusted_target(link: &Path) -> io::Result<PathBuf> {
+    let ours = [0, effective_ids().0];
+    let folder = link.parent().unwrap_or(link).metadata()?;
+    let is_closed = ours.contains(&folder.uid()) && folder.mode() & 0o022 == 0;
+    // Read by a descriptor, so that its owner and its target are those of the same link.
+    #[cfg(target_os = "linux")]
+    let (owner, target) = {
+        let held = File::options()
+            .read(true)
+            .custom_flags(libc::O_PATH | libc::O_NOFOLLOW)
+            .open(link)?;
+        let target = rustix::fs::readlinkat(&held, "", Vec::new())?;
+        let target = PathBuf::from(OsString::from_vec(target.into_bytes()));
+        (held.metadata()?.uid(), target)
+    };
+    #[cfg(not(target_os = "linux"))]
+    let (owner, target) = (link.symlink_metadata()?.uid(), link.read_link()?);
+    if is_closed || ours.contains(&owner) {
+        return Ok(target);
+    }
+    let problem = ForeignLink {
+        link: link.to_owned(),
+        owner,
+    };
+    Err(io::Error::new(io::ErrorKind::PermissionDenied, problem))
+}
+
+/// A link that is not followed for root, since a user could exchange it meanwhile. It is inside of an
+/// [`io::Error`].
+#[derive(Debug, thiserror::Error)]
+#[error("{link:?} is a link of user {owner}, who can exchange it")]
+pub struct ForeignLink {
+    link: PathBuf,
+    owner: u32,
+}
+
+impl Explain for ForeignLink {
+    fn code(&self) -> &'static str {
+        "mount.foreign_link"
+    }
+
+    fn hint(&self) -> Option<Hint> {
+        Some("name what it leads to".into())
+    }
 }
 
 /// The names of a path, the last one first.

@@ -107,26 +107,35 @@ fn names_lead_to_attributes() {
 }
 
 #[test]
+fn every_node_leads_to_itself_and_to_its_directory() {
+    let sample = Sample::new(Cache::Mount, false);
+    let tree = sample.served.model().tree();
+    for ino in ROOT..=tree.len() {
+        let found = |name| sample.served.lookup(ino, name).unwrap().ino;
+        assert_eq!(found(b"."), ino);
+        assert_eq!(Some(found(b"..")), tree.parent(ino));
+    }
+}
+
+#[test]
 fn what_is_not_there_is_refused() {
     let sample = Sample::new(Cache::Mount, false);
     let served = &sample.served;
     let beyond = served.model().tree().len() + 1;
     let expert = sample.find(EXPERT);
-    for name in [
-        &b"nothing"[..],
-        b"",
-        b".",
-        b"..",
-        b"Experts",
-        b"experts\0",
-        &[0xff; 255],
-    ] {
+    for name in [&b"nothing"[..], b"", b"Experts", b"experts\0", &[0xff; 255]] {
         let refused = served.lookup(ROOT, name).unwrap_err();
         assert!(matches!(refused, Refusal::NotFound), "{name:?}: {refused}");
     }
     for parent in [0, expert, beyond, u64::MAX] {
         let refused = served.lookup(parent, b"experts").unwrap_err();
         assert!(matches!(refused, Refusal::NotFound), "{parent}: {refused}");
+    }
+    for parent in [0, beyond, u64::MAX] {
+        for name in [&b"."[..], b".."] {
+            let refused = served.lookup(parent, name).unwrap_err();
+            assert!(matches!(refused, Refusal::NotFound), "{parent}: {refused}");
+        }
     }
     let refused = served.lookup(ROOT, &[b'x'; 256]).unwrap_err();
     assert!(matches!(refused, Refusal::NameTooLong), "{refused}");

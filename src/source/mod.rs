@@ -15,10 +15,13 @@
 //! that comes from a server or another program is read the way such files are best read: through
 //! one descriptor, with the kernel's own read-ahead.
 
+mod error;
 pub(crate) mod fetch;
+mod folder;
 mod open;
 mod part;
 mod share;
+mod store;
 
 use std::io;
 use std::ops::Range;
@@ -28,14 +31,14 @@ use std::time::SystemTime;
 
 use memmap2::Mmap;
 
-pub use open::{OpenError, open};
+pub use error::OpenError;
+pub use open::open;
 
 use self::fetch::{Chunk, Fetch};
 pub(crate) use self::fetch::{Held, Pace, Run};
 use self::part::PartFile;
+use crate::explain::{Explain, Hint, hint_of};
 use crate::sys;
-pub use crate::sys::process::raise_descriptor_limit;
-
 /// The open parts of a model.
 #[derive(Debug)]
 pub struct Source {
@@ -65,14 +68,15 @@ pub enum PageCache {
 }
 
 /// Why a range of a part cannot be read. For a reader of a mount, each of these is EIO.
-#[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
+#[derive(Debug, thiserror::Error, strum::IntoStaticStr, strum::EnumProperty)]
 #[strum(serialize_all = "snake_case", prefix = "read.")]
 pub enum ReadError {
-    #[error(
-        "{path:?} has changed since it was opened; wait until nothing writes to it, then mount it again, or run the command again"
-    )]
+    #[error("{path:?} has changed since it was opened")]
+    #[strum(props(
+        hint = "wait until nothing writes to it, then mount it again, or run the command again"
+    ))]
     Changed { path: PathBuf },
-    #[error("{path:?} cannot be opened again: {cause}; {}", reopen_hint(.cause))]
+    #[error("{path:?} cannot be opened again: {cause}")]
     Reopen { path: PathBuf, cause: io::Error },
     #[error("{path:?} cannot be read at byte {offset}: {cause}")]
     Read {
@@ -95,6 +99,20 @@ fn reopen_hint(cause: &io::Error) -> &'static str {
     match cause.raw_os_error() {
         Some(libc::EMFILE | libc::ENFILE) => "allow more open files with `ulimit -n`",
         _ => "put it back; until then, reads of it fail",
+    }
+}
+
+impl Explain for ReadError {
+    fn code(&self) -> &'static str {
+        self.into()
+    }
+
+    fn hint(&self) -> Option<Hint> {
+        match self {
+            Self::Read { cause, .. } => cause.hint(),
+            Self::Reopen { cause, .. } => Some(reopen_hint(cause).into()),
+            Self::Changed { .. } => hint_of(self),
+        }
     }
 }
 
@@ -203,6 +221,12 @@ impl Source {
 
     fn part(&self, part: u32) -> &PartFile {
         &self.shared.parts[part as usize]
+    }
+
+    /// How many parts are not as they were when the model was opened.
+    pub fn changed_parts(&self) -> u64 {
+        let parts = self.shared.parts.iter();
+        parts.filter(|part| part.is_unchanged().is_err()).count() as u64
     }
 
     /// When the newest part was last modified.

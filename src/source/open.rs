@@ -5,74 +5,28 @@ use std::io::{self, BufReader};
 use std::path::{Path, PathBuf};
 
 use super::Source;
+use super::error::OpenError;
 use super::part::{Identity, PartFile, open_regular};
 use crate::gguf::{
-    Header, HeaderError, ModelHeader, PartName, SplitError, SplitKeys, looks_like_raw_cut,
+    Header, HeaderError, Joined, ModelHeader, OLLAMA_GPT_OSS, OLLAMA_MXFP4, PartName, Problem,
+    SplitKeys,
 };
 use crate::sys;
 
-/// Headers are read in pieces of this size; 1,097 parts make it worth while to keep it small.
+/// Headers are read in pieces of this size. It is small since a model may have 1,097 parts.
 const HEADER_BUFFER_BYTES: usize = 64 << 10;
-
-/// Why a model cannot be opened.
-#[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
-#[strum(serialize_all = "snake_case", prefix = "model.")]
-pub enum OpenError {
-    #[error("cannot open {path:?}: {cause}")]
-    Io { path: PathBuf, cause: io::Error },
-    #[error("{path:?}: {cause}{}", raw_cut_hint(.path))]
-    Header { path: PathBuf, cause: HeaderError },
-    #[error("{path:?}: {cause}")]
-    Split { path: PathBuf, cause: SplitError },
-    #[error(
-        "{path:?} is part {number} of {count}, but its name does not end in {expected:?}, so the other parts cannot be found; give the parts the names that they were published with"
-    )]
-    PartName {
-        path: PathBuf,
-        number: u64,
-        count: u64,
-        expected: String,
-    },
-    #[error("{} of {count} parts missing in {folder:?}: {}; download the whole set into one folder", .missing.len(), shortened(.missing))]
-    Missing {
-        folder: PathBuf,
-        missing: Vec<String>,
-        count: u64,
-    },
-}
-
-fn raw_cut_hint(path: &Path) -> String {
-    match path.file_name().and_then(|name| name.to_str()) {
-        Some(name) if looks_like_raw_cut(name) => format!(
-            "; {name:?} looks like one piece of a file that was cut by bytes: join all pieces first, in order, with `cat PIECES > model.gguf`"
-        ),
-        _ => String::new(),
-    }
-}
-
-fn shortened(names: &[String]) -> String {
-    const SHOWN: usize = 3;
-    let mut text = names[..names.len().min(SHOWN)].join(", ");
-    if names.len() > SHOWN {
-        text.push_str(&format!(" and {} more", names.len() - SHOWN));
-    }
-    text
-}
 
 /// Opens a model by the path of its file, or of any part of a split set, and reads the headers.
 pub fn open(path: &Path) -> Result<(ModelHeader, Source), OpenError> {
-    let path = std::path::absolute(path).map_err(|cause| OpenError::Io {
-        path: path.to_owned(),
-        cause,
-    })?;
+    let path = std::path::absolute(path).map_err(|cause| OpenError::io(path.to_owned(), cause))?;
     let given = Opened::new(path)?;
-    let keys = SplitKeys::of(&given.header).map_err(|cause| OpenError::Split {
-        path: given.path.clone(),
-        cause,
-    })?;
-    match keys {
-        None => join(vec![given], 0),
-        Some(keys) => join(open_set(given, keys)?, keys.no as usize),
+    match SplitKeys::of(&given.header) {
+        Ok(None) => join(vec![given], 0),
+        Ok(Some(keys)) => join(open_set(given, keys)?, keys.no as usize),
+        Err(cause) => Err(joined_in([&given]).unwrap_or(OpenError::Split {
+            path: given.path,
+            cause,
+        })),
     }
 }
 
@@ -82,30 +36,65 @@ struct Opened {
     header: Header,
     identity: Identity,
     file: Option<File>,
+    /// The GGUF that follows the tensors, if there is one.
+    joined: Option<Joined>,
 }
 
 impl Opened {
     fn new(path: PathBuf) -> Result<Self, OpenError> {
-        let (file, metadata) = open_regular(&path).map_err(|cause| OpenError::Io {
-            path: path.clone(),
-            cause,
-        })?;
+        let (file, metadata) = match open_regular(&path) {
+            Ok(opened) => opened,
+            Err(cause) => return Err(OpenError::io(path, cause)),
+        };
         let reader = BufReader::with_capacity(HEADER_BUFFER_BYTES, &file);
-        let header = Header::read(reader, metadata.len()).map_err(|cause| OpenError::Header {
-            path: path.clone(),
-            cause,
-        })?;
+        let header = match Header::read(reader, metadata.len()) {
+            Ok(header) => header,
+            Err(mut cause) => {
+                if is_ollamas(&path, &cause) {
+                    cause.problem = Problem::OllamaMxfp4;
+                }
+                return Err(OpenError::header(path, &file, cause));
+            }
+        };
+        // Nothing behind the tensors is needed, so an error there is none of the model.
+        let joined = Joined::find(BufReader::new(&file), &header, metadata.len());
         Ok(Self {
             path,
             header,
             identity: Identity::of(&metadata),
             file: Some(file),
+            joined: joined.ok().flatten(),
         })
     }
 }
 
-/// Opens the siblings of a part: beside the path that was given first, since a download cache may
-/// show parts as links into a store of other names; then beside what it leads to.
+/// Whether a type that llama.cpp removed is Ollama's, as the first part of the set tells: only that
+/// part has an architecture.
+fn is_ollamas(path: &Path, cause: &HeaderError) -> bool {
+    if !matches!(
+        cause.problem,
+        Problem::RetiredType {
+            id: OLLAMA_MXFP4,
+            ..
+        }
+    ) {
+        return false;
+    }
+    let first = || {
+        let name = PartName::parse(path.file_name()?)?;
+        let path = path.with_file_name(name.sibling(1));
+        let (file, metadata) = (name.number > 1).then(|| open_regular(&path).ok())??;
+        Some(Header::read(BufReader::new(file), metadata.len()))
+    };
+    match first() {
+        Some(Ok(header)) => header.architecture() == Some(OLLAMA_GPT_OSS),
+        Some(Err(e)) => matches!(e.problem, Problem::OllamaMxfp4),
+        None => false,
+    }
+}
+
+/// Opens the siblings of a part: beside the given path first, since a download cache may show parts
+/// as links into a store of other names; then beside the file that the path leads to.
 fn open_set(given: Opened, keys: SplitKeys) -> Result<Vec<Opened>, OpenError> {
     let given_number = keys.no + 1;
     let resolved = given.path.canonicalize().ok();
@@ -113,18 +102,14 @@ fn open_set(given: Opened, keys: SplitKeys) -> Result<Vec<Opened>, OpenError> {
         .into_iter()
         .flatten()
         .filter_map(|path| {
-            let name = PartName::parse(path.file_name()?.to_str()?)?;
+            let name = PartName::parse(path.file_name()?)?;
             (name.number == given_number && name.count == keys.count)
                 .then(|| Some((path.parent()?.to_owned(), name)))?
         })
         .collect();
-    let Some((folder, _)) = places.first() else {
-        return Err(OpenError::PartName {
-            path: given.path,
-            number: given_number,
-            count: keys.count,
-            expected: format!("-{given_number:05}-of-{:05}.gguf", keys.count),
-        });
+    let Some((folder, name)) = places.first() else {
+        return Err(joined_in([&given])
+            .unwrap_or_else(|| OpenError::name(given.path, given_number, keys.count)));
     };
 
     let kept_open = descriptors_to_keep();
@@ -144,46 +129,77 @@ fn open_set(given: Opened, keys: SplitKeys) -> Result<Vec<Opened>, OpenError> {
                 }
                 parts.push(part);
             }
-            None => missing.push(places[0].1.sibling(number)),
+            None => missing.push(name.sibling(number)),
         }
     }
     if !missing.is_empty() {
-        return Err(OpenError::Missing {
-            folder: folder.clone(),
-            missing,
-            count: keys.count,
-        });
+        return Err(
+            joined_in(&parts).unwrap_or_else(|| OpenError::missing(folder.clone(), name, missing))
+        );
     }
     Ok(parts)
 }
 
+/// The error of the first file that holds several parts of a set, which explains whatever else is
+/// wrong with the set.
+fn joined_in<'a>(parts: impl IntoIterator<Item = &'a Opened>) -> Option<OpenError> {
+    parts.into_iter().find_map(|part| {
+        Some(OpenError::Joined {
+            path: part.path.clone(),
+            joined: part.joined.clone()?,
+        })
+    })
+}
+
 fn open_sibling(places: &[(PathBuf, PartName)], number: u64) -> Result<Option<Opened>, OpenError> {
+    let mut dangling = None;
     for (folder, name) in places {
-        match Opened::new(folder.join(name.sibling(number))) {
-            Err(OpenError::Io { cause, .. }) if cause.kind() == io::ErrorKind::NotFound => {}
+        let path = folder.join(name.sibling(number));
+        match Opened::new(path.clone()) {
+            Err(error) if is_not_found(&error) => {
+                // A dangling link is the error if the part is in no other place.
+                if path.is_symlink() {
+                    dangling = dangling.or(Some(error));
+                }
+            }
             result => return result.map(Some),
         }
     }
-    Ok(None)
+    dangling.map_or(Ok(None), Err)
+}
+
+fn is_not_found(error: &OpenError) -> bool {
+    matches!(error, OpenError::Io { cause, .. } if cause.kind() == io::ErrorKind::NotFound)
 }
 
 /// A third of the descriptors: another is for reading past the page cache, and the rest for the
 /// process around us.
 fn descriptors_to_keep() -> usize {
-    let limit = sys::process::descriptor_limit().unwrap_or(256);
+    let limit = sys::process::descriptor_limit();
     usize::try_from(limit / 3).unwrap_or(usize::MAX)
 }
 
 fn join(parts: Vec<Opened>, given: usize) -> Result<(ModelHeader, Source), OpenError> {
+    let joined = joined_in(&parts);
     let mut headers = Vec::with_capacity(parts.len());
     let mut files = Vec::with_capacity(parts.len());
     for part in parts {
         headers.push((part.header, part.identity.bytes));
         files.push(PartFile::new(part.path, part.identity, part.file));
     }
-    let header = ModelHeader::join(headers).map_err(|(part, cause)| OpenError::Split {
-        path: files[part].path.clone(),
-        cause,
-    })?;
+    let header = match ModelHeader::join(headers) {
+        Ok(header) => header,
+        Err((part, cause)) => {
+            let path = files[part].path.clone();
+            return Err(joined.unwrap_or(OpenError::Split { path, cause }));
+        }
+    };
+    if let Some(OpenError::Joined { path, joined }) = joined {
+        tracing::warn!("{path:?} {joined}; only what its first header describes is shown");
+    }
+    if let Some(what) = header.accessory() {
+        let path = &files[given].path;
+        tracing::warn!("{path:?} is {what}, not a model; give the model that it belongs to");
+    }
     Ok((header, Source::new(files, given)))
 }

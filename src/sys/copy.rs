@@ -1,13 +1,13 @@
-//! Writing, and moving bytes between files by the kernel's cheapest means. Off Linux these are refused, or do
-//! the plain thing.
+//! Writing, and moving bytes between files by the kernel's cheapest means. On other systems than
+//! Linux, these calls are refused or do the plain thing.
 
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
-/// Whether a failed call says that this kernel or file system has no such operation, or not for
-/// these files; not that something went wrong in it.
+/// Whether an error means that this kernel or file system does not offer the operation, or not for
+/// these files, rather than that it went wrong.
 pub fn is_refusal(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),
@@ -22,8 +22,8 @@ pub fn is_refusal(error: &io::Error) -> bool {
     ) || error.kind() == io::ErrorKind::Unsupported
 }
 
-/// Writes the buffer at `offset`. Where the kernel can do that, the disk begins at once, and the
-/// pages leave the cache when they are on it.
+/// Writes the buffer at `offset`. Where the kernel can (`RWF_DONTCACHE`), writing to the disk
+/// begins at once, and the pages leave the cache afterwards.
 pub fn write_all_uncached(file: &File, mut buffer: &[u8], mut offset: u64) -> io::Result<()> {
     while !buffer.is_empty() {
         match imp::write_uncached(file, buffer, offset) {
@@ -40,11 +40,12 @@ pub fn write_all_uncached(file: &File, mut buffer: &[u8], mut offset: u64) -> io
     Ok(())
 }
 
-/// The first run of data at or after `offset`, in bytes; `None` if only a hole follows.
+/// The first run of data at or after `offset`, in bytes; `None` if only a hole follows. Moves the
+/// descriptor's position, which nothing here uses.
 pub fn next_data(file: &File, offset: u64) -> io::Result<Option<Range<u64>>> {
     const NOTHING_FOLLOWS: Option<i32> = Some(libc::ENXIO);
-    match imp::seek(file, offset, libc::SEEK_DATA) {
-        Ok(start) => Ok(Some(start..imp::seek(file, start, libc::SEEK_HOLE)?)),
+    match imp::seek_data(file, offset) {
+        Ok(start) => Ok(Some(start..imp::seek_hole(file, start)?)),
         Err(e) if e.raw_os_error() == NOTHING_FOLLOWS => Ok(None),
         Err(e) => Err(e),
     }
@@ -56,39 +57,38 @@ pub use imp::{
 
 #[cfg(target_os = "linux")]
 mod imp {
+    use std::io::IoSlice;
     use std::os::fd::AsRawFd;
+
+    use rustix::fs::{FallocateFlags, SeekFrom};
+    use rustix::io::ReadWriteFlags;
 
     use super::*;
     use crate::sys::check;
 
-    fn check_bytes(result: libc::ssize_t) -> io::Result<usize> {
-        usize::try_from(result).map_err(|_| io::Error::last_os_error())
-    }
+    const DONTCACHE: ReadWriteFlags =
+        ReadWriteFlags::from_bits_retain(libc::RWF_DONTCACHE.cast_unsigned());
 
     pub fn write_uncached(file: &File, buffer: &[u8], offset: u64) -> io::Result<usize> {
-        let piece = libc::iovec {
-            iov_base: buffer.as_ptr().cast_mut().cast(),
-            iov_len: buffer.len(),
-        };
-        let (fd, flags) = (file.as_raw_fd(), libc::RWF_DONTCACHE);
-        // SAFETY: the one iovec is the buffer, which is only read.
-        check_bytes(unsafe { libc::pwritev2(fd, &piece, 1, offset as libc::off_t, flags) })
+        let pieces = [IoSlice::new(buffer)];
+        Ok(rustix::io::pwritev2(file, &pieces, offset, DONTCACHE)?)
     }
 
-    /// Whether writes to this file can leave the page cache by themselves; writes a byte.
+    /// Whether writes to this file can leave the page cache by themselves. Writes one byte.
     pub fn takes_uncached_writes(file: &File) -> bool {
         write_uncached(file, &[0], 0).is_ok()
     }
 
-    /// Moves the place of the descriptor, which nothing here reads from.
-    pub fn seek(file: &File, offset: u64, whence: libc::c_int) -> io::Result<u64> {
-        // SAFETY: the descriptor is open.
-        let place = unsafe { libc::lseek(file.as_raw_fd(), offset as libc::off_t, whence) };
-        u64::try_from(place).map_err(|_| io::Error::last_os_error())
+    pub fn seek_data(file: &File, offset: u64) -> io::Result<u64> {
+        Ok(rustix::fs::seek(file, SeekFrom::Data(offset))?)
     }
 
-    /// Makes a range of `to` share the blocks of a range of `from`: whole blocks, or up to the end
-    /// of `from`.
+    pub fn seek_hole(file: &File, offset: u64) -> io::Result<u64> {
+        Ok(rustix::fs::seek(file, SeekFrom::Hole(offset))?)
+    }
+
+    /// Makes a range of `to` share the blocks of a range of `from`. The range consists of whole
+    /// blocks, or ends at the end of `from`.
     pub fn clone_range(
         from: &File,
         offset: u64,
@@ -102,55 +102,49 @@ mod imp {
             src_length: len,
             dest_offset: to_offset,
         };
-        // SAFETY: FICLONERANGE reads a file_clone_range.
+        // SAFETY: FICLONERANGE only reads the file_clone_range that it is given.
         check(unsafe { libc::ioctl(to.as_raw_fd(), libc::FICLONERANGE, &range) })?;
         Ok(())
     }
 
-    /// Copies inside the kernel, or on the server of a network file system: returns how many of
-    /// the `len` bytes. A file system that can share blocks may share them.
+    /// Copies up to `len` bytes inside the kernel, or on the server of a network file system;
+    /// returns how many. A file system that can share blocks may share them.
     pub fn copy_range(
         from: &File,
-        offset: u64,
+        mut offset: u64,
         to: &File,
-        to_offset: u64,
+        mut to_offset: u64,
         len: u64,
     ) -> io::Result<u64> {
-        let (mut offset, mut to_offset) = (offset as libc::off64_t, to_offset as libc::off64_t);
         let len = usize::try_from(len).unwrap_or(usize::MAX);
-        let (from, to) = (from.as_raw_fd(), to.as_raw_fd());
-        // SAFETY: the pointers are to the two offsets.
-        check_bytes(unsafe { libc::copy_file_range(from, &mut offset, to, &mut to_offset, len, 0) })
-            .map(|copied| copied as u64)
+        let (at, to_at) = (Some(&mut offset), Some(&mut to_offset));
+        Ok(rustix::fs::copy_file_range(from, at, to, to_at, len)? as u64)
     }
 
-    /// Reserves room for a range, which reads as zeros until written. Never writes the zeros, as
-    /// glibc's `posix_fallocate` would.
+    /// Reserves room for a range, which reads as zeros until it is written. Unlike glibc's
+    /// `posix_fallocate`, it never writes those zeros.
     pub fn allocate(file: &File, offset: u64, len: u64) -> io::Result<()> {
-        let (offset, len) = (offset as libc::off_t, len as libc::off_t);
-        // SAFETY: the descriptor is open.
-        check(unsafe { libc::fallocate(file.as_raw_fd(), 0, offset, len) })?;
-        Ok(())
+        Ok(rustix::fs::fallocate(
+            file,
+            FallocateFlags::empty(),
+            offset,
+            len,
+        )?)
     }
 
-    /// Whether [`flush_file_system`] does what it says on the file system of a file: not on those
-    /// that stand before another, overlayfs and FUSE, where it flushes or reports less.
+    /// Whether [`flush_file_system`] works as described on the file system of a file. On overlayfs
+    /// and FUSE, which stand before another file system, it flushes or reports less.
     pub fn flushes_whole(file: &File) -> bool {
         const OVERLAYFS: u64 = 0x794c_7630;
         const FUSE: u64 = 0x6573_5546;
-        // SAFETY: statfs is plain data, for which zeros are a value.
-        let mut stats: libc::statfs = unsafe { std::mem::zeroed() };
-        // SAFETY: the buffer is a statfs.
-        let asked = check(unsafe { libc::fstatfs(file.as_raw_fd(), &mut stats) });
-        asked.is_ok() && ![OVERLAYFS, FUSE].contains(&(stats.f_type as u64))
+        rustix::fs::fstatfs(file)
+            .is_ok_and(|stats| ![OVERLAYFS, FUSE].contains(&(stats.f_type as u64)))
     }
 
-    /// Waits until everything written to the file system of `file` is on its disk; fails if any of
-    /// it got lost since the file was opened, or since the last call (Linux 5.8).
+    /// Waits until everything written to the file system of `file` is on its disk. Fails if
+    /// anything was lost since the file was opened, or since the last call (Linux 5.8).
     pub fn flush_file_system(file: &File) -> io::Result<()> {
-        // SAFETY: the descriptor is open.
-        check(unsafe { libc::syncfs(file.as_raw_fd()) })?;
-        Ok(())
+        Ok(rustix::fs::syncfs(file)?)
     }
 }
 
@@ -170,7 +164,11 @@ mod imp {
         false
     }
 
-    pub fn seek(_: &File, _: u64, _: libc::c_int) -> io::Result<u64> {
+    pub fn seek_data(_: &File, _: u64) -> io::Result<u64> {
+        refused()
+    }
+
+    pub fn seek_hole(_: &File, _: u64) -> io::Result<u64> {
         refused()
     }
 
@@ -190,7 +188,7 @@ mod imp {
         false
     }
 
-    /// There is no such call here: files are flushed one by one.
+    /// There is no such call here; files are flushed one by one.
     pub fn flush_file_system(_: &File) -> io::Result<()> {
         Ok(())
     }

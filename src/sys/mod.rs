@@ -1,11 +1,12 @@
-//! The few system calls that std lacks, each a small safe function. All `unsafe` of the crate is
-//! here.
+//! The few system calls that neither std nor rustix offers as needed, each as a small safe
+//! function. All `unsafe` code of the crate is here.
 #![allow(unsafe_code)]
 
 pub mod copy;
 pub mod file_system;
 pub mod mount;
 pub mod privileges;
+pub mod probe;
 pub mod process;
 pub mod read;
 
@@ -33,25 +34,18 @@ fn c_path(path: &Path) -> io::Result<CString> {
 /// Room on a file system.
 #[derive(Debug, Clone, Copy)]
 pub struct Room {
-    /// Bytes that an unprivileged user may still write.
+    /// Bytes that an ordinary user may still write.
     pub available: u64,
-    /// Bytes of the unit that it allocates, and shares, by.
+    /// Bytes of the unit in which it allocates and shares.
     pub block: u64,
 }
 
-/// The room on the file system of `path`.
-pub fn room(path: &Path) -> io::Result<Room> {
-    let path = c_path(path)?;
-    // SAFETY: statvfs is plain data, for which zeros are a value.
-    let mut stats: libc::statvfs = unsafe { std::mem::zeroed() };
-    // SAFETY: the path ends with NUL and the buffer is a statvfs.
-    check(unsafe { libc::statvfs(path.as_ptr(), &mut stats) })?;
-    // The widths of the fields differ between platforms.
-    #[allow(clippy::unnecessary_cast)]
-    let (block, blocks) = (stats.f_frsize as u64, stats.f_bavail as u64);
+/// The room on the file system of a file or directory.
+pub fn room(file: &File) -> io::Result<Room> {
+    let stats = rustix::fs::fstatvfs(file)?;
     Ok(Room {
-        available: blocks.saturating_mul(block),
-        block: block.max(1),
+        available: stats.f_bavail.saturating_mul(stats.f_frsize),
+        block: stats.f_frsize.max(1),
     })
 }
 

@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
 #[cfg(target_os = "linux")]
 use std::os::fd::OwnedFd;
 use std::time::Duration;
@@ -11,100 +10,125 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, poll};
 #[cfg(target_os = "linux")]
 use rustix::process::PidfdFlags;
+use rustix::process::{
+    Pid, Resource, WaitOptions, getegid, geteuid, getrlimit, setrlimit, setsid, waitpid,
+};
+use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 
 use super::check;
 
 /// The effective user and group of this process.
 pub fn effective_ids() -> (u32, u32) {
-    // SAFETY: these calls have no arguments and cannot fail.
-    unsafe { (libc::geteuid(), libc::getegid()) }
+    (geteuid().as_raw(), getegid().as_raw())
 }
 
 /// Raises the soft limit of open descriptors to the hard one.
 pub fn raise_descriptor_limit() -> io::Result<()> {
-    let mut limit = descriptor_limits()?;
-    limit.rlim_cur = limit.rlim_max;
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
     // macOS refuses more than OPEN_MAX where the hard limit is "unlimited".
-    #[cfg(target_os = "macos")]
-    {
-        limit.rlim_cur = limit.rlim_cur.min(10_240);
+    if cfg!(target_os = "macos") {
+        limit.current = Some(limit.current.unwrap_or(u64::MAX).min(10_240));
     }
-    // SAFETY: the pointer is to an rlimit.
-    check(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) })?;
-    Ok(())
+    Ok(setrlimit(Resource::Nofile, limit)?)
 }
 
 /// How many descriptors this process may have open.
-pub fn descriptor_limit() -> io::Result<u64> {
-    #[allow(clippy::unnecessary_cast)] // rlim_t differs between platforms
-    Ok(descriptor_limits()?.rlim_cur as u64)
+pub fn descriptor_limit() -> u64 {
+    getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
 }
 
-fn descriptor_limits() -> io::Result<libc::rlimit> {
-    let mut limit = libc::rlimit {
-        rlim_cur: 0,
-        rlim_max: 0,
-    };
-    // SAFETY: the pointer is to an rlimit.
-    check(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) })?;
-    Ok(limit)
-}
-
-/// Makes writing beyond the largest file that this process may write (`ulimit -f`) an error; else it
-/// ends the process.
+/// Makes writing beyond the largest file that this process may write (`ulimit -f`) an error.
+/// Otherwise the kernel ends the process.
 pub fn ignore_file_size_signal() {
-    // SAFETY: no handler is installed. It fails for no signal that exists.
+    // SAFETY: SIG_IGN installs no code that could run at the wrong moment.
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+}
+
+/// Undoes what a caller may have handed down through `exec`: ignored SIGCHLD, which makes the kernel
+/// reap our children before we can wait for them, and blocked signals, which would make Ctrl-C do
+/// nothing. SIGHUP, SIGINT and SIGTERM that are *ignored* stay so, since that is what `nohup` is for.
+///
+/// For the start of a program: it changes the calling thread's mask, and the whole process's
+/// disposition of SIGCHLD.
+pub fn reset_inherited_signals() -> io::Result<()> {
+    // SAFETY: SIG_DFL installs no code that could run at the wrong moment.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
+    set_mask(libc::SIG_SETMASK, &empty_set()?)
 }
 
 /// Which of the two processes after a fork this is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Forked {
-    Parent { child: i32 },
+    Parent { child: Pid },
     Child,
 }
 
-/// Forks.
+/// Forks a process that has a single thread.
 ///
-/// # Panics
-/// If the process has more than one thread: the child would have one, and whatever the others
-/// held locked would stay so.
+/// # Errors
+/// If it has more of them, or if that cannot be known because `/proc` is not mounted: whatever other
+/// threads held locked would stay locked in the child.
 pub fn fork() -> io::Result<Forked> {
     #[cfg(target_os = "linux")]
     {
-        let threads = std::fs::read_dir("/proc/self/task").map_or(1, |tasks| tasks.count());
-        assert_eq!(threads, 1, "forking needs a single thread");
+        let threads = std::fs::read_dir("/proc/self/task")?.count();
+        if threads != 1 {
+            let problem = format!("this process has {threads} threads, and only one may fork");
+            return Err(io::Error::other(problem));
+        }
     }
-    // SAFETY: there is one thread, so the child starts in a consistent state.
+    // SAFETY: on Linux this is the only thread, as was just counted, so the child's memory is as
+    // consistent as ours. Elsewhere nobody calls this before starting threads.
     match check(unsafe { libc::fork() })? {
         0 => Ok(Forked::Child),
-        child => Ok(Forked::Parent { child }),
+        child => Ok(Forked::Parent {
+            child: Pid::from_raw(child).expect("fork returns a process number"),
+        }),
     }
 }
 
-/// Waits for a child and returns its exit status, or the negated signal that ended it.
-pub fn wait_for(child: i32) -> io::Result<i32> {
-    let mut status = 0;
+/// How a child ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    Exited(i32),
+    /// By a signal of this number.
+    Killed(i32),
+}
+
+/// Waits for a child.
+pub fn wait_for(child: Pid) -> io::Result<Ended> {
     loop {
-        // SAFETY: the pointer is to an int.
-        match check(unsafe { libc::waitpid(child, &mut status, 0) }) {
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
-            Ok(_) if libc::WIFEXITED(status) => return Ok(libc::WEXITSTATUS(status)),
-            Ok(_) => return Ok(-libc::WTERMSIG(status)),
+        match waitpid(Some(child), WaitOptions::empty()) {
+            Err(rustix::io::Errno::INTR) | Ok(None) => {}
+            Err(e) => return Err(e.into()),
+            Ok(Some((_, status))) => {
+                let killed = status.terminating_signal().map(Ended::Killed);
+                return Ok(killed.unwrap_or(Ended::Exited(status.exit_status().unwrap_or(0))));
+            }
         }
     }
+}
+
+/// The signal by which a parent asks its child to end. Unlike those of [`Signals::STOPPING`] it never
+/// comes from a user, who may have sent one of these to both.
+pub const FROM_PARENT: i32 = libc::SIGUSR1;
+
+/// Asks a child that was not waited for yet to end.
+pub fn terminate(child: Pid) {
+    // It may have ended by itself.
+    let _ = rustix::process::kill_process(child, rustix::process::Signal::USR1);
 }
 
 /// A process of anybody, whose end can be waited for.
 pub struct Watched(#[cfg(target_os = "linux")] OwnedFd);
 
 impl Watched {
-    /// `None` if there is no such process, or where they cannot be watched.
+    /// `None` if there is no such process, or where processes cannot be watched.
     pub fn process(pid: u32) -> Option<Self> {
         #[cfg(target_os = "linux")]
         {
-            let pid = rustix::process::Pid::from_raw(pid.try_into().ok()?)?;
+            let pid = Pid::from_raw(pid.try_into().ok()?)?;
             let watched = rustix::process::pidfd_open(pid, PidfdFlags::empty());
             watched.ok().map(Self)
         }
@@ -115,37 +139,46 @@ impl Watched {
         }
     }
 
-    /// Returns when it has ended and everything that it had open is closed, or after a while.
-    pub fn wait_for_end(&self, patience: Duration) {
+    /// Whether the process has ended, and everything that it had open is closed. Waits for it, but
+    /// no longer than `patience`.
+    pub fn ends_within(&self, patience: Duration) -> bool {
         #[cfg(target_os = "linux")]
         {
             let timeout = patience.try_into().ok();
-            let _ = poll(&mut [PollFd::new(&self.0, PollFlags::IN)], timeout.as_ref());
+            let mut watched = [PollFd::new(&self.0, PollFlags::IN)];
+            poll(&mut watched, timeout.as_ref()).is_ok_and(|ready| ready > 0)
         }
         #[cfg(not(target_os = "linux"))]
-        let _ = patience;
+        {
+            let _ = patience;
+            false
+        }
     }
 }
 
 /// Leaves the caller behind: a session of its own, `/` as working directory, and `output` (or
 /// nothing) instead of the caller's stdin, stdout and stderr.
+///
+/// # Errors
+/// EPERM if the process leads a process group; a forked child does not.
 pub fn leave_caller(output: Option<&File>) -> io::Result<()> {
-    // SAFETY: no arguments. A fresh child leads no process group, so this cannot fail with EPERM.
-    check(unsafe { libc::setsid() })?;
+    setsid()?;
     std::env::set_current_dir("/")?;
     let null = File::options().read(true).write(true).open("/dev/null")?;
-    let output = output.unwrap_or(&null).as_raw_fd();
-    for (from, to) in [(null.as_raw_fd(), 0), (output, 1), (output, 2)] {
-        // SAFETY: both are descriptors; the old ones behind `to` are closed by the call.
-        check(unsafe { libc::dup2(from, to) })?;
-    }
+    let output = output.unwrap_or(&null);
+    dup2_stdin(&null)?;
+    dup2_stdout(output)?;
+    dup2_stderr(output)?;
     Ok(())
 }
 
 /// Closes every descriptor but stdin, stdout and stderr: a daemon must not hold what it inherited,
-/// since its caller may wait for the end of a pipe or for a lock. To be called before this
-/// process has opened anything of its own.
-pub fn close_inherited_descriptors() -> io::Result<()> {
+/// since its caller may wait for the end of a pipe or for a lock.
+///
+/// # Safety
+/// Nothing in this process may use a descriptor that is open when this is called. So it is for the
+/// first lines of a program, before it has opened anything itself.
+pub unsafe fn close_inherited_descriptors() -> io::Result<()> {
     let listing = if cfg!(target_os = "linux") {
         "/proc/self/fd"
     } else {
@@ -157,8 +190,8 @@ pub fn close_inherited_descriptors() -> io::Result<()> {
         .filter(|&number| number > 2)
         .collect();
     for number in numbers {
-        // SAFETY: nothing of this process uses these descriptors. The one of the listing is
-        // closed already, which is an error that does no harm.
+        // SAFETY: the caller promises that nobody uses it. The one of the listing itself is closed
+        // already, which makes this call an error that does no harm.
         unsafe { libc::close(number) };
     }
     Ok(())
@@ -169,22 +202,28 @@ pub fn close_inherited_descriptors() -> io::Result<()> {
 pub struct Signals(libc::sigset_t);
 
 impl Signals {
+    /// Those by which users and service managers ask a program to end.
+    pub const STOPPING: &'static [i32] = &[libc::SIGINT, libc::SIGTERM, libc::SIGHUP];
+
     /// Blocks signals for the calling thread, and for the threads that it starts from now on. Those
     /// that the caller of this process has told it to ignore, as `nohup` does, stay ignored.
     pub fn block(signals: &[i32]) -> io::Result<Self> {
-        // SAFETY: sigset_t is plain data, which sigemptyset then initialises.
-        let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
-        // SAFETY: the pointer is to a sigset_t.
-        check(unsafe { libc::sigemptyset(&mut set) })?;
+        let mut set = empty_set()?;
         for &signal in signals {
             if !is_ignored(signal)? {
                 // SAFETY: the pointer is to an initialised sigset_t.
                 check(unsafe { libc::sigaddset(&mut set, signal) })?;
             }
         }
+        set_mask(libc::SIG_BLOCK, &set)?;
+        Ok(Self(set))
+    }
+
+    /// Lets the calling thread receive them again.
+    pub fn unblock(&self) -> io::Result<()> {
         // SAFETY: the pointer is to a sigset_t; a null old set is allowed.
-        match unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()) } {
-            0 => Ok(Self(set)),
+        match unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &self.0, std::ptr::null_mut()) } {
+            0 => Ok(()),
             error => Err(io::Error::from_raw_os_error(error)),
         }
     }
@@ -200,10 +239,38 @@ impl Signals {
     }
 }
 
+fn empty_set() -> io::Result<libc::sigset_t> {
+    // SAFETY: sigset_t is plain data, which sigemptyset then initialises.
+    let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
+    // SAFETY: the pointer is to a sigset_t.
+    check(unsafe { libc::sigemptyset(&mut set) })?;
+    Ok(set)
+}
+
+fn set_mask(how: libc::c_int, set: &libc::sigset_t) -> io::Result<()> {
+    // SAFETY: the pointer is to a sigset_t; the old set may be null.
+    match unsafe { libc::pthread_sigmask(how, set, std::ptr::null_mut()) } {
+        0 => Ok(()),
+        error => Err(io::Error::from_raw_os_error(error)),
+    }
+}
+
 fn is_ignored(signal: i32) -> io::Result<bool> {
     // SAFETY: sigaction is plain data, for which zeros are a value.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
     // SAFETY: a null new action only asks; the pointer is to a sigaction.
     check(unsafe { libc::sigaction(signal, std::ptr::null(), &mut action) })?;
     Ok(action.sa_sigaction == libc::SIG_IGN)
+}
+
+/// Makes the allocator use one arena for all threads.
+///
+/// glibc reserves 64 MiB of address space for the arena of each thread, which a limit on that
+/// (`ulimit -v`) counts. The daemon allocates so seldom that its threads never wait for each other.
+pub fn use_one_arena() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: it takes numbers only. A refusal changes nothing.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
 }

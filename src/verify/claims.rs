@@ -1,18 +1,18 @@
-//! What a tree's documents say that it holds.
+//! The files that a tree's documents claim it holds.
 
 use std::collections::HashSet;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::Ordering;
 
 use serde_json::Value;
 
-use super::{Comparison, DOCUMENTS, VerifyError, What};
+use super::{Comparison, DOCUMENTS, DifferenceKind, NO_FILE, VerifyError};
+use crate::folder::Entry;
 use crate::layout::{FileKind, METADATA_GGUF_PATH, METADATA_PATH, REGISTRY_PATH, TensorFile};
 use crate::model::Model;
 use crate::tree::Ino;
 
-/// Which safetensors files a tree claims to hold, by index in `Layout::files`.
+/// Whether a tree claims to hold each safetensors file of `Layout::files`.
 pub(super) struct Claims(Vec<bool>);
 
 impl Claims {
@@ -22,7 +22,7 @@ impl Claims {
         (count(&self.0[base..]), count(&self.0[..base]))
     }
 
-    /// The files to be compared, but for the two documents, sorted by inode number.
+    /// The files to compare, without the two documents, sorted by inode number.
     pub(super) fn files<'a>(&self, model: &'a Model) -> Vec<Expected<'a>> {
         let tree = model.tree();
         let find = |path: &str| tree.find(path).expect("the layout's files are in the tree");
@@ -41,7 +41,7 @@ impl Claims {
         expected.push(Expected {
             ino: find(METADATA_GGUF_PATH),
             file: None,
-            // It goes with the base files.
+            // It belongs to the base files.
             is_required: !has_base || self.counts(model).1 > 0,
         });
         expected.sort_by_key(|file| file.ino);
@@ -49,7 +49,7 @@ impl Claims {
     }
 }
 
-/// A file of the tree that is to be compared.
+/// A file of the tree that must be compared.
 pub(super) struct Expected<'a> {
     pub(super) ino: Ino,
     /// `None` for `metadata.gguf`.
@@ -58,8 +58,8 @@ pub(super) struct Expected<'a> {
 }
 
 impl Comparison<'_> {
-    /// Reads what the documents claim, and compares them with what they would have to say. Where one
-    /// cannot be understood, what is there counts as claimed.
+    /// Reads the documents, and compares them with those of a tree of the files that they list. If
+    /// one cannot be parsed, the files that are there count as listed.
     pub(super) fn claims(&mut self, found: &HashSet<Ino>) -> Result<Claims, VerifyError> {
         let registry = self.document(self.ino(REGISTRY_PATH), found)?;
         let metadata = self.document(self.ino(METADATA_PATH), found)?;
@@ -87,7 +87,7 @@ impl Comparison<'_> {
             .zip(rendered)
         {
             let Some(found) = found else {
-                continue; // said already
+                continue; // reported already
             };
             self.documents += 1;
             self.bytes.fetch_add(found.len() as u64, Ordering::Relaxed);
@@ -97,44 +97,37 @@ impl Comparison<'_> {
                     self.ino(path),
                     Some(same.count() as u64),
                     None,
-                    What::Document,
+                    DifferenceKind::Document,
                 );
             }
         }
         Ok(Claims(layout.files().iter().map(is_claimed).collect()))
     }
 
-    /// The bytes of a document of the tree, if it can be one of this model.
+    /// The bytes of a document of the tree, unless it is too long to be one of this model.
     fn document(&self, ino: Ino, found: &HashSet<Ino>) -> Result<Option<Vec<u8>>, VerifyError> {
         if !found.contains(&ino) {
-            self.add(ino, None, None, What::Missing);
+            self.add(ino, None, None, DifferenceKind::Missing);
             return Ok(None);
         }
-        let Some((file, size)) = self.open(ino)? else {
-            return Ok(None);
-        };
-        // A part of the model has shorter lists, never longer ones.
+        // The documents of a partial tree are shorter, never longer.
         let longest = self.model.tree().size(ino).unwrap_or(0);
-        if size > longest {
-            let what = What::Size {
+        let kind = match self.tree.read(self.model.tree(), ino, longest) {
+            Ok(Entry::There(Ok(bytes))) => return Ok(Some(bytes)),
+            Ok(Entry::There(Err(found))) => DifferenceKind::Size {
                 expected: longest,
-                found: size,
-            };
-            self.add(ino, None, None, what);
-            return Ok(None);
-        }
-        let mut bytes = vec![0; size as usize];
-        match file.read_exact_at(&mut bytes, 0) {
-            Ok(()) => Ok(Some(bytes)),
-            Err(e) => {
-                self.add(ino, None, None, What::Unreadable(e.to_string()));
-                Ok(None)
-            }
-        }
+                found,
+            },
+            Ok(Entry::Missing) => DifferenceKind::Missing,
+            Ok(Entry::Other(_)) => NO_FILE,
+            Err(cause) => self.unreadable(ino, cause)?,
+        };
+        self.add(ino, None, None, kind);
+        Ok(None)
     }
 }
 
-/// The names, without `.safetensors`, that documents list; `None` where one cannot be understood.
+/// The names that documents list, without `.safetensors`; `None` if one cannot be parsed.
 struct Listed {
     experts: Option<HashSet<String>>,
     base: Option<HashSet<String>>,

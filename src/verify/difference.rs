@@ -1,18 +1,18 @@
-//! Differences: of what kind, where, and how they are said.
+//! Differences between a tree and its model: their kinds, their places, and their texts.
 
 use std::fmt;
 use std::path::PathBuf;
 
-/// One thing that is not as the model has it.
+/// One difference from the model.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Difference {
-    /// Below the root of the tree.
+    /// The file, below the root of the tree.
     pub path: PathBuf,
-    /// The byte of the file that it starts at.
+    /// The first byte of the file that differs.
     pub offset: Option<u64>,
     /// The tensor it lies in.
     pub tensor: Option<TensorNames>,
-    pub what: What,
+    pub kind: DifferenceKind,
 }
 
 /// A tensor by both of its names.
@@ -20,18 +20,18 @@ pub struct Difference {
 pub struct TensorNames {
     /// In the safetensors file.
     pub name: String,
-    /// In the model.
-    pub gguf_name: String,
+    /// In the model; `None` if it has no such tensor.
+    pub gguf_name: Option<String>,
 }
 
-/// What is different.
+/// The kind of a difference.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub enum What {
-    /// The tree claims to hold the file, or must, and does not.
+pub enum DifferenceKind {
+    /// The tree must hold the file, or claims to, and does not.
     Missing,
     /// The model has no such file, or the tree does not claim to hold it.
     Extra,
-    /// A link, device or folder where a file should be, or no folder where one should be.
+    /// A link, device or folder in the place of a file, or something else in the place of a folder.
     Kind {
         expected: &'static str,
     },
@@ -41,13 +41,22 @@ pub enum What {
     },
     Header,
     Payload,
+    /// The file's own header has no tensor of that name.
+    TensorMissing,
+    /// The file's own header has a tensor that the model does not have there.
+    TensorExtra,
+    /// A tensor has another length in the file's own header.
+    TensorSize {
+        expected: u64,
+        found: u64,
+    },
     Document,
-    /// The tree cannot be read there; the reason.
+    /// The file cannot be read, for this reason.
     Unreadable(String),
 }
 
-impl What {
-    /// One stable word for programs.
+impl DifferenceKind {
+    /// A stable name for programs.
     pub fn code(&self) -> &'static str {
         match self {
             Self::Missing => "missing",
@@ -56,6 +65,9 @@ impl What {
             Self::Size { .. } => "size",
             Self::Header => "header",
             Self::Payload => "payload",
+            Self::TensorMissing => "tensor_missing",
+            Self::TensorExtra => "tensor_extra",
+            Self::TensorSize { .. } => "tensor_size",
             Self::Document => "document",
             Self::Unreadable(_) => "unreadable",
         }
@@ -64,27 +76,48 @@ impl What {
 
 impl fmt::Display for Difference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.what {
-            What::Missing => write!(f, "is missing")?,
-            What::Extra => write!(f, "does not belong there")?,
-            What::Kind { expected } => write!(f, "is not a {expected}")?,
-            What::Size { expected, found } => {
+        let tensor = Named(self.tensor.as_ref());
+        match &self.kind {
+            DifferenceKind::Missing => write!(f, "is missing")?,
+            DifferenceKind::Extra => write!(f, "does not belong there")?,
+            DifferenceKind::Kind { expected } => write!(f, "is not a {expected}")?,
+            DifferenceKind::Size { expected, found } => {
                 write!(f, "has {found} bytes instead of {expected}")?;
             }
-            What::Header => write!(f, "has another header")?,
-            What::Payload => write!(f, "holds other bytes")?,
-            What::Document => write!(f, "says something else")?,
-            What::Unreadable(reason) => write!(f, "cannot be read ({reason})")?,
+            DifferenceKind::Header => write!(f, "has another header")?,
+            DifferenceKind::Payload => write!(f, "holds other bytes")?,
+            DifferenceKind::TensorMissing => return write!(f, "lacks {tensor}"),
+            DifferenceKind::TensorExtra => {
+                return write!(f, "holds {tensor}, which does not belong there");
+            }
+            DifferenceKind::TensorSize { expected, found } => {
+                return write!(f, "holds {found} bytes instead of {expected} of {tensor}");
+            }
+            DifferenceKind::Document => write!(f, "has other contents")?,
+            DifferenceKind::Unreadable(reason) => write!(f, "cannot be read ({reason})")?,
         }
         if let Some(offset) = self.offset {
             write!(f, ", from byte {offset}")?;
         }
-        if let Some(TensorNames { name, gguf_name }) = &self.tensor {
-            write!(f, ", in tensor {name:?}")?;
-            if name != gguf_name {
-                write!(f, " ({gguf_name:?} of the model)")?;
-            }
+        if self.tensor.is_some() {
+            write!(f, ", in {tensor}")?;
         }
         Ok(())
+    }
+}
+
+/// A tensor, as messages name it.
+struct Named<'a>(Option<&'a TensorNames>);
+
+impl fmt::Display for Named<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Some(TensorNames { name, gguf_name }) = self.0 else {
+            return Ok(());
+        };
+        write!(f, "tensor {name:?}")?;
+        match gguf_name {
+            Some(gguf_name) if gguf_name != name => write!(f, " ({gguf_name:?} of the model)"),
+            _ => Ok(()),
+        }
     }
 }

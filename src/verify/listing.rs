@@ -1,17 +1,23 @@
-//! What lies in a tree's folders.
+//! Lists a tree's folders.
 
 use std::collections::HashSet;
+use std::ffi::OsString;
+use std::fs::Metadata;
+use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::{fs, io};
 
-use super::{Difference, VerifyError, What};
+use super::{Difference, DifferenceKind, VerifyError};
+use crate::folder::{Entry, Folder, Kind};
 use crate::model::Model;
+use crate::on_disk::OnDisk;
 use crate::tree::{Ino, ROOT};
 
-/// What a tree's folders hold.
+/// The entries of a tree's folders.
 pub(super) struct Listing {
+    /// The folders, held open.
+    pub(super) tree: OnDisk,
     /// Files whose names are known, by inode number in the model's tree.
     pub(super) known: HashSet<Ino>,
     /// Everything else.
@@ -19,81 +25,81 @@ pub(super) struct Listing {
 }
 
 impl Listing {
-    pub(super) fn of(model: &Model, root: &Path) -> Result<Self, VerifyError> {
+    pub(super) fn of(model: &Model, path: &Path) -> Result<Self, VerifyError> {
         let tree = model.tree();
+        let root = Folder::open(path).map_err(|cause| match cause.raw_os_error() {
+            Some(libc::ENOENT) => VerifyError::Missing(path.to_owned()),
+            Some(libc::ENOTDIR) => VerifyError::NotADirectory(path.to_owned()),
+            _ => list_error(path, cause),
+        })?;
         let mut listing = Self {
+            tree: OnDisk::at(root.clone()),
             known: HashSet::new(),
             strangers: Vec::new(),
         };
-        match fs::metadata(root) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                return Err(VerifyError::Missing(root.to_owned()));
-            }
-            Ok(metadata) if !metadata.is_dir() => {
-                return Err(VerifyError::NotADirectory(root.to_owned()));
-            }
-            _ => {} // listing it says what is wrong
-        }
-        for entry in entries(root)? {
-            let path = entry.path();
-            let name = entry.file_name();
+        for (name, kind) in entries(&root)? {
             let Some(directory) = tree.lookup(ROOT, name.as_bytes()) else {
-                if !is_part(model, &path) {
-                    listing.stranger(name.into(), What::Extra);
+                let may_be_part = !matches!(kind, Some(Kind::Folder | Kind::Special));
+                if !may_be_part || !is_part(model, &path.join(&name)) {
+                    listing.stranger(name.into(), DifferenceKind::Extra);
                 }
                 continue;
             };
-            if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-                listing.stranger(
-                    name.into(),
-                    What::Kind {
-                        expected: "directory",
-                    },
-                );
-                continue;
-            }
-            for entry in entries(&path)? {
-                let file = entry.file_name();
+            let opened = root.folder(&name);
+            let folder = match opened.map_err(|cause| list_error(&path.join(&name), cause))? {
+                Entry::There(folder) => folder,
+                Entry::Missing => continue, // removed in between
+                Entry::Other(_) => {
+                    listing.stranger(
+                        name.into(),
+                        DifferenceKind::Kind {
+                            expected: "directory",
+                        },
+                    );
+                    continue;
+                }
+            };
+            for (file, _) in entries(&folder)? {
                 match tree.lookup(directory, file.as_bytes()) {
                     Some(ino) => {
                         listing.known.insert(ino);
                     }
-                    None => listing.stranger(Path::new(&name).join(file), What::Extra),
+                    None => listing.stranger(Path::new(&name).join(file), DifferenceKind::Extra),
                 }
             }
+            listing.tree.add(directory, folder);
         }
         Ok(listing)
     }
 
-    fn stranger(&mut self, path: PathBuf, what: What) {
+    fn stranger(&mut self, path: PathBuf, kind: DifferenceKind) {
         self.strangers.push(Difference {
             path,
             offset: None,
             tensor: None,
-            what,
+            kind,
         });
     }
 }
 
-fn entries(folder: &Path) -> Result<Vec<fs::DirEntry>, VerifyError> {
-    fs::read_dir(folder)
-        .and_then(|entries| entries.collect())
-        .map_err(|cause| VerifyError::List {
-            path: folder.to_owned(),
-            cause,
-        })
+fn entries(folder: &Folder) -> Result<Vec<(OsString, Option<Kind>)>, VerifyError> {
+    let entries = folder.entries();
+    entries.map_err(|cause| list_error(folder.path(), cause))
+}
+
+fn list_error(path: &Path, cause: io::Error) -> VerifyError {
+    VerifyError::List {
+        path: path.to_owned(),
+        cause,
+    }
 }
 
 /// Whether a path is that of a part of the model, which may lie beside the tree.
 fn is_part(model: &Model, path: &Path) -> bool {
-    let identity = |path: &Path| {
-        let metadata = fs::metadata(path).ok()?;
-        Some((metadata.dev(), metadata.ino()))
-    };
-    identity(path).is_some_and(|found| {
-        model
-            .source()
-            .paths()
-            .any(|part| identity(part) == Some(found))
+    let identity = |metadata: Metadata| (metadata.dev(), metadata.ino());
+    path.metadata().is_ok_and(|found| {
+        let found = identity(found);
+        let mut parts = model.source().paths();
+        parts.any(|part| part.metadata().is_ok_and(|part| identity(part) == found))
     })
 }

@@ -1,70 +1,101 @@
-//! Comparing a tree on disk, mounted or materialized, with the model that it shall show.
+//! Compares a tree on disk, mounted or materialized, with its model.
 //!
-//! The problem: hundreds of gigabytes, of which any byte may have been lost or changed, and a tree
-//! that may hold only a part of the model.
+//! The problem: any of hundreds of gigabytes may have been lost or changed, and the tree may hold
+//! only a part of the model.
 //!
-//! The plan: the two documents say which files the tree claims to hold, so they are read first.
-//! Listing its folders finds what is missing and what is extra. Then each file is compared with the
-//! model, several at a time: size, header, and every tensor, each of which is named once, at the
-//! first of its bytes that differs.
+//! The plan: the two documents list the files that the tree claims to hold, so they are read first.
+//! Listing its folders finds missing and extra files. Then each file is compared with the model,
+//! several at a time: header, size and every tensor. A tensor that differs is reported once, at its
+//! first byte that does. If a file has another header, its tensors are compared at the places that
+//! this header gives (`header`). A model without a tree is searched for bytes that were never
+//! written (`unfinished`).
 
 mod claims;
 mod difference;
+mod header;
 mod listing;
+mod unfinished;
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
 use self::claims::Expected;
-pub use self::difference::{Difference, TensorNames, What};
+pub use self::difference::{Difference, DifferenceKind, TensorNames};
+use self::header::FoundHeader;
 use self::listing::Listing;
-use crate::layout::{METADATA_PATH, REGISTRY_PATH};
+pub use self::unfinished::Unfinished;
+use crate::explain::{Explain, Hint, hint_of};
+use crate::folder::Entry;
+use crate::layout::{METADATA_PATH, REGISTRY_PATH, TensorFile};
 use crate::model::Model;
+use crate::on_disk::{Comparer, Fault, OnDisk, Run};
 use crate::source::ReadError;
 use crate::sys::read;
 use crate::tree::Ino;
 use crate::work::{Progress, in_parallel};
 
-/// Bytes that are read at a time, of either side.
+/// Bytes that are read at a time on each side.
 const PIECE_BYTES: usize = 2 << 20;
 
 /// Why a tree could not be compared.
-#[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
+#[derive(Debug, thiserror::Error, strum::IntoStaticStr, strum::EnumProperty)]
 #[strum(serialize_all = "snake_case", prefix = "verify.")]
 pub enum VerifyError {
-    #[error("{0:?} does not exist; name a directory that was mounted or materialized")]
+    #[error("{0:?} does not exist")]
+    #[strum(props(hint = "name a directory that was mounted or materialized"))]
     Missing(PathBuf),
-    #[error("{0:?} is not a directory; name one that was mounted or materialized")]
+    #[error("{0:?} is not a directory")]
+    #[strum(props(hint = "name one that was mounted or materialized"))]
     NotADirectory(PathBuf),
-    #[error("cannot list {path:?}: {cause}{}", hint(.cause))]
+    #[error("cannot list {path:?}: {cause}")]
     List { path: PathBuf, cause: io::Error },
-    /// Our own fault, which says nothing of the tree.
-    #[error(
-        "cannot open {path:?}: {cause}; allow more open files with `ulimit -n`, or use fewer --jobs"
-    )]
+    /// A limit on this process, which says nothing about the tree.
+    #[error("cannot open {path:?}: {cause}")]
+    #[strum(props(hint = "allow more open files with `ulimit -n`, or use fewer --jobs"))]
     Descriptors { path: PathBuf, cause: io::Error },
     #[error("stopped before everything was compared")]
     Stopped,
-    /// The model, not the tree, cannot be read, so nothing can be said.
+    #[error("the mount on {0:?} does not answer, so nothing can be compared")]
+    #[strum(props(hint = "`odmoe-fs status` shows which process serves it"))]
+    NotAnswering(PathBuf),
+    #[error("the process of the mount on {0:?} is dead, so nothing can be compared")]
+    #[strum(props(hint = "mount it again"))]
+    Stale(PathBuf),
+    #[error("the mount on {0:?} ended during the comparison")]
+    #[strum(props(hint = "mount it, and compare again"))]
+    Ended(PathBuf),
+    /// The model itself cannot be read, so nothing is known about the tree.
     #[error(transparent)]
     Model(#[from] ReadError),
 }
 
-fn hint(cause: &io::Error) -> &'static str {
-    match cause.raw_os_error() {
-        Some(libc::ENOTCONN) => "; its process is dead, so mount it again",
-        _ => "",
+impl Explain for VerifyError {
+    fn code(&self) -> &'static str {
+        match self {
+            Self::Model(cause) => cause.code(),
+            _ => self.into(),
+        }
+    }
+
+    fn hint(&self) -> Option<Hint> {
+        match self {
+            Self::List { cause, .. } if cause.raw_os_error() == Some(libc::EACCES) => {
+                Some("run it as a user who may read that directory: a mount may be entered only by the user who made it".into())
+            }
+            Self::List { cause, .. } => cause.hint(),
+            Self::Model(cause) => cause.hint(),
+            _ => hint_of(self),
+        }
     }
 }
 
-/// How much to compare.
+/// The depth of a comparison.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Depth {
     /// Names, sizes, headers and documents.
@@ -73,10 +104,10 @@ pub enum Depth {
     Whole,
 }
 
-/// What a comparison found.
+/// The result of a comparison.
 #[derive(Debug)]
 pub struct Report {
-    /// Sorted by path and offset; empty if the tree is that of the model.
+    /// Sorted by path and offset; empty if the tree is the model's.
     pub differences: Vec<Difference>,
     /// Files that were compared.
     pub files: usize,
@@ -92,8 +123,9 @@ pub struct Report {
 pub struct Comparison<'a> {
     model: &'a Model,
     root: &'a Path,
+    tree: OnDisk,
     depth: Depth,
-    /// What is there and is to be there, sorted by inode number; without the two documents.
+    /// Files that are there and should be, without the two documents, sorted by inode number.
     expected: Vec<Expected<'a>>,
     /// How many of the two documents were compared.
     documents: usize,
@@ -104,19 +136,15 @@ pub struct Comparison<'a> {
     differences: Mutex<Vec<Difference>>,
 }
 
-/// Who watches a comparison.
-struct Watch<'a> {
-    stop: &'a AtomicBool,
-    progress: &'a (dyn Fn(Progress) + Sync),
-}
-
 impl<'a> Comparison<'a> {
-    /// Finds out what the tree at `root` claims to hold, and whether that, and nothing else, is there.
+    /// Finds out which files the tree at `root` claims to hold, and whether exactly those are
+    /// there.
     pub fn new(model: &'a Model, root: &'a Path, depth: Depth) -> Result<Self, VerifyError> {
         let found = Listing::of(model, root)?;
         let mut comparison = Self {
             model,
             root,
+            tree: found.tree,
             depth,
             expected: Vec::new(),
             documents: 0,
@@ -134,13 +162,13 @@ impl<'a> Comparison<'a> {
                 .binary_search_by_key(&ino, |file| file.ino)
                 .is_err()
             {
-                comparison.add(ino, None, None, What::Extra);
+                comparison.add(ino, None, None, DifferenceKind::Extra);
             }
         }
         expected.retain(|file| {
             let is_there = found.known.contains(&file.ino);
             if !is_there && file.is_required {
-                comparison.add(file.ino, None, None, What::Missing);
+                comparison.add(file.ino, None, None, DifferenceKind::Missing);
             }
             is_there
         });
@@ -148,7 +176,7 @@ impl<'a> Comparison<'a> {
         Ok(comparison)
     }
 
-    /// Bytes that [`run`](Self::run) is going to compare.
+    /// Bytes that [`run`](Self::run) will compare.
     pub fn bytes(&self) -> u64 {
         let bytes = self.expected.iter().map(|expected| match expected.file {
             Some(file) if self.depth == Depth::Quick => file.header_bytes,
@@ -157,19 +185,29 @@ impl<'a> Comparison<'a> {
         bytes.sum()
     }
 
-    /// Compares file by file, `jobs` at a time. `progress` is called from the workers; once `stop` is
-    /// set, it ends early.
+    /// Compares the files, `jobs` at a time. `progress` is called from the workers. Once `stop` is
+    /// set, the comparison ends early.
     pub fn run(
         self,
         jobs: NonZeroUsize,
         stop: &AtomicBool,
         progress: &(dyn Fn(Progress) + Sync),
     ) -> Result<Report, VerifyError> {
-        let watch = Watch { stop, progress };
+        let told = |bytes| {
+            self.bytes.fetch_add(bytes, Ordering::Relaxed);
+            progress(Progress { bytes, files: 0 });
+        };
+        let comparer = Comparer {
+            model: self.model,
+            stop,
+            progress: &told,
+        };
         let buffer = || vec![0; 2 * PIECE_BYTES];
         let files: Vec<&Expected> = self.expected.iter().collect();
         in_parallel(jobs, &files, buffer, |file, buffer| {
-            self.compare(file, buffer, &watch)
+            let compared = self.compare(file, buffer, &comparer);
+            progress(Progress { bytes: 0, files: 1 });
+            compared
         })?;
         let mut differences = self.differences.into_inner();
         differences.sort();
@@ -182,13 +220,19 @@ impl<'a> Comparison<'a> {
         })
     }
 
-    fn add(&self, ino: Ino, offset: Option<u64>, tensor: Option<TensorNames>, what: What) {
+    fn add(
+        &self,
+        ino: Ino,
+        offset: Option<u64>,
+        tensor: Option<TensorNames>,
+        kind: DifferenceKind,
+    ) {
         let path = self.model.tree().path(ino).unwrap_or_default().into();
         self.differences.lock().push(Difference {
             path,
             offset,
             tensor,
-            what,
+            kind,
         });
     }
 
@@ -199,194 +243,218 @@ impl<'a> Comparison<'a> {
             .expect("every tree has its documents")
     }
 
-    /// Opens a file of the tree, and tells its size. What is no regular file is never followed and
-    /// never waited for.
-    fn open(&self, ino: Ino) -> Result<Option<(File, u64)>, VerifyError> {
-        let path = self
-            .root
-            .join(self.model.tree().path(ino).unwrap_or_default());
-        let what = match fs::symlink_metadata(&path) {
-            Ok(metadata) if !metadata.is_file() => What::Kind {
-                expected: "regular file",
-            },
-            Err(e) if e.kind() == io::ErrorKind::NotFound => What::Missing,
-            Err(e) => What::Unreadable(e.to_string()),
-            Ok(_) => {
-                let opened = OpenOptions::new()
-                    .read(true)
-                    .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-                    .open(&path)
-                    .and_then(|file| Ok((file.metadata()?.len(), file)));
-                match opened {
-                    Ok((size, file)) => return Ok(Some((file, size))),
-                    Err(cause)
-                        if matches!(cause.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) =>
-                    {
-                        return Err(VerifyError::Descriptors { path, cause });
-                    }
-                    Err(e) => What::Unreadable(e.to_string()),
-                }
+    /// The difference of a file that cannot be opened or read.
+    fn unreadable(&self, ino: Ino, cause: io::Error) -> Result<DifferenceKind, VerifyError> {
+        match cause.raw_os_error() {
+            Some(libc::EMFILE | libc::ENFILE) => {
+                let path = self.model.tree().path(ino).unwrap_or_default();
+                let path = self.root.join(path);
+                Err(VerifyError::Descriptors { path, cause })
             }
-        };
-        self.add(ino, None, None, what);
-        Ok(None)
+            _ => Ok(DifferenceKind::Unreadable(cause.to_string())),
+        }
     }
 
     fn compare(
         &self,
         expected: &Expected,
         buffer: &mut [u8],
-        watch: &Watch,
+        comparer: &Comparer,
     ) -> Result<(), VerifyError> {
         let ino = expected.ino;
-        let Some((file, found)) = self.open(ino)? else {
+        let kind = match self.tree.open(self.model.tree(), ino) {
+            Ok(Entry::There((file, metadata))) => {
+                return self.compare_file(expected, &file, metadata.len(), buffer, comparer);
+            }
+            Ok(Entry::Missing) => DifferenceKind::Missing,
+            Ok(Entry::Other(_)) => NO_FILE,
+            Err(cause) => self.unreadable(ino, cause)?,
+        };
+        self.add(ino, None, None, kind);
+        Ok(())
+    }
+
+    fn compare_file(
+        &self,
+        expected: &Expected,
+        file: &File,
+        found: u64,
+        buffer: &mut [u8],
+        comparer: &Comparer,
+    ) -> Result<(), VerifyError> {
+        read::forget(file);
+        let size = self.model.tree().size(expected.ino).unwrap_or(0);
+        let against = Against {
+            ino: expected.ino,
+            file,
+            found,
+            comparer,
+        };
+        let Some(layout) = expected.file else {
+            let region = Region {
+                start: 0,
+                len: size,
+                found: 0..size,
+                tensor: None,
+                kind: DifferenceKind::Document,
+            };
+            self.compare_region(&against, region, buffer)?;
+            self.compare_size(&against, size, &[]);
             return Ok(());
         };
-        read::forget(&file);
-        let size = self.model.tree().size(ino).unwrap_or(0);
-        if found != size {
-            let end = found.min(size);
-            let mut regions = self.regions(expected, Depth::Whole).into_iter();
-            let cut = regions.find(|region| region.range.contains(&end));
-            let what = What::Size {
-                expected: size,
-                found,
-            };
-            self.add(ino, Some(end), cut.and_then(|region| region.tensor), what);
-        }
-        for mut region in self.regions(expected, self.depth) {
-            region.range.end = region.range.end.min(found);
-            self.compare_region(ino, &file, region, buffer, watch)?;
-        }
-        (watch.progress)(Progress { bytes: 0, files: 1 });
-        Ok(())
-    }
-
-    fn compare_region(
-        &self,
-        ino: Ino,
-        file: &File,
-        region: Region,
-        buffer: &mut [u8],
-        watch: &Watch,
-    ) -> Result<(), VerifyError> {
-        let told = |bytes| {
-            self.bytes.fetch_add(bytes, Ordering::Relaxed);
-            (watch.progress)(Progress { bytes, files: 0 });
-        };
-        let Region {
-            range,
-            tensor,
-            what,
-        } = region;
-        let piece = buffer.len() as u64 / 2;
-        let mut start = range.start;
-        while start < range.end {
-            if watch.stop.load(Ordering::Relaxed) {
-                return Err(VerifyError::Stopped);
-            }
-            // Up to where a page of the file ends, so that no page is read twice.
-            let end = range.end.min(start - start % piece + piece);
-            match first_difference(self.model, ino, file, start..end, buffer) {
-                Ok(None) => told(end - start),
-                Ok(Some(offset)) => {
-                    told(range.end - start);
-                    self.add(ino, Some(offset), tensor, what);
-                    return Ok(());
-                }
-                Err(Fault::File { offset, cause }) => {
-                    told(range.end - start);
-                    self.add(
-                        ino,
-                        Some(offset),
-                        tensor,
-                        What::Unreadable(cause.to_string()),
-                    );
-                    return Ok(());
-                }
-                Err(Fault::Model(e)) => return Err(e.into()),
-            }
-            start = end;
-        }
-        Ok(())
-    }
-
-    /// The runs of a file that are compared one by one.
-    fn regions(&self, expected: &Expected, depth: Depth) -> Vec<Region> {
-        let Some(file) = expected.file else {
-            let size = self.model.tree().size(expected.ino).unwrap_or(0);
-            return vec![Region {
-                range: 0..size,
-                tensor: None,
-                what: What::Document,
-            }];
-        };
-        let mut end = file.header_bytes;
-        let mut regions = vec![Region {
-            range: 0..end,
+        let header = Region {
+            start: 0,
+            len: layout.header_bytes,
+            found: 0..layout.header_bytes,
             tensor: None,
-            what: What::Header,
-        }];
-        if depth == Depth::Whole {
-            regions.extend(self.model.layout().tensors(file).map(|tensor| {
-                let start = end;
-                end += tensor.bytes;
-                Region {
-                    range: start..end,
-                    tensor: Some(TensorNames {
-                        name: tensor.name.to_owned(),
-                        gguf_name: tensor.gguf_name.to_owned(),
-                    }),
-                    what: What::Payload,
-                }
-            }));
+            kind: DifferenceKind::Header,
+        };
+        let has_header = self.compare_region(&against, header, buffer)?;
+        let own_header = match has_header {
+            true => None,
+            false => FoundHeader::read(file, found, layout.header_bytes),
+        };
+        let end = own_header.as_ref().map_or(size, |header| header.end);
+        let regions = self.tensors(&against, layout, own_header);
+        self.compare_size(&against, end, &regions);
+        if self.depth == Depth::Whole {
+            for region in regions {
+                self.compare_region(&against, region, buffer)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The places of a file's tensors: those that its own header gives, if it has one, otherwise
+    /// those of the model's tree. Reports tensors that its own header lacks, adds or resizes.
+    fn tensors(
+        &self,
+        against: &Against,
+        file: &TensorFile,
+        header: Option<FoundHeader>,
+    ) -> Vec<Region> {
+        let mut left = header.map(|header| header.tensors);
+        let mut end = file.header_bytes;
+        let mut regions = Vec::new();
+        for tensor in self.model.layout().tensors(file) {
+            let start = end;
+            end += tensor.bytes;
+            let names = Some(TensorNames {
+                name: tensor.name.to_owned(),
+                gguf_name: Some(tensor.gguf_name.to_owned()),
+            });
+            let found = match &mut left {
+                None => Some(start..end),
+                Some(left) => left.remove(tensor.name),
+            };
+            let Some(found) = found else {
+                self.add(against.ino, None, names, DifferenceKind::TensorMissing);
+                continue;
+            };
+            let bytes = found.end - found.start;
+            if bytes != tensor.bytes {
+                let kind = DifferenceKind::TensorSize {
+                    expected: tensor.bytes,
+                    found: bytes,
+                };
+                self.add(against.ino, Some(found.start), names, kind);
+                continue;
+            }
+            regions.push(Region {
+                start,
+                len: bytes,
+                found,
+                tensor: names,
+                kind: DifferenceKind::Payload,
+            });
+        }
+        for (name, found) in left.into_iter().flatten() {
+            let names = Some(TensorNames {
+                name,
+                gguf_name: None,
+            });
+            self.add(
+                against.ino,
+                Some(found.start),
+                names,
+                DifferenceKind::TensorExtra,
+            );
         }
         regions
     }
+
+    /// Reports a file that is not as long as the model, or its own header, requires.
+    fn compare_size(&self, against: &Against, expected: u64, regions: &[Region]) {
+        let Against { ino, found, .. } = *against;
+        if found == expected {
+            return;
+        }
+        let end = found.min(expected);
+        let cut = regions.iter().find(|region| region.found.contains(&end));
+        let tensor = cut.and_then(|region| region.tensor.clone());
+        self.add(
+            ino,
+            Some(end),
+            tensor,
+            DifferenceKind::Size { expected, found },
+        );
+    }
+
+    /// Compares a run of a file as far as the file goes. Returns whether it is the model's.
+    fn compare_region(
+        &self,
+        against: &Against,
+        region: Region,
+        buffer: &mut [u8],
+    ) -> Result<bool, VerifyError> {
+        let run = Run {
+            ino: against.ino,
+            start: region.start,
+            len: region
+                .len
+                .min(against.found.saturating_sub(region.found.start)),
+            found_start: region.found.start,
+        };
+        let compared = against.comparer.first_difference(run, against.file, buffer);
+        let (offset, kind) = match compared {
+            Ok(None) => return Ok(true),
+            Ok(Some(offset)) => (offset, region.kind),
+            Err(Fault::File { offset, cause }) => {
+                (offset, DifferenceKind::Unreadable(cause.to_string()))
+            }
+            Err(Fault::Model(e)) => return Err(e.into()),
+            Err(Fault::Stopped) => return Err(VerifyError::Stopped),
+        };
+        self.add(against.ino, Some(offset), region.tensor, kind);
+        Ok(false)
+    }
 }
 
-/// The documents that say what a tree holds.
+/// A link, folder or device in the place of a file.
+const NO_FILE: DifferenceKind = DifferenceKind::Kind {
+    expected: "regular file",
+};
+
+/// The documents that list a tree's files.
 const DOCUMENTS: [&str; 2] = [REGISTRY_PATH, METADATA_PATH];
 
-/// A run of bytes of a file that is compared, and named, as one.
-struct Region {
-    range: Range<u64>,
-    tensor: Option<TensorNames>,
-    what: What,
-}
-
-/// Why two runs of bytes could not be compared.
-pub(crate) enum Fault {
-    /// The model cannot be read.
-    Model(ReadError),
-    /// The file cannot be read, from this byte on.
-    File { offset: u64, cause: io::Error },
-}
-
-/// Where a file differs first from what the model's tree holds, within a range that it has. The
-/// buffer takes a piece of each. Reads past the page cache where the kernel can do that, so that
-/// the disk is asked and not the memory.
-pub(crate) fn first_difference(
-    model: &Model,
+/// A file on disk that is being compared.
+#[derive(Clone, Copy)]
+struct Against<'a> {
     ino: Ino,
-    file: &File,
-    range: Range<u64>,
-    buffer: &mut [u8],
-) -> Result<Option<u64>, Fault> {
-    let (expected, found) = buffer.split_at_mut(buffer.len() / 2);
-    let mut offset = range.start;
-    while offset < range.end {
-        let len = (range.end - offset).min(expected.len() as u64) as usize;
-        let (expected, found) = (&mut expected[..len], &mut found[..len]);
-        model.read_at(ino, offset, expected).map_err(Fault::Model)?;
-        let plainly = |buffer: &mut [u8], offset| file.read_exact_at(buffer, offset);
-        read::read_exact_uncached(file, found, offset, plainly)
-            .map_err(|cause| Fault::File { offset, cause })?;
-        if expected != found {
-            let same = expected.iter().zip(&*found).take_while(|(a, b)| a == b);
-            return Ok(Some(offset + same.count() as u64));
-        }
-        offset += len as u64;
-    }
-    Ok(None)
+    file: &'a File,
+    /// Its size.
+    found: u64,
+    comparer: &'a Comparer<'a>,
+}
+
+/// A run of bytes that is compared and reported as one.
+struct Region {
+    /// First byte in the model's tree.
+    start: u64,
+    len: u64,
+    /// Its place in the file on disk.
+    found: Range<u64>,
+    tensor: Option<TensorNames>,
+    kind: DifferenceKind,
 }

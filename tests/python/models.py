@@ -129,10 +129,19 @@ def oddities():
     # Layer 4: a single expert, whose dimension of 1 was dropped.
     for slot in ("gate", "up", "down"):
         yield q(f"blk.4.ffn_{slot}_exps.weight", 4, 256)
+    # Layer 5: scales that are called those of the weights, of stacks and of a fused one; a table of rows.
+    for slot in ("gate", "up", "down"):
+        yield q(f"blk.5.ffn_{slot}_exps.weight", EXPERTS, 4, 64, kind=Type.NVFP4)
+        yield f32(f"blk.5.ffn_{slot}_exps.weight.scale", EXPERTS)
+        yield f32(f"blk.5.ffn_{slot}_exps.weight.input_scale", EXPERTS)
+    yield f32("blk.5.ffn_gate_up_exps.weight.scale", EXPERTS)
+    yield q("blk.5.engram_embd.weight", 3, 256)
+    yield f32("blk.5.engram_q_norm.weight", 64)
     # Layer 100: numbers that outgrow their zeros, with gaps.
     for expert in (0, 7, 1000):
         for slot in ("gate", "up", "down"):
             yield q(f"blk.100.ffn_{slot}.{expert}.weight", 2, 256)
+    yield f32("blk.100.ffn_up.7.weight.scale", 1)
     # Near misses, which are no routed experts.
     yield q("blk.1.ffn_gate_chexps.weight", 2, 4, 256)
     yield q("blk.1.ffn_up_shexp.weight", 4, 256)

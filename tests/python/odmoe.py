@@ -89,8 +89,10 @@ def fail(*arguments, status=1, naming=(), **options):
     assert done.returncode == status, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
     said = done.stderr
     if status == 1:
-        what, hint = said[said.index("error: ") :].split("\nhint: ")  # one sentence each
-        assert hint.strip() and "\n" not in what
+        # One line each; no hint only where none is known.
+        what, _, hint = said[said.index("error: ") :].removesuffix("\n").partition("\nhint: ")
+        assert "\n" not in what
+        assert hint.strip() or any(re.search(known, what) for known in WITHOUT_HINT), f"no hint: {said}"
         said = said.replace("\nhint: ", "; ")
     reasons = said.strip().split(": ")
     assert len(set(reasons)) == len(reasons), f"says something twice: {said}"
@@ -99,9 +101,14 @@ def fail(*arguments, status=1, naming=(), **options):
     return said
 
 
-# What an error of a model says if it does not itself say what to do.
-DOWNLOAD = "; compare the file's checksum with the published one, and download it again if it differs"
-
+# The errors that have no hint, since nobody can know the next step.
+WITHOUT_HINT = [
+    # What the mount helper or the kernel has against it, which may be anything.
+    "cannot be unmounted: ",
+    # It may have been meant for anything.
+    "it is a directory, not a regular file",
+    "it is a device, pipe or socket, not a regular file",
+]
 
 # Code for `ask` that lists the folder `root`.
 LISTING = "answer = sorted(os.listdir(root))"
@@ -152,6 +159,13 @@ def expert_gguf(folder, *flags, experts=8, rows=2048):
 # --- file systems and caches ----------------------------------------------------------------------------------------
 
 
+# How file systems are made whose name is not all there is to say.
+MAKERS = {
+    "ext4-128": ["mkfs.ext4", "-q", "-I", "128"],  # inodes of 128 bytes hold whole seconds, in 32 bits
+    "exfat": ["mkfs.exfat"],
+}
+
+
 @contextlib.contextmanager
 def file_system(kind, folder, size):
     """A file system of its own, mounted below a folder; nothing is left of it."""
@@ -164,8 +178,13 @@ def file_system(kind, folder, size):
         else:
             with image.open("wb") as file:
                 file.truncate(size)
-            subprocess.run([f"mkfs.{kind}", "-q", image], check=True, capture_output=True)
-            subprocess.run(["mount", "-o", "loop", image, at], check=True)
+            subprocess.run([*MAKERS.get(kind, [f"mkfs.{kind}", "-q"]), image], check=True, capture_output=True)
+            if kind == "exfat":  # through FUSE: not every kernel has it
+                device = run("losetup", "-f", "--show", image).stdout.strip()
+                subprocess.run(["mount.exfat-fuse", device, at], check=True, capture_output=True)
+                subprocess.run(["losetup", "-d", device], check=True)  # once it is unmounted
+            else:
+                subprocess.run(["mount", "-o", "loop", image, at], check=True)
         yield at
     finally:
         # Not there if mounting failed.
@@ -179,6 +198,7 @@ class FailingDisk:
 
     def __init__(self, at, faults, requests=None):
         self.at = at
+        self.pid = pid
         self._faults = faults
         self._requests = requests
 
@@ -329,8 +349,8 @@ def foreground(model, where, *flags, user=ME):
     command = [str(word) for word in (user.binary, "mount", "-f", model, where, *flags)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **user.switch())
     try:
-        wait_for(lambda: mount_at(where) or process.poll() is not None)
-        assert process.poll() is None, process.stderr.read()
+        said = process.stdout.readline()
+        assert said.startswith("mounted on "), process.stderr.read()
         yield process
     finally:
         detach(where)

@@ -142,9 +142,11 @@ class Entry:
         }
 
 
-STACK = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps\.([^.]+)")
-SINGLE = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)\.(\d+)\.(.+)")
-TOY = re.compile(r"blk\.(\d+)\.ffn\.experts\.(\d+)\.(w[123])\.(.+)")
+# A scale may be called one of the weight, in the second dialect of NVFP4.
+SUFFIX = r"(?:weight\.(?=scale$|input_scale$))?([^.]+)"
+STACK = re.compile(rf"blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps\.{SUFFIX}")
+SINGLE = re.compile(rf"blk\.(\d+)\.ffn_(gate|up|down)\.(\d+)\.{SUFFIX}")
+TOY = re.compile(rf"blk\.(\d+)\.ffn\.experts\.(\d+)\.(w[123])\.{SUFFIX}")
 SLOTS = {"gate": ["w1"], "down": ["w2"], "up": ["w3"], "gate_up": ["w1", "w3"]}
 
 
@@ -175,7 +177,7 @@ def experts_of(tensor, counts):
 
 
 def base_file(name):
-    if "token_embd" in name or re.match(r"(position_embd|token_types|per_layer_token_embd)\.", name):
+    if re.search(r"(token|engram)_embd", name) or re.match(r"(position_embd|token_types|per_layer_token_embd)\.", name):
         return "embeddings"
     if name in ("output.weight", "output.bias"):
         return "lm_head"

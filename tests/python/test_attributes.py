@@ -56,7 +56,7 @@ def attributes(person, root):
     return ask(person, ATTRIBUTES, root=root)
 
 
-@promises("Whatever would change the tree fails with EROFS, for root, too.")
+@promises("Whatever would change the tree fails with EROFS, also for root.")
 def test_whatever_would_change_the_tree_is_refused_as_read_only(person, public, parts):
     with mounted(parts[0], public / "mnt", user=person) as root:
         names = {
@@ -68,7 +68,7 @@ def test_whatever_would_change_the_tree_is_refused_as_read_only(person, public, 
     assert found == dict.fromkeys(CHANGES, errno.EROFS)
 
 
-@promises("There are no extended attributes, but on the root of a mount made with `--stats`.")
+@promises("There are no extended attributes, except on the root of a mount made with `--stats`.")
 def test_there_are_no_extended_attributes(person, public, parts):
     with mounted(parts[0], public / "mnt", user=person) as root:
         assert ask(person, "os.getxattr(root, 'user.x')", root=root) == errno.ENOTSUP

@@ -10,6 +10,8 @@ import pytest
 
 from odmoe import BINARY, REPO, fail, mount_at, needs_root, odmoe, run, succeed, wait_for
 
+# Other names of commands, which have a page and completions, too.
+ALIASES = {"unmount": "umount"}
 COMMANDS = re.findall(r"^  ([a-z]+) +[A-Z]", succeed("--help"), re.M)
 
 
@@ -43,7 +45,7 @@ def test_the_troubleshooting_page_knows_the_errors_of_mounting_and_unmounting():
     page = re.sub(r"\s+", " ", (REPO / "docs/TROUBLESHOOTING.md").read_text())
     for words in (
         "cannot be started", "is not empty", "already mounted", "does not answer", "modprobe fuse", "chmod 0666",
-        "fuse3", "user_allow_other", "is in use by", "another user has mounted it",
+        "fuse3", "user_allow_other", "is in use", "was mounted by another user", "was aborted",
     ):
         assert words in page
 
@@ -55,21 +57,38 @@ def test_every_command_has_a_manual_page_that_names_its_options(tmp_path):
     succeed("man", "--all", tmp_path)
     pages = {path.name: path.read_text() for path in tmp_path.iterdir()}
     commands = [command for command in COMMANDS if command != "help"]
-    assert sorted(pages) == sorted(["odmoe-fs.1", *(f"odmoe-fs-{command}.1" for command in commands)])
+    names = ["odmoe-fs", *(f"odmoe-fs-{command}" for command in (*commands, *ALIASES))]
+    assert sorted(pages) == sorted(f"{name}.1" for name in names)
+    for page in pages.values():
+        named = re.findall(r"(odmoe-fs[a-z-]*)\(1\)", page.replace("\\-", "-"))
+        assert named and set(named) <= set(names) or page.startswith(".so ")
     for command in commands:
         page = pages[f"odmoe-fs-{command}.1"].replace("\\-", "-")
         assert page == succeed("man", command).replace("\\-", "-")
         for option in re.findall(r"^ +(?:-\w, )?(--[a-z-]+)", succeed(command, "--help"), re.M):
             assert option in page, (command, option)
+    for alias, command in ALIASES.items():
+        assert pages[f"odmoe-fs-{alias}.1"] == f".so man1/odmoe-fs-{command}.1\n"
+        assert succeed("man", alias) == succeed("man", command)
     fail("man", "nothing", naming=["no command"])
+
+
+def test_the_page_of_an_alias_is_found_by_man(tmp_path):
+    if not shutil.which("man"):
+        pytest.skip("man is not installed")
+    succeed("man", "--all", tmp_path / "man1")
+    for name in ("odmoe-fs-umount", "odmoe-fs-unmount"):
+        done = run("man", "-M", tmp_path, name, env={**os.environ, "MANPAGER": "cat", "MANROFFOPT": ""})
+        assert done.returncode == 0 and "--lazy" in done.stdout.replace("\u2010", "-").replace("\u2212", "-"), done.stderr
 
 
 def test_manual_pages_are_formatted_without_a_warning(tmp_path):
     if not shutil.which("groff"):
         pytest.skip("groff is not installed")
-    succeed("man", "--all", tmp_path)
-    for page in tmp_path.iterdir():
-        done = subprocess.run(["groff", "-man", "-ww", "-z", "-Tutf8", page], capture_output=True, text=True, check=True)
+    succeed("man", "--all", tmp_path / "man1")
+    for page in (tmp_path / "man1").iterdir():
+        command = ["groff", "-man", "-ww", "-z", "-Tutf8", page]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
         assert done.stderr == ""
 
 
@@ -85,11 +104,11 @@ def test_the_exit_statuses_of_the_manual_page_are_those_of_the_program(tmp_path)
     succeed("materialize", toy, tmp_path / "out")
     (tmp_path / "out/experts/registry.json").unlink()
     statuses.add(odmoe("verify", toy, tmp_path / "out").returncode)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         big = tmp_path / number.name / "big.gguf"
         big.parent.mkdir()
-        # Who runs these tests in the background may have it ignored.
-        heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+        # It is ignored where these tests run in the background, or under nohup.
+        heard = {"preexec_fn": lambda number=number: signal.signal(number, signal.SIG_DFL)}
         process = subprocess.Popen([BINARY, "-q", "toy", big, "--layers", "60"], stderr=subprocess.DEVNULL, **heard)
         wait_for(lambda folder=big.parent: os.listdir(folder))
         process.send_signal(number)
@@ -103,7 +122,7 @@ def test_the_exit_statuses_of_the_manual_page_are_those_of_the_program(tmp_path)
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completions_know_every_command(shell, tmp_path):
     script = succeed("completions", shell)
-    assert all(command in script for command in COMMANDS)
+    assert all(command in script for command in (*COMMANDS, *ALIASES))
     if shutil.which(shell):
         path = tmp_path / "completions"
         path.write_text(script)
@@ -116,8 +135,10 @@ def test_bash_completes_commands_and_options():
 complete_words() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=(); _odmoe__fs odmoe-fs "${COMP_WORDS[COMP_CWORD]}" "${COMP_WORDS[COMP_CWORD-1]}"; echo "${COMPREPLY[@]}"; }
 complete_words odmoe-fs mat
 complete_words odmoe-fs mount --rep
+complete_words odmoe-fs unmount --la
+complete_words odmoe-fs unm
 """
-    assert run("bash", "-c", code).stdout.splitlines() == ["materialize", "--replace"]
+    assert run("bash", "-c", code).stdout.splitlines() == ["materialize", "--replace", "--lazy", "unmount"]
 
 
 # --- the package ----------------------------------------------------------------------------------------------------

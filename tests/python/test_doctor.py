@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from odmoe import ME, NO_FUSE, fail, in_private_mounts, needs_root, odmoe, run, succeed
+from odmoe import ME, NO_FUSE, User, fail, in_private_mounts, needs_root, odmoe, run, succeed
 
 CLOSED = 'cp -a /dev/fuse "$1/fuse" && chmod 600 "$1/fuse" && mount --bind "$1/fuse" /dev/fuse'
 ANOTHER = 'cp -a /dev/null "$1/fuse" && mount --bind "$1/fuse" /dev/fuse'
@@ -65,15 +65,54 @@ def test_a_mount_helper_without_its_bit_is_named_with_its_cure(public, nobody, m
     monkeypatch.setenv("FUSERMOUNT_PATH", str(helper))
     found = checks(odmoe("doctor", "--json", user=nobody), 3)
     assert f"sudo chmod u+s {helper}" in found["fusermount3"]["cure"]
-    monkeypatch.setenv("FUSERMOUNT_PATH", str(public / "nothing"))
+
+
+@needs_root
+@pytest.mark.parametrize("program", ["nothing", "/bin/cat", "/bin/sh", "/usr/bin/yes"])
+def test_a_variable_that_names_another_program_is_to_be_unset(program, public, nobody, monkeypatch):
+    """Never: to make that set-user-id."""
+    monkeypatch.setenv("FUSERMOUNT_PATH", str(public / program))
     found = checks(odmoe("doctor", "--json", user=nobody), 3)
-    assert "apt install fuse3" in found["fusermount3"]["cure"]
+    assert found["fusermount3"]["cure"] == "unset FUSERMOUNT_PATH"
+
+
+@needs_root
+def test_a_missing_mount_helper_is_to_be_installed(public, nobody):
+    hidden = 'touch "$1/nothing"; mount --bind "$1/nothing" "$(command -v fusermount3)"'
+    done = in_private_mounts(hidden, public, "doctor", "--json", user=nobody)
+    assert "apt install fuse3" in checks(done, 3)["fusermount3"]["cure"]
+
+
+@needs_root
+def test_a_bad_temporary_folder_says_nothing_of_mounts(person, public, monkeypatch):
+    (public / "closed").mkdir(mode=0o555)
+    for folder in (public / "nothing", public / "closed", "/proc"):
+        monkeypatch.setenv("TMPDIR", str(folder))
+        assert "mounts work here" in succeed("doctor", user=person)
+
+
+@needs_root
+def test_what_could_not_be_tried_is_not_known(public, nobody, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(public / "nothing"))
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    closed = 'chmod 755 "$1"; mkdir "$1/empty"; mount --bind "$1/empty" /var/tmp; mount --bind "$1/empty" /tmp'
+    binary = "/usr/local/bin/odmoe-fs-tested"
+    shutil.copy(nobody.binary, binary)
+    try:
+        done = in_private_mounts(closed, public, "doctor", "--json", user=User(nobody.uid, nobody.gid, binary))
+    finally:
+        os.unlink(binary)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert json.JSONDecoder().raw_decode(done.stdout)[0]["works"] is None
+    assert "could not be tried" in done.stderr and "TMPDIR" in done.stderr
+    assert "do not work" not in done.stdout
 
 
 @needs_root
 def test_root_without_the_right_to_mount_is_told_how_to_start_the_container():
     done = run("setpriv", "--bounding-set=-sys_admin", "--inh-caps=-all", ME.binary, "doctor", "--json")
-    assert "--cap-add SYS_ADMIN" in checks(done, 3)["container"]["cure"]
+    (found,) = [check for name, check in checks(done, 3).items() if name in ("container", "root")]
+    assert "--cap-add SYS_ADMIN" in found["cure"]
 
 
 @needs_root

@@ -205,7 +205,7 @@ def test_a_disk_that_reads_nothing_is_an_error(shown, disk):
     assert_reads_well(shown, BROKEN)
 
 
-@promises("A disk that hangs holds up the readers of that range, and others as long as worker threads are left.")
+@promises("A disk that hangs holds up the readers of that range; others are served as long as worker threads are left.")
 def test_a_disk_that_hangs_holds_up_only_who_reads_there(shown, disk):
     offset, place = middle(shown, BROKEN)
     _, payload = expected(shown, BROKEN)
@@ -258,9 +258,10 @@ def test_a_map_of_a_broken_range_is_sigbus_for_its_reader_alone(shown, disk):
 
 def test_a_model_whose_header_cannot_be_read_is_an_error_that_names_it(model, disk, tmp_path):
     disk.fails(("eio", 0, 100))
+    hint = "check the disk that holds the model (`dmesg` shows its errors)"
     (tmp_path / "mnt").mkdir()
     for command in (["inspect"], ["verify"], ["mount", tmp_path / "mnt"], ["materialize", tmp_path / "out"]):
-        fail(command[0], disk.at / model.name, *command[1:], naming=[model.name, "Input/output error"])
+        fail(command[0], disk.at / model.name, *command[1:], naming=[model.name, "Input/output error", hint])
     assert mount_at(tmp_path / "mnt") is None and not (tmp_path / "out").exists()
 
 

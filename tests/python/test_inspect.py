@@ -93,6 +93,24 @@ def test_numbers_add_up(tables):
         assert tree["sharable_bytes"] + tree["incongruent_bytes"] == experts["bytes"] + active["base_bytes"]
 
 
+def test_the_model_s_numbers_are_those_of_its_metadata(tables, toy, tmp_path):
+    """What a program asks first, without mounting."""
+    succeed("materialize", toy, tmp_path / "out", "--base-only")
+    shown = json.loads((tmp_path / "out/base_model/metadata.json").read_text())
+    report = json.loads(succeed("inspect", toy, "--json"))
+    for key in ("architecture", "block_count", "embedding_length", "vocab_size", "expert_count"):
+        assert report[key] == shown[key]
+    kimi = json.loads(succeed("inspect", tables["kimi-k2.5-q4_k_m"], "--json"))
+    assert [kimi[key] for key in ("block_count", "embedding_length", "vocab_size", "expert_count")] == [61, 7168, 163840, 384]
+
+
+def test_numbers_that_a_model_does_not_tell_are_null(tmp_path):
+    table = tmp_path / "table.json"
+    table.write_text(json.dumps({"kv": {"general.architecture": "x"}, "tensors": [["output_norm.weight", [8], "F32"]]}))
+    report = json.loads(succeed("inspect", sparse_gguf(table, tmp_path / "model.gguf")[0], "--json"))
+    assert [report[key] for key in ("block_count", "embedding_length", "vocab_size", "expert_count")] == [None, None, None, 0]
+
+
 def test_experts_without_a_matrix_are_named(tmp_path):
     kv = {"general.architecture": "moe", "moe.block_count": 2, "moe.expert_count": 4}
     stacks = [[f"blk.{n}.ffn_{name}_exps.weight", [32, 32, 4], "F32"] for n in (0, 1) for name in ("down", "gate", "up")]

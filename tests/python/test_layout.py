@@ -35,7 +35,7 @@ def test_headers_name_the_tensors_in_source_order_with_dtype_and_shape(shown):
 def test_header_metadata_says_where_each_tensor_comes_from(shown):
     architecture = shown.parts[0].values["general.architecture"].value.decode()
     for name, path in safetensors_of(shown).items():
-        expected = {"format": "pt", "odmoe.layout": "1", "general.architecture": architecture}
+        expected = {"format": "pt", "odmoe.layout": "2", "general.architecture": architecture}
         if m := re.fullmatch(r"experts/layer_(\d+)_expert_(\d+)\.safetensors", name):
             expected |= {"layer": str(int(m[1])), "expert": str(int(m[2]))}
         metadata = read_header(path).metadata

@@ -1,5 +1,6 @@
 """A mount's life as a person or a service meets it: options of fstab, `--replace`, who keeps it busy, logs, systemd."""
 
+import contextlib
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +18,7 @@ from odmoe import (
     LISTING,
     ME,
     USES,
+    User,
     ask,
     daemon_of,
     detach,
@@ -36,7 +39,7 @@ from odmoe import (
 )
 
 REPLACED = (
-    "`mount --replace` takes away what of ours is on the directory, in whatever state, once all else is known to work; "
+    "`mount --replace` removes our mount on the directory, whatever its state, once everything else is known to work; "
     "programs that have files of it open keep it."
 )
 EXPERT = "experts/layer_00_expert_000.safetensors"
@@ -124,6 +127,29 @@ def test_a_mount_that_cannot_be_made_replaces_nothing(person, model, folder, pub
         assert ask(person, LISTING, root=folder) == ["base_model", "experts"]
 
 
+def test_of_many_who_replace_at_once_the_last_one_stays_and_nobody_is_told_to_replace(person, model, folder, times):
+    for _ in range(times(4, long=40)):
+        command = [person.binary, "mount", "--replace", model, folder]
+        rivals = [subprocess.Popen(command, stdout=-3, stderr=subprocess.PIPE, **person.switch()) for _ in range(6)]
+        said = [rival.communicate()[1].decode() for rival in rivals]
+        assert [rival.returncode for rival in rivals] == [0] * 6, said
+        assert not [words for words in said if "--replace" in words]
+        assert [m.at for m in mounts()].count(str(folder)) == 1
+        assert ask(person, LISTING, root=folder) == ["base_model", "experts"]
+        succeed("umount", folder, user=person)
+
+
+@needs_root
+def test_what_another_user_has_mounted_is_not_called_dead_when_it_cannot_be_replaced(model, public, nobody):
+    where = public / "mnt"
+    where.mkdir()
+    where.chmod(0o777)
+    with mounted(model, where):
+        said = fail("mount", "--replace", model, where, user=nobody, naming=["cannot be replaced", "another user"])
+        assert "dead" not in said
+        assert mount_at(where)
+
+
 # --- fstab ----------------------------------------------------------------------------------------------------------
 
 
@@ -139,6 +165,40 @@ def test_an_option_that_does_not_exist_is_wrong_usage(model, folder):
     for option in ("frobnicate", "uid=you", "threads=0"):
         said = fail("mount", model, folder, "-o", f"ro,{option}", status=2)
         assert option.split("=")[0] in said
+    assert mount_at(folder) is None
+
+
+def test_an_option_of_another_file_system_is_refused_with_what_to_do_instead(model, folder):
+    for option, words in (("allow_root", "allow_other"), ("loop", "loop device"), ("direct_io", "cache=direct")):
+        said = fail("mount", model, folder, "-o", option, status=2)
+        assert f"-o {option}: there is no such option" in said and words in said.split("hint: ")[1]
+    assert mount_at(folder) is None
+
+
+# What mount(8) lists for every file system, and may hand to the helper of one.
+EVERY_FILE_SYSTEMS = (
+    "async,atime,context=system_u:object_r:container_file_t:s0,defaults,dev,diratime,dirsync,exec,group,iversion,lazytime,"
+    "loud,mand,noatime,nodev,nodiratime,noexec,nofail,noiversion,nolazytime,nomand,norelatime,nostrictatime,nosuid,"
+    'nosymfollow,nouser,owner,relatime,ro,rw,silent,strictatime,suid,sync,user,users,_netdev,fscontext="a:b:c:s0:c1,c2",'
+    "defcontext=d,rootcontext=@target,X-mount.mkdir=0755,x-systemd.requires=b,comment=c,uhelper=udisks2"
+)
+
+
+def test_every_option_of_every_file_system_is_accepted(helper, person, model, folder):
+    done = run(helper, model, folder, "-o", EVERY_FILE_SYSTEMS, user=person)
+    if not os.path.exists("/sys/fs/selinux/enforce"):  # where the labels are real ones
+        assert done.returncode == 0, done.stderr
+        assert mount_at(folder).kind == "fuse.odmoe"
+        succeed("umount", folder, user=person)
+
+
+@needs_root
+def test_where_selinux_is_on_its_labels_reach_the_kernel(model, folder, public):
+    """The kernel of this machine does not know them, and says so."""
+    selinux = 'mount -t tmpfs none /sys/fs && mkdir /sys/fs/selinux && touch /sys/fs/selinux/enforce; : "$1"'
+    label = 'context="system_u:object_r:removable_t:s0:c1,c2"'
+    done = in_private_mounts(selinux, public, "mount", model, folder, "-o", f"ro,{label}")
+    assert done.returncode == 1 and "Invalid argument" in done.stderr
     assert mount_at(folder) is None
 
 
@@ -191,8 +251,8 @@ def test_the_log_is_never_the_model_a_pipe_or_a_folder(person, model, folder, pu
         link = public / "link.gguf"
         os.link(model, link)
         fail("mount", model, folder, "--log-file", link, user=person, naming=["is the model itself"])
-    fail("mount", model, folder, "--log-file", pipe, user=person, naming=["pipe", "is no regular file"])
-    fail("mount", model, folder, "--log-file", public, user=person, naming=["is no regular file"])
+    fail("mount", model, folder, "--log-file", pipe, user=person, naming=["pipe", "is not a regular file"])
+    fail("mount", model, folder, "--log-file", public, user=person, naming=["is not a regular file"])
     assert mount_at(folder) is None
     assert model.read_bytes() == before
 
@@ -277,23 +337,67 @@ def test_systemd_is_told_when_the_tree_answers(model, public, monkeypatch):
 # --- what is lacking ------------------------------------------------------------------------------------------------
 
 
-def test_workers_that_cannot_start_are_an_error_and_leave_no_mount(person, model, folder):
-    for threads in (64, 256):
-        little = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_AS, (600 << 20, 600 << 20))}
-        fail("mount", model, folder, "--threads", threads, user=person, naming=["worker threads", "--threads"], **little)
-        assert mount_at(folder) is None
-    with mounted(model, folder, "--threads", 2, user=person, **little):
-        pass
+# Reads every file of the folder `root` whole, then lists it again.
+READING = """
+import pathlib
+total = sum(len(path.read_bytes()) for path in pathlib.Path(root).rglob("*") if path.is_file())
+answer = [total > 0, os.listdir(root) != []]
+"""
+
+
+def mounts_soundly_or_not_at_all(limit, threads, model, folder, person):
+    """Mounts under a limit; says whether it worked."""
+    before = {"preexec_fn": lambda: resource.setrlimit(*limit)}
+    done = odmoe("mount", model, folder, *threads, user=person, **before)
+    if done.returncode != 0:
+        assert "error: " in done.stderr and mount_at(folder) is None
+        return False
+    daemon = daemon_of(folder)
+    for _ in range(2):
+        assert ask(person, READING, root=folder) == [True, True]
+    assert is_running(daemon)
+    succeed("umount", folder, user=person)
+    return True
+
+
+@promises("`mount` reports success only if the mount is served by all its workers, and has the memory to go on.")
+@pytest.mark.parametrize("threads", [[], ["--threads", 3], ["--threads", 16]], ids=str)
+def test_little_address_space_is_enough_or_an_error(threads, person, model, folder):
+    outcomes = [
+        mounts_soundly_or_not_at_all((resource.RLIMIT_AS, (mib << 20, mib << 20)), threads, model, folder, person)
+        for mib in (60, *range(100, 701, 60))
+    ]
+    assert set(outcomes) == {False, True}
 
 
 @needs_root
-def test_a_user_of_few_processes_gets_an_error_and_no_mount(model, public, nobody):
+@promises("`mount` reports success only if the mount is served by all its workers, and has the memory to go on.")
+@pytest.mark.parametrize("threads", [1, 3])
+def test_few_processes_are_enough_or_an_error(threads, model, public, nobody):
     where = public / "mnt"
     where.mkdir()
-    shutil.chown(where, nobody.uid, nobody.gid)
-    few = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_NPROC, (12, 12))}
-    fail("mount", model, where, "--threads", 32, user=nobody, naming=["worker threads", "ulimit -u"], **few)
-    assert mount_at(where) is None
+    # Users of no other processes; those that have ended count until somebody has waited for them.
+    user = User(54320 + threads, 54320, nobody.binary)
+    shutil.chown(where, user.uid, user.gid)
+    flags = ["--threads", threads]
+    with known_by_name(user.uid):
+        outcomes = [
+            mounts_soundly_or_not_at_all((resource.RLIMIT_NPROC, (count, count)), flags, model, where, user)
+            for count in range(1, 15)
+        ]
+    assert set(outcomes) == {False, True}
+
+
+@contextlib.contextmanager
+def known_by_name(uid):
+    """The mount helper asks for the name of its user."""
+    passwd = Path("/etc/passwd")
+    before = passwd.read_text()
+    passwd.write_text(f"{before.rstrip()}\nodmoe-test:x:{uid}:{uid}::/:/bin/sh\n")
+    try:
+        yield
+    finally:
+        passwd.write_text(before)
 
 
 @needs_root

@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ import pytest
 import models
 from odmoe import (
     MIB,
+    PATIENCE,
     PYTHON,
+    User,
     contents,
     daemon_of,
     detach,
@@ -24,7 +27,9 @@ from odmoe import (
     mounted,
     mounts,
     needs_root,
+    odmoe,
     promises,
+    public_copy,
     run,
     sparse_gguf,
     succeed,
@@ -198,6 +203,103 @@ def test_200_parts_are_mounted_with_64_descriptors(many_parts, tmp_path):
 def test_200_parts_are_materialized_and_verified_with_64_descriptors(many_parts, tmp_path, jobs):
     succeed("materialize", many_parts[0], tmp_path / "out", "--jobs", jobs, preexec_fn=few_descriptors)
     succeed("verify", many_parts[0], tmp_path / "out", "--jobs", jobs, preexec_fn=few_descriptors)
+
+
+# --- threads that are refused ----------------------------------------------------------------------------------------
+
+
+def run_with_few_threads(user, limit, *arguments):
+    """Runs the program as a user of its own, who may have so many processes and threads, this one included."""
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_NPROC, (limit, limit))
+
+    return odmoe(*arguments, user=user, preexec_fn=limited)
+
+
+@pytest.fixture
+def alone(public):
+    """A user who has no other process."""
+    return User(1_000_000 + os.getpid(), 65534, public_copy(public))
+
+
+@needs_root
+@promises("`materialize` and `verify` go on with fewer threads where a limit refuses some, and with one at least.")
+@pytest.mark.parametrize("limit", [1, 2, 3, 6])
+@pytest.mark.parametrize("jobs", [3, 200])
+def test_materialize_and_verify_go_on_with_the_threads_that_they_get(public, alone, limit, jobs):
+    (model,) = models.write_small(public)
+    public.chmod(0o777)
+    out = public / "out"
+    for command in (["toy", public / "toy.gguf"], ["materialize", model, out, "--verify"], ["verify", model, out]):
+        jobs_too = [] if command[0] == "toy" else ["--jobs", jobs]
+        done = run_with_few_threads(alone, limit, *command, *jobs_too)
+        assert done.returncode == 0, done.stderr
+    assert len(files_of(out)) == len(json.loads((out / "experts/registry.json").read_text())) + 4 + 2
+    # How many there were is said to whoever asks.
+    done = run_with_few_threads(alone, limit, "-v", "verify", model, out, "--jobs", 3)
+    assert ("of 3 threads" in done.stderr) == (limit < 4), done.stderr
+
+
+@contextlib.contextmanager
+def pids_limit(most):
+    """A control group of so many processes and threads; yields a function for `preexec_fn` that joins it."""
+    old, new = Path("/sys/fs/cgroup/pids"), Path("/sys/fs/cgroup")
+    above = old if old.exists() else new
+    if above == new:
+        assert "pids" in (new / "cgroup.controllers").read_text().split(), "this machine limits no processes"
+        (new / "cgroup.subtree_control").write_text("+pids")
+    group = above / f"odmoe-tests-{os.getpid()}-pids"
+    group.mkdir()
+    try:
+        (group / "pids.max").write_text(str(most))
+
+        def join():
+            with open(group / "cgroup.procs", "w") as processes:
+                processes.write("0")
+
+        yield join
+    finally:
+        wait_for(lambda: not (group / "cgroup.procs").read_text())
+        group.rmdir()
+
+
+@needs_root
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_a_container_that_allows_few_threads_is_enough_to_materialize_and_verify(tmp_path, most):
+    (model,) = models.write_small(tmp_path)
+    with pids_limit(most) as join:
+        for command in (["materialize", model, tmp_path / "out", "--verify"], ["verify", model, tmp_path / "out"]):
+            assert odmoe(*command, "--jobs", 8, preexec_fn=join).returncode == 0
+
+
+def test_a_thread_too_many_for_the_address_space_is_not_started(tmp_path):
+    """`ulimit -v`: each thread reserves a stack."""
+    model = expert_gguf(tmp_path, experts=16)
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_AS, (160 * MIB, 160 * MIB))
+
+    for command in (["materialize", model, tmp_path / "out"], ["verify", model, tmp_path / "out"]):
+        done = odmoe(*command, "--jobs", 128, preexec_fn=limited)
+        assert done.returncode == 0, done.stderr
+
+
+@needs_root
+def test_a_signal_still_ends_a_run_that_got_no_thread(public, alone):
+    (model,) = sparse_gguf("qwen3-30b-a3b-q4_k_m", public / "model.gguf")
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+
+    command = [alone.binary, "materialize", model, public / "out", "--reflink", "never", "--jobs", "4"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=limited, **alone.switch()
+    )
+    wait_for(lambda: list(public.glob("out/experts/.odmoe-*")) or process.poll() is not None)
+    assert len(os.listdir(f"/proc/{process.pid}/task")) == 1
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE) == -signal.SIGTERM
 
 
 # --- mounts ---------------------------------------------------------------------------------------------------------

@@ -1,12 +1,12 @@
-"""Every error that a model can meet before it is shown, with its whole text: files made here, for the checks that no file of
-tests/data/hostile reaches, and sets of parts. A text that changes is a change for users, and is to be seen."""
+"""Every error that a model can meet before it is shown, with its whole text: files made here, for the checks that no file
+of tests/data/hostile reaches, and sets of parts. A changed text is a change for users, so it must show here."""
 
 import re
 import struct
 
 import pytest
 
-from odmoe import DOWNLOAD, REPO, fail
+from odmoe import REPO, fail
 
 U16, I32, U32, STRING, U64 = 2, 5, 4, 8, 10
 MIB = 1 << 20
@@ -33,41 +33,45 @@ def gguf(pairs=(), tensors=(), n_tensors=None, n_pairs=None):
     return data + bytes(-len(data) % 32)
 
 
+DAMAGED = "; no program writes this, so the file is probably damaged: compare its checksum with the published one"
+NAMES = "; the program that wrote the file must give its keys and tensors names that are text"
+
 # Why -> the bytes, the size of the (then sparse) file, the error behind the file's name.
 FILES = {
-    "more tensors than any model": (gguf(n_tensors=(1 << 20) + 1), 1 << 30, "the number of tensors, at byte 8: 1048577 is above the limit of 1048576"),
-    "more keys than any model": (gguf(n_pairs=(1 << 20) + 1), 1 << 30, "the number of key/values, at byte 16: 1048577 is above the limit of 1048576"),
+    "more tensors than any model": (gguf(n_tensors=(1 << 20) + 1), 1 << 30, "the number of tensors, at byte 8: 1048577 is above the limit of 1048576" + DAMAGED),
+    "more keys than any model": (gguf(n_pairs=(1 << 20) + 1), 1 << 30, "the number of key/values, at byte 16: 1048577 is above the limit of 1048576" + DAMAGED),
     "a key that is too long": (
         gguf([text("k" * 65_536)]),
         None,
-        "key 0, at byte 24: 65536 is above the limit of 65535",
+        "key 0, at byte 24: 65536 is above the limit of 65535" + DAMAGED,
     ),
     "a header that is too long": (
         gguf([text("k") + struct.pack("<IQ", STRING, 1 << 28)]),
         1 << 29,
-        'key 0 "k", value, at byte 45: the header goes beyond 268435456 bytes, which no real model has',
+        'key 0 "k", value, at byte 45: the header goes beyond 268435456 bytes, which no real model has' + DAMAGED,
     ),
-    "a key that is no UTF-8": (gguf([pair(b"\xff\xfe", U32, 1)]), None, "key 0, at byte 24: is not valid UTF-8"),
-    "a key with NUL": (gguf([pair("a\0b", U32, 1)]), None, "key 0, at byte 24: holds a NUL byte"),
-    "a name that is no UTF-8": (gguf(tensors=[tensor(b"\xc3\x28", [1])]), 256, "tensor 0, name, at byte 24: is not valid UTF-8"),
+    "a key that is not UTF-8": (gguf([pair(b"\xff\xfe", U32, 1)]), None, "key 0, at byte 24: is not valid UTF-8" + NAMES),
+    "a key with NUL": (gguf([pair("a\0b", U32, 1)]), None, "key 0, at byte 24: holds a NUL byte" + NAMES),
+    "a name that is not UTF-8": (gguf(tensors=[tensor(b"\xc3\x28", [1])]), 256, "tensor 0, name, at byte 24: is not valid UTF-8" + NAMES),
     "a name that moves the cursor": (
         gguf(tensors=[tensor("\x1b[2J\n\u202e", [3], 43)]),
         256,
         r'tensor 0 "\u{1b}[2J\n\u{202e}", type, at byte 52: type 43 is unknown, so the size of the tensor cannot be '
         "known; look for a newer odmoe-fs that knows it",
     ),
-    "a split number that is text": (gguf([pair("split.count", STRING, "2")]), None, "split.count is no count"),
-    "a split count that is negative": (gguf([pair("split.count", I32, -1)]), None, "split.count is no count"),
-    "a split count alone": (gguf([pair("split.count", U16, 2)]), None, "split.count is 2, but split.no is missing"),
+    "a split number that is text": (gguf([pair("split.count", STRING, "2")]), None, "split.count is not a count; split the model again with a current llama-gguf-split"),
+    "a split count that is negative": (gguf([pair("split.count", I32, -1)]), None, "split.count is not a count; split the model again with a current llama-gguf-split"),
+    "a split count alone": (gguf([pair("split.count", U16, 2)]), None, "split.count is 2, but split.no is missing; split the model again with a current llama-gguf-split"),
     "more parts than the format has": (
         gguf([pair("split.count", U64, 70_000), pair("split.no", U16, 0), pair("split.tensors.count", I32, 0)]),
         None,
-        "split.count is 70000, but at most 65535 parts fit the format; download it again, it is corrupt",
+        "split.count is 70000, but the format allows only 65535 parts; "
+        "split the model again with a current llama-gguf-split",
     ),
     "a split number beyond the count": (
         gguf([pair("split.count", U16, 2), pair("split.no", U16, 2), pair("split.tensors.count", I32, 0)]),
         None,
-        "split.no is 2, but split.count is 2",
+        "split.no is 2, but split.count is 2; split the model again with a current llama-gguf-split",
     ),
 }
 
@@ -77,7 +81,7 @@ def refused(path):
     assert fail("verify", path) == said
     assert fail("mount", path, path.parent) == said
     assert said.count("\n") == 1 and not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", said)
-    return said.removeprefix("error: ").removesuffix("\n").removesuffix(DOWNLOAD)
+    return said.removeprefix("error: ").removesuffix("\n")
 
 
 @pytest.mark.parametrize("why", FILES)
@@ -105,12 +109,12 @@ SETS = {
     "one is of another count": (
         [part(0, tensors=one("a")), part(1, count=3, tensors=one("b"))],
         2,
-        "split.count is 3, but 2 in the first part; download the whole set again, its parts are of different models or versions",
+        "split.count is 3, but 2 in the first part; keep the parts of one model and one version in a folder of their own",
     ),
     "one is of another number of tensors": (
         [part(0, tensors=one("a")), part(1, tensors_count=9, tensors=one("b"))],
         2,
-        "split.tensors.count is 9, but 2 in the first part; download the whole set again, its parts are of different models or versions",
+        "split.tensors.count is 9, but 2 in the first part; keep the parts of one model and one version in a folder of their own",
     ),
     "one has the other's number": (
         [part(0, tensors=one("a")), part(0, tensors=one("b"))],
@@ -120,17 +124,19 @@ SETS = {
     "one is a whole model": (
         [part(0, tensors=one("a")), gguf(tensors=one("b"))],
         2,
-        "this is no part of a split set, but part 2 of 2 was expected here",
+        "this is not part of a split set, but part 2 of 2 was expected here; "
+        "put that part in its place, or give this file another name",
     ),
     "a tensor is there twice": (
         [part(0, tensors=one("a")), part(1, tensors=one("a"))],
         2,
-        'tensor "a" is in part 1 and again in part 2',
+        'tensor "a" is in part 1 and again in part 2; check that all parts are of one model and one version',
     ),
     "a tensor is lacking": (
         [part(0, tensors_count=3, tensors=one("a")), part(1, tensors_count=3, tensors=one("b"))],
         1,
-        "the parts hold 2 tensors together, but split.tensors.count is 3",
+        "the parts together hold 2 tensors, but split.tensors.count is 3; "
+        "check that all parts are of one model and one version",
     ),
 }
 
@@ -147,29 +153,36 @@ def test_parts_that_make_no_model_are_refused_in_these_words(tmp_path, why):
 def test_a_part_without_the_others_is_refused_in_these_words(tmp_path):
     path = tmp_path / "m-00002-of-00005.gguf"
     path.write_bytes(part(1, count=5))
-    missing = ", ".join(f"m-0000{n}-of-00005.gguf" for n in (1, 3, 4))
+    missing = ", ".join(f'"m-0000{n}-of-00005.gguf"' for n in (1, 3, 4))
     assert refused(path) == f'4 of 5 parts missing in "{tmp_path}": {missing} and 1 more; download the whole set into one folder'
     lone = path.rename(tmp_path / "lone.gguf")
     assert refused(lone) == (
         f'"{lone}" is part 2 of 5, but its name does not end in "-00002-of-00005.gguf", so the other parts cannot be found; '
         "give the parts the names that they were published with"
     )
-    assert refused(tmp_path / "nothing.gguf") == f'cannot open "{tmp_path}/nothing.gguf": No such file or directory (os error 2); check the path, and that you may read the file'
+    assert refused(tmp_path / "nothing.gguf") == f'cannot open "{tmp_path}/nothing.gguf": No such file or directory (os error 2); check the path'
 
 
 # --- and none is forgotten ------------------------------------------------------------------------------------------
 
-ERRORS = ["src/gguf/error.rs", "src/gguf/split.rs", "src/layout/mod.rs", "src/source/open.rs"]
+ERRORS = ["src/gguf/error.rs", "src/gguf/split.rs", "src/layout/mod.rs", "src/source/error.rs"]
 TESTS = ["tests/python/test_refusals.py", "tests/data/hostile/manifest.json", "tests/layout.rs"]
-TESTS += ["tests/python/test_refused_layouts.py"]
-# What a failing disk says (test_failing_disk.py), and sets of sizes that no file system has room for (src/gguf/split.rs).
-ELSEWHERE = ["cannot be read: ", "the parts are larger together", "the parts hold {0} tensors together"]
+TESTS += [
+    f"tests/python/test_{name}.py"
+    for name in ("refused_layouts", "failing_disk", "foreign_files", "joined_parts", "stores", "unfinished", "dialects")
+]
+# What the system says, and sets of sizes that no file system has room for (src/gguf/split.rs).
+ELSEWHERE = ["check the file system", "cannot be read: ", "the parts together are larger", "the parts together hold {0} tensors"]
+
+
+# The texts of errors, and the pieces of advice that are kept apart from them.
+TEXT = re.compile(r'(?:#\[error\(|const [A-Z_]+: &str =|=>|=> \{)\s*"((?:[^"\\]|\\.)*)"')
 
 
 def patterns():
     """Each error text of the code, as an expression for what it can become."""
     for path in ERRORS:
-        for found in re.finditer(r'#\[error\(\s*"((?:[^"\\]|\\.)*)"', (REPO / path).read_text()):
+        for found in TEXT.finditer((REPO / path).read_text()):
             literal = found[1].replace('\\"', '"')
             pieces = re.split(r"\{[^}]*\}", literal)
             if max(map(len, pieces)) > 8:  # more than how errors are put together

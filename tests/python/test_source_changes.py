@@ -100,7 +100,7 @@ def test_a_change_is_said_once(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["deleted", "renamed", "replaced", "closed to all"])
-@promises("A part that is renamed, deleted, replaced by rename, or made unreadable goes on being read as it was.")
+@promises("A part that is renamed, deleted, replaced by rename, or made unreadable is still read as it was.")
 def test_a_source_that_is_moved_away_is_read_as_before(large, change):
     _ = large.bytes, large.parts  # before they change
     for path in large.paths:

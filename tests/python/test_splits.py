@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 import models
-from odmoe import contents, fail, mounted, promises, sparse_gguf
+from odmoe import contents, fail, mounted, promises, sparse_gguf, succeed
 
 
 @pytest.fixture
@@ -40,6 +40,51 @@ def test_a_renamed_set_gives_the_same_tree(parts, tmp_path):
     assert tree(renamed[1], tmp_path / "mnt") == before
 
 
+# Prefixes of names as old archives and network shares leave them, and as nobody should name files.
+PREFIXES = {
+    "latin-1": b"mod\xe8le",
+    "shift-jis": "模型".encode("shift-jis"),
+    "no character at all": b"\xff\xfe\x80",
+    "cut in the middle of a character": "modèle".encode()[:4],
+    "nothing": b"",
+    "terminal escapes": b"a\x1b[2J\nb; c",
+    "like another part": b"m-00002-of-00003.gguf",
+}
+
+
+def renamed(parts, prefix):
+    """The parts under another prefix, which need not be text."""
+    folder = os.fsencode(parts[0].parent)
+    paths = [os.path.join(folder, prefix + b"-%05d-of-%05d.gguf" % (n, len(parts))) for n in range(1, len(parts) + 1)]
+    for old, new in zip(parts, paths, strict=True):
+        os.rename(old, new)
+    return [os.fsdecode(path) for path in paths]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_names_of_parts_need_not_be_text(parts, tmp_path, prefix):
+    before = tree(parts[0], tmp_path / "mnt")
+    paths = renamed(parts, PREFIXES[prefix])
+    for path in (paths[0], paths[1], paths[-1]):
+        assert tree(path, tmp_path / "mnt") == before
+    assert "sound" in succeed("verify", paths[1])
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_a_missing_part_is_named_whatever_its_name_is(parts, tmp_path, prefix):
+    paths = renamed(parts, PREFIXES[prefix])
+    os.unlink(paths[1])
+    said = fail("inspect", paths[0], naming=[f"1 of {len(paths)} parts", f"-00002-of-{len(paths):05}.gguf"])
+    assert said.count("\n") == 1 and said.strip().isprintable()
+
+
+def test_a_raw_cut_is_recognised_whatever_its_name_is(small, tmp_path):
+    path = os.path.join(os.fsencode(tmp_path), b"mod\xe8le.gguf.part1of2")
+    with open(path, "wb") as file:
+        file.write(small[0].read_bytes()[:1000])
+    refused(os.fsdecode(path), tmp_path / "mnt", r"mod\xe8le.gguf.part1of2", "join all pieces")
+
+
 def test_parts_that_are_links_into_a_cache_are_found_beside_the_link(parts, tmp_path):
     """As a download cache keeps them: the names are links, the files are called by their hash."""
     before = tree(parts[0], tmp_path / "mnt")
@@ -59,7 +104,7 @@ def test_a_missing_part_is_named(parts, tmp_path):
     refused(parts[-1], tmp_path / "mnt", parts[2].name)
 
 
-def test_a_part_that_is_no_regular_file_is_refused_and_not_waited_for(parts, tmp_path):
+def test_a_part_that_is_not_a_regular_file_is_refused_at_once(parts, tmp_path):
     parts[2].unlink()
     os.mkfifo(parts[2])
     refused(parts[0], tmp_path / "mnt", parts[2].name)
@@ -98,12 +143,12 @@ def tensors_of_small():
         yield from models.expert_tensors("stacked", layer, models.Type.Q4_0)
 
 
-def test_a_name_that_says_nothing_of_a_split_is_refused_for_a_split_part(parts, tmp_path):
+def test_a_split_part_under_another_name_is_refused(parts, tmp_path):
     lone = parts[1].rename(tmp_path / "lone.gguf")
     refused(lone, tmp_path / "mnt", "lone.gguf", "-00002-of-")
 
 
-def test_a_name_that_speaks_of_a_split_is_fine_for_a_whole_model(small, tmp_path):
+def test_a_whole_model_may_have_the_name_of_a_part(small, tmp_path):
     model = tmp_path / "model-00002-of-00005.gguf"
     shutil.copy(small[0], model)
     assert tree(model, tmp_path / "mnt") == tree(small[0], tmp_path / "mnt")
@@ -112,7 +157,7 @@ def test_a_name_that_speaks_of_a_split_is_fine_for_a_whole_model(small, tmp_path
 @pytest.mark.parametrize(
     "names", [("m.gguf.part1of2", "m.gguf.part2of2"), ("m.gguf-split-a", "m.gguf-split-b")], ids=" ".join
 )
-def test_raw_cuts_of_a_file_are_to_be_joined_first(small, tmp_path, names):
+def test_raw_cuts_of_a_file_must_be_joined_first(small, tmp_path, names):
     data = small[0].read_bytes()
     half = len(data) // 2
     for name, piece in zip(names, (data[:half], data[half:]), strict=True):

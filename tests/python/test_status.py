@@ -38,8 +38,7 @@ EXPERT = "experts/layer_00_expert_000.safetensors"
 KILLED = "A daemon that is killed leaves readers an error, never wrong bytes; `status` calls its mount stale."
 REPAIRED = "`umount` removes a stale mount, and the next `mount` on its directory repairs it."
 STOPPED = (
-    "A daemon that is stopped is said by `status` not to answer, within two seconds; `mount` and `umount` do not hang "
-    "on it."
+    "`status` says within two seconds that a stopped daemon does not answer; `mount` and `umount` do not hang on it."
 )
 
 
@@ -110,6 +109,81 @@ def test_names_cannot_break_the_table(model, public):
         assert len([line for line in lines if r"a\nb \u{1b}[2J" in line]) == 1
         assert len(lines) == 1 + len([m for m in mounts() if m.kind == "fuse.odmoe"])
         assert str(where) in [line["directory"] for line in json.loads(succeed("status", "--json"))]
+
+
+def touched(part):
+    os.utime(part)
+
+
+def truncated(part):
+    os.truncate(part, part.stat().st_size - 1)
+
+
+def appended(part):
+    with part.open("ab") as file:
+        file.write(b"more")
+
+
+def renamed(part):
+    part.rename(part.with_name("renamed.gguf"))
+
+
+def replaced(part):
+    shutil.copy(part, part.with_name("new"))
+    os.replace(part.with_name("new"), part)
+
+
+CHANGED = "`status` calls a mount changed when a part of its model has been written to since it was mounted."
+
+
+@promises(CHANGED)
+@pytest.mark.parametrize("change", [touched, truncated, appended])
+@pytest.mark.parametrize("flags", [[], ["--cache", "direct"], ["--stats"]], ids=str)
+def test_a_mount_whose_model_has_changed_is_not_called_alive(change, flags, person, public, folder):
+    parts = models.write_small(public, split_max_tensors=4)
+    with mounted(parts[0], folder, *flags, user=person):
+        assert status(folder, person)["state"] == "alive"
+        change(parts[-1])
+        assert status(folder, person)["state"] == "changed"
+        if change != truncated:  # which is no model any more
+            fail("mount", parts[0], folder, user=person, naming=["already mounted"])
+
+
+@promises(CHANGED)
+@pytest.mark.parametrize("change", [renamed, replaced])
+def test_a_mount_whose_model_has_another_name_is_alive(change, person, public, folder):
+    parts = models.write_small(public, split_max_tensors=4)
+    with mounted(parts[0], folder, user=person):
+        change(parts[-1])
+        assert status(folder, person)["state"] == "alive"
+
+
+def test_paths_that_lead_out_of_a_mount_are_those_of_the_caller(person, model, folder, public):
+    """The working directory lies in a mount, which need not answer."""
+    other = public / "other"
+    other.mkdir()
+    shutil.chown(other, person.uid, person.gid)
+
+    def from_within(*arguments):
+        script = 'cd "$1"; shift; exec "$@"'
+        return run("sh", "-c", script, "sh", folder / "experts", person.binary, *arguments, user=person)
+
+    with mounted(model, folder, user=person):
+        assert from_within("mount", f"../../{model.name}", "../../other").returncode == 0
+        assert mount_at(other)
+        assert from_within("umount", "../../other").returncode == 0
+        assert mount_at(other) is None
+        done = from_within("verify", f"../../{model.name}", "..")
+        assert done.returncode == 0, done.stderr
+        done = from_within("mount", f"../../{model.name}", "../base_model")
+        assert done.returncode == 1 and "lies inside the odmoe-fs mount" in done.stderr
+        script = f'cd "{folder}/experts"; "{person.binary}" umount ..'
+        done = run("sh", "-c", script, user=person)
+        assert done.returncode == 1 and "is in use by sh (process " in done.stderr
+    succeed("mount", model, folder, user=person)
+    # What stands there itself is not in its own way.
+    assert from_within("umount", "..").returncode == 0
+    assert mount_at(folder) is None
 
 
 # --- dead -----------------------------------------------------------------------------------------------------------

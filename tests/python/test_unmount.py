@@ -1,15 +1,20 @@
 """How mounts end: by `umount`, by a signal, by force; and what they leave to others."""
 
+import contextlib
 import errno
 import os
 import signal
 import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
 
 from odmoe import (
     BINARY,
     LISTING,
+    ME,
+    PYTHON,
     ask,
     daemon_of,
     detach,
@@ -18,14 +23,20 @@ from odmoe import (
     holding,
     is_running,
     mount_at,
+    mounts,
     needs_root,
+    odmoe,
     promises,
+    run,
     succeed,
     wait_for,
 )
 
 EXPERT = "experts/layer_00_expert_000.safetensors"
-RELEASED = "When `umount` of a mount that answers is done, its daemon has ended, and the disk of the model can be unmounted."
+RELEASED = (
+    "When `umount` has unmounted a mount that answers, its daemon has ended, and the disk of the model can be unmounted; "
+    "or it says that the daemon goes on, and why."
+)
 
 
 # --- by `umount` ----------------------------------------------------------------------------------------------------
@@ -97,6 +108,139 @@ def test_a_folder_of_the_tree_is_no_mount(person, model, folder):
     succeed("mount", model, folder, user=person)
     fail("umount", folder / "experts", user=person, naming=[folder / "experts"])
     assert mount_at(folder)
+
+
+# --- while somebody looks at it, or uses it --------------------------------------------------------------------------
+
+
+LOOKS = {
+    "status": [BINARY, "status"],
+    "stat": [PYTHON, "-c", "import os, sys, contextlib\nwith contextlib.suppress(OSError): os.listdir(sys.argv[1])"],
+    "df": ["df"],
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_passing_look_does_not_keep_a_mount(look, model, folder, public, times):
+    go_on = public / "go-on"
+    go_on.touch()
+    loop = ["sh", "-c", 'while [ -e "$0" ]; do "$@" >/dev/null 2>&1; done', go_on, *LOOKS[look], folder]
+    with subprocess.Popen([str(word) for word in loop]):
+        try:
+            for _ in range(times(20, long=200)):
+                succeed("mount", model, folder)
+                succeed("umount", folder)
+        finally:
+            go_on.unlink()
+
+
+def test_of_many_who_unmount_at_once_those_who_come_late_say_so(person, model, folder, times):
+    for _ in range(times(10, long=100)):
+        succeed("mount", model, folder, user=person)
+        command = [person.binary, "umount", folder]
+        rivals = [subprocess.Popen(command, stderr=subprocess.PIPE, stdout=-3, **person.switch()) for _ in range(6)]
+        said = [rival.communicate()[1].decode() for rival in rivals]
+        assert mount_at(folder) is None
+        assert any(rival.returncode == 0 for rival in rivals)
+        for rival, words in zip(rivals, said, strict=True):
+            assert rival.returncode in (0, 1)
+            assert (rival.returncode == 0) == (words == ""), words
+            assert not words or f'"{folder}" is not an odmoe-fs mount' in words
+
+
+@needs_root
+def test_what_no_process_holds_is_found_as_well(model, folder, public):
+    image = folder / EXPERT
+    with mounted_until(model, folder):
+        subprocess.run(["mount", "-t", "tmpfs", "none", folder / "experts"], check=True)
+        fail("umount", folder, naming=[f'what is mounted on "{folder}/experts"', "unmount what is mounted on it"])
+        subprocess.run(["umount", folder / "experts"], check=True)
+        device = run("losetup", "--find", "--show", "--read-only", image).stdout.strip()
+        try:
+            fail("umount", folder, naming=[device, "end that"])
+        finally:
+            subprocess.run(["losetup", "-d", device], check=True)
+        wait_for(lambda: odmoe("umount", folder).returncode == 0)
+
+
+@contextlib.contextmanager
+def mounted_until(model, folder, *flags, user=ME):
+    """A mount that the test itself unmounts."""
+    succeed("mount", model, folder, *flags, user=user)
+    try:
+        yield
+    finally:
+        detach(folder)
+
+
+@needs_root
+def test_a_user_is_not_told_more_than_is_known(model, public, nobody):
+    """Root has a file of the mount open, which the user cannot see."""
+    where = public / "mnt"
+    where.mkdir()
+    os.chown(where, nobody.uid, nobody.gid)
+    options = "allow_other"
+    conf = public / "fuse.conf"
+    conf.write_text("user_allow_other\n")
+    run("mount", "--bind", conf, "/etc/fuse.conf")
+    try:
+        with mounted_until(model, where, "-o", options, user=nobody), holding(ME, where / EXPERT):
+            said = fail("umount", where, user=nobody, naming=["but not by a process that you may look into", "sudo"])
+            assert "only its owner" not in said
+    finally:
+        run("umount", "/etc/fuse.conf")
+
+
+# --- what goes on after it ------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def in_another_namespace(folder, public):
+    """A process with a copy of every mount, as a container has it."""
+    command = ["unshare", "-m", "--propagation", "private", "sh", "-c", "echo there; exec sleep 1000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        try:
+            process.stdout.readline()
+            yield f"in the mount namespace of sleep (process {process.pid})"
+        finally:
+            process.kill()
+
+
+@contextlib.contextmanager
+def bound_elsewhere(folder, public):
+    other = public / "other"
+    other.mkdir()
+    subprocess.run(["mount", "--bind", folder, other], check=True)
+    try:
+        yield f'still mounted on "{other}"'
+    finally:
+        subprocess.run(["umount", other], check=True)
+
+
+@contextlib.contextmanager
+def below_an_overlay(folder, public):
+    over = public / "over"
+    over.mkdir()
+    lower = f"lowerdir={folder}/experts:{folder}/base_model"
+    subprocess.run(["mount", "-t", "overlay", "overlay", "-o", lower, over], check=True)
+    try:
+        yield "goes on serving"
+    finally:
+        subprocess.run(["umount", over], check=True)
+
+
+@needs_root
+@promises(RELEASED)
+@pytest.mark.parametrize("keeper", [in_another_namespace, bound_elsewhere, below_an_overlay])
+def test_a_daemon_that_goes_on_after_an_unmount_is_told_of(keeper, model, folder, public):
+    succeed("mount", model, folder)
+    daemon = daemon_of(folder)
+    with keeper(folder, public) as reason:
+        said = succeed("umount", folder)
+        assert mount_at(folder) is None and is_running(daemon)
+        assert said.startswith(f"unmounted {folder}, but process {daemon} goes on serving the model")
+        assert reason in said
+    wait_for(lambda: not is_running(daemon))
 
 
 # --- by a signal ----------------------------------------------------------------------------------------------------
@@ -185,6 +329,125 @@ def test_a_background_daemon_that_is_told_to_end_takes_the_mount_with_it(person,
     daemon = daemon_of(folder)
     os.kill(daemon, signal.SIGTERM)
     wait_for(lambda: mount_at(folder) is None and not is_running(daemon))
+
+
+# --- by a signal, wherever it is by then ----------------------------------------------------------------------------
+
+
+def by_renaming_the_folder(public):
+    (public / "above").rename(public / "renamed")
+    return public / "renamed/mnt"
+
+
+def by_moving_the_mount(public):
+    (public / "elsewhere").mkdir()
+    subprocess.run(["mount", "--move", public / "above/mnt", public / "elsewhere"], check=True)
+    return public / "elsewhere"
+
+
+def by_binding_it_twice(public):
+    (public / "copy").mkdir()
+    subprocess.run(["mount", "--bind", public / "above/mnt", public / "copy"], check=True)
+    return public / "copy"
+
+
+@needs_root
+@pytest.mark.parametrize("move", [by_renaming_the_folder, by_moving_the_mount, by_binding_it_twice])
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_mount_that_was_moved_is_found_when_a_signal_ends_it(move, number, model, public):
+    folder = public / "above/mnt"
+    folder.parent.mkdir()
+    # What is moved must not be shared.
+    run("mount", "--bind", public, public)
+    run("mount", "--make-private", public)
+    try:
+        with foreground(model, folder) as process:
+            there = move(public)
+            assert os.listdir(there) == ["base_model", "experts"]
+            process.send_signal(number)
+            assert process.wait(60) == 0, process.stderr.read()
+            assert not [m.at for m in mounts() if m.at.startswith(str(public)) and m.kind == "fuse.odmoe"]
+    finally:
+        detach(public)
+
+
+def test_a_user_s_mount_whose_folder_was_renamed_ends_with_a_signal(person, model, folder, public):
+    above = public / "above"
+    above.mkdir()
+    os.chown(above, person.uid, person.gid)
+    (above / "mnt").mkdir()
+    os.chown(above / "mnt", person.uid, person.gid)
+    try:
+        with foreground(model, above / "mnt", user=person) as process:
+            above.rename(public / "renamed")
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+            assert not [m.at for m in mounts() if m.at.startswith(str(public))]
+    finally:
+        detach(public / "renamed/mnt")
+
+
+@needs_root
+def test_what_cannot_be_reached_is_not_called_unmounted(model, folder):
+    with foreground(model, folder) as process:
+        subprocess.run(["mount", "-t", "tmpfs", "above", folder], check=True)
+        process.send_signal(signal.SIGTERM)
+        said = process.stderr.readline()
+        assert f'"{folder}" lies under another mount' in said and "unmounted" not in said
+        assert [m.source for m in mounts() if m.at == str(folder)] == [str(model), "above"]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+
+
+# --- by an abort ----------------------------------------------------------------------------------------------------
+
+
+def by_umount_f_of_a_copy(folder):
+    subprocess.run(["unshare", "-m", "--propagation", "private", "umount", "-f", folder], check=True)
+
+
+def by_fusectl(folder):
+    with tempfile.TemporaryDirectory() as control:
+        subprocess.run(["mount", "-t", "fusectl", "none", control], check=True)
+        try:
+            connection = mount_at(folder).device.removeprefix("0:")
+            Path(control, connection, "abort").write_text("1")
+        finally:
+            subprocess.run(["umount", control], check=True)
+
+
+ABORTED = "A mount whose connection is aborted ends with an error, and is removed; so a service that restarts it can."
+
+
+@needs_root
+@promises(ABORTED)
+@pytest.mark.parametrize("abort", [by_umount_f_of_a_copy, by_fusectl])
+def test_an_aborted_connection_is_no_unmount(abort, person, model, folder):
+    with foreground(model, folder, user=person) as process:
+        abort(folder)
+        assert process.wait(60) == 1
+        assert f'the connection of the mount on "{folder}" was aborted' in process.stderr.read()
+        assert mount_at(folder) is None
+
+
+@needs_root
+@promises(ABORTED)
+def test_the_daemon_of_an_aborted_mount_says_so_in_its_log(model, folder, public):
+    log = public / "log"
+    succeed("mount", model, folder, "--log-file", log)
+    by_fusectl(folder)
+    wait_for(lambda: mount_at(folder) is None)
+    wait_for(lambda: "was aborted" in log.read_text())
+    succeed("mount", model, folder)
+    succeed("umount", folder)
+
+
+@needs_root
+def test_an_unmount_by_force_is_an_unmount(person, model, folder):
+    with foreground(model, folder, user=person) as process:
+        subprocess.run(["umount", "-f", folder], check=True)
+        assert process.wait(60) == 0
+        assert mount_at(folder) is None
 
 
 # --- and what is left alone -----------------------------------------------------------------------------------------

@@ -3,18 +3,21 @@
 import contextlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import models
 from odmoe import (
     BINARY,
     DATA,
     PATIENCE,
+    daemon_of,
     detach,
     expert_gguf,
     fail,
@@ -240,6 +243,134 @@ def test_what_is_there_is_compared_when_the_documents_are_not(small, tree):
     ]
 
 
+# --- another header -------------------------------------------------------------------------------------------------
+
+
+def parts_of(path):
+    """The tensors of a safetensors file: name, entry of the header, bytes."""
+    header = read_header(path)
+    data = path.read_bytes()
+    cut = lambda info: data[header.start + info["data_offsets"][0] : header.start + info["data_offsets"][1]]  # noqa: E731
+    return [(name, info, cut(info)) for name, info in header.tensors.items()]
+
+
+def write_tensors(path, tensors, metadata=None, padding=0, gap=0):
+    """A safetensors file as another program may write it; returns where each tensor begins."""
+    entries, payload = {"__metadata__": metadata} if metadata else {}, b""
+    starts = {}
+    for name, info, data in tensors:
+        payload += bytes(gap)
+        starts[name] = len(payload)
+        entries[name] = info | {"data_offsets": [len(payload), len(payload) + len(data)]}
+        payload += data
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8 + padding)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + payload)
+    return {name: 8 + len(text) + start for name, start in starts.items()}
+
+
+REWRITTEN = {
+    "without metadata": {},
+    "with other metadata": {"metadata": {"format": "np", "by": "another program"}},
+    "with more padding": {"padding": 4096},
+    "with gaps": {"gap": 64},
+    "all of it": {"metadata": {"x": "y" * 5000}, "padding": 64, "gap": 8},
+}
+
+
+@pytest.mark.parametrize("order", ["the same order", "reversed"])
+@pytest.mark.parametrize("how", REWRITTEN)
+@pytest.mark.parametrize("name", [EXPERT, EMBEDDINGS, "base_model/norms.safetensors"])
+def test_a_file_that_another_program_has_written_anew_only_has_another_header(small, tree, name, how, order):
+    tensors = parts_of(tree / name)
+    starts = write_tensors(tree / name, tensors if order != "reversed" else tensors[::-1], **REWRITTEN[how])
+    for flags in [], ["--quick"]:
+        (only,) = report(small[0], tree, *flags)["differences"]
+        assert (only["path"], only["kind"], only["tensor"]) == (name, "header", None)
+        assert only["message"].startswith("has another header, from byte ")
+    # And a byte of it that is wrong, too, is found where it is now.
+    victim, _, data = tensors[-1]
+    at = change(tree / name, starts[victim] + len(data) - 1)
+    said = report(small[0], tree)["differences"]
+    assert [(d["kind"], d["tensor"], d["offset"]) for d in said] == [("header", None, 0), ("payload", victim, at)]
+
+
+def test_a_file_that_the_reference_writes_anew_only_has_another_header(small, tree):
+    save_file(load_file(tree / EXPERT), tree / EXPERT)
+    assert [kind for _, kind in differences(small[0], tree)] == ["header"]
+
+
+def test_tensors_that_another_header_lacks_adds_or_cuts_are_named(small, tree):
+    tensors = parts_of(tree / EXPERT)
+    (first, info, data), second, third = tensors
+    write_tensors(tree / EXPERT, [("new", info, data), (second[0], second[1], second[2][:-4]), third])
+    for flags in [], ["--quick"]:
+        said = report(small[0], tree, *flags)["differences"]
+        found = {(d["kind"], d["tensor"], d["gguf_name"] is None) for d in said}
+        assert found == {
+            ("header", None, True),
+            ("tensor_missing", first, False),
+            ("tensor_extra", "new", True),
+            ("tensor_size", second[0], False),
+        }
+        texts = "\n".join(d["message"] for d in said)
+        assert f'lacks tensor "{first}" ("blk.0.' in texts and 'holds tensor "new", which does not belong there' in texts
+        assert f'holds {len(second[2]) - 4} bytes instead of {len(second[2])} of tensor "{second[0]}"' in texts
+
+
+def test_a_file_that_was_written_anew_and_cut_is_too_short_and_no_more(small, tree):
+    write_tensors(tree / EXPERT, parts_of(tree / EXPERT), {"a": "b"})
+    size = (tree / EXPERT).stat().st_size
+    os.truncate(tree / EXPERT, size - 10)
+    said = report(small[0], tree)["differences"]
+    assert sorted((d["kind"], d["offset"]) for d in said) == [("header", 0), ("size", size - 10)]
+    assert any(f"has {size - 10} bytes instead of {size}" in d["message"] for d in said)
+
+
+WORDS = {
+    "longer than the file": lambda length, size: size,
+    "of all ones": lambda length, size: (1 << 64) - 1,
+    "a byte longer": lambda length, size: length + 1,
+    "a byte shorter": lambda length, size: length - 1,
+    "shorter": lambda length, size: length - 8,
+    "nothing": lambda length, size: 0,
+}
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_wrong_length_of_the_header_is_no_difference_of_the_tensors(small, tree, word):
+    data = bytearray((tree / EXPERT).read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    data[:8] = WORDS[word](length, len(data)).to_bytes(8, "little")
+    (tree / EXPERT).write_bytes(data)
+    assert [kind for _, kind in differences(small[0], tree)] == ["header"]
+    change(tree / EXPERT, -1)
+    assert [kind for _, kind in differences(small[0], tree)] == ["header", "payload"]
+
+
+NONSENSE = {
+    "no JSON": b"{" * 50,
+    "deep": b"[" * 100_000,
+    "of another kind": b"[1, 2]",
+    "offsets beyond all": b'{"w1.weight":{"data_offsets":[18446744073709551615,18446744073709551615]}}',
+    "offsets that turn": b'{"w1.weight":{"data_offsets":[9,3]}}',
+    "offsets that are no numbers": b'{"w1.weight":{"data_offsets":["a",-1]}}',
+    "twice the same": b'{"w1.weight":{"data_offsets":[0,1]},"w1.weight":{"data_offsets":[0,2]}}',
+    "huge": b" " * 70_000_000 + b"{}",
+}
+
+
+@pytest.mark.parametrize("what", NONSENSE)
+def test_nonsense_in_the_place_of_a_header_does_no_harm(small, tree, what):
+    text = NONSENSE[what]
+    data = (tree / EXPERT).read_bytes()
+    (tree / EXPERT).write_bytes(len(text).to_bytes(8, "little") + text + data[read_header(tree / EXPERT).start :])
+    limit = 400 << 20
+    held = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit))}
+    said = report(small[0], tree, **held)["differences"]
+    assert "header" in {d["kind"] for d in said} and {d["path"] for d in said} == {EXPERT}
+
+
 def test_a_document_that_is_too_long_is_not_read(small, tree):
     os.truncate(tree / REGISTRY, 1 << 40)
     assert differences(small[0], tree) == [(REGISTRY, "size")]
@@ -325,6 +456,50 @@ def verifying(model, root):
     # It blocks the signals, and starts its workers, right before it compares.
     wait_for(lambda: len(os.listdir(f"/proc/{process.pid}/task")) > 2 or process.poll() is not None)
     return process
+
+
+@contextlib.contextmanager
+def stopped(where):
+    """A mount that does not answer."""
+    pid = daemon_of(where)
+    os.kill(pid, signal.SIGSTOP)
+    tasks = Path(f"/proc/{pid}/task")
+    wait_for(lambda: all(" T " in (task / "stat").read_text() for task in tasks.iterdir()))
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+@promises("`verify` does not wait for a daemon that is stopped when it begins.")
+@pytest.mark.parametrize("flags", [[], ["--quick"], ["--json"]], ids=str)
+@pytest.mark.parametrize("name", ["mnt", "link", "mnt/experts", "other/../mnt"])
+def test_a_mount_that_does_not_answer_is_an_error_and_is_not_waited_for(small, tmp_path, name, flags):
+    (tmp_path / "link").symlink_to("mnt")
+    (tmp_path / "other").mkdir()
+    with mounted(small[0], tmp_path / "mnt") as root, stopped(root):
+        said = fail("verify", small[0], tmp_path / name, *flags, naming=[root, "does not answer", "odmoe-fs status"])
+        assert "-v" not in said
+
+
+def test_a_mount_beside_a_tree_that_does_not_answer_holds_nobody_up(small, tmp_path):
+    succeed("materialize", small[0], tmp_path)
+    with mounted(small[0], tmp_path / "mnt") as root, stopped(root):
+        assert differences(small[0], tmp_path) == [("mnt", "extra")]
+        assert "nothing to write" in succeed("materialize", small[0], tmp_path)
+
+
+def test_a_mount_whose_process_is_dead_is_an_error(small, tmp_path):
+    where = tmp_path / "mnt"
+    with contextlib.suppress(AssertionError), mounted(small[0], where):
+        os.kill(daemon_of(where), signal.SIGKILL)
+        fail("verify", small[0], where, naming=[where, "is dead", "mount it again"])
+
+
+@needs_root
+def test_a_mount_of_another_user_is_an_error_that_says_who_may_read_it(model, public, nobody):
+    with mounted(model, public / "mnt") as root:
+        fail("verify", model, root, user=nobody, naming=[root, "Permission denied", "the user who made it"])
 
 
 def test_a_mount_that_ends_during_the_comparison_is_one_error_and_no_difference(tmp_path):

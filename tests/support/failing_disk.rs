@@ -8,6 +8,8 @@
 //! hang START END      reads that touch them wait until the line is gone
 //! ```
 //!
+//! Of holes it tells only by how many blocks a file takes, as many network file systems do.
+//!
 //! Nothing is cached, so that every read of whoever uses the disk comes here; or, with `--cached`, the
 //! kernel caches and reads ahead as it does of other file systems. With `--requests FILE` each request
 //! is written there, a line each, in the order in which they came:
@@ -131,21 +133,22 @@ impl FailingDisk {
     }
 
     fn attributes(&self, ino: u64) -> Option<FileAttr> {
-        let (kind, perm, size, modified) = if ino == ROOT {
-            (FileType::Directory, 0o555, 0, UNIX_EPOCH)
+        let (kind, perm, size, blocks, modified) = if ino == ROOT {
+            (FileType::Directory, 0o555, 0, 0, UNIX_EPOCH)
         } else {
             let metadata = self.files.get(&ino)?.1.metadata().ok()?;
             (
                 FileType::RegularFile,
                 0o444,
                 metadata.size(),
+                metadata.blocks(),
                 metadata.modified().ok()?,
             )
         };
         Some(FileAttr {
             ino: INodeNo(ino),
             size,
-            blocks: size.div_ceil(512),
+            blocks,
             atime: modified,
             mtime: modified,
             ctime: modified,

@@ -1,12 +1,13 @@
 //! Seeds for the fuzzers: the malformed files, small models of every naming, and the headers of real
-//! models. `cargo run --example seeds -- FOLDER` writes them as one corpus per target.
+//! models. `cargo run --example seeds -- FOLDER` writes one corpus per target.
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Cursor;
 use std::path::{Path, PathBuf};
 
 use odmoe_fs::gguf::write::Writer;
-use odmoe_fs::gguf::{GgmlType, Value, ValueType};
+use odmoe_fs::gguf::{GgmlType, Header, Value, ValueType};
 
 #[allow(dead_code)] // for the example, not where this is a module
 fn main() -> std::io::Result<()> {
@@ -23,13 +24,48 @@ fn main() -> std::io::Result<()> {
     Ok(())
 }
 
-/// Whole files, and headers without their payload.
+/// Whole files, headers without their payload, joined parts, files of other kinds, and file names.
 pub fn gguf() -> Vec<Vec<u8>> {
     let (hostile, made, real) = (hostile(), made(), real());
     hostile
         .into_iter()
         .chain(made.into_iter().flatten())
         .chain(real)
+        .chain(joined())
+        .chain(FOREIGN.iter().map(|bytes| bytes.to_vec()))
+        .collect()
+}
+
+/// Beginnings of files that are not GGUF, and names of parts and pieces.
+const FOREIGN: &[&[u8]] = &[
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7c\nsize 7516192768\n",
+    b"/annex/objects/SHA256E-s7--00.gguf\n",
+    b"<!DOCTYPE html><html><title>Log in</title></html>",
+    b"<?xml version=\"1.0\"?><Error><Code>AccessDenied</Code></Error>",
+    b"{\"error\":\"Access to model a/b is restricted.\"}",
+    b"{\"layers\":[{\"mediaType\":\"application/vnd.ollama.image.model\",\"digest\":\"sha256:00ff\"}]}",
+    b"FROM ./model.gguf\n",
+    b"\x02\0\0\0\0\0\0\0{}",
+    b"PK\x03\x04\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0archive/data.pkl",
+    b"MZqFpD='\n",
+    b"\x05\0\0\0\x15\0\0\0blk.0.attn_k.weight",
+    b"\xff\xfeE\0n\0t\0r\0y\0",
+    b"xxxxGGUF\x03\0\0\0",
+    b"m-00001-of-00002.gguf",
+    b"m.gguf.part-1of2",
+    b"mod\xe8le.gguf.ab",
+];
+
+/// The parts of sets in one file, with a payload of zeros.
+fn joined() -> Vec<Vec<u8>> {
+    let sets = made().into_iter().filter(|parts| parts.len() > 1);
+    let whole = |part: Vec<u8>| {
+        let header = Header::read(Cursor::new(&part), u64::MAX >> 1).expect("it was just made");
+        let mut part = part;
+        part.resize(header.data_end().next_multiple_of(32) as usize, 0);
+        part
+    };
+    sets.map(|parts| parts.into_iter().flat_map(whole).collect())
         .collect()
 }
 

@@ -137,10 +137,12 @@ fn main() -> anyhow::Result<()> {
 }
 
 fn part_path(out: &Path, number: usize, count: usize) -> anyhow::Result<PathBuf> {
-    let name = out.file_name().and_then(|name| name.to_str());
-    let name = name.context("OUT has no name in UTF-8")?;
+    let name = match out.extension() {
+        Some(extension) if extension == "gguf" => out.file_stem(),
+        _ => out.file_name(),
+    };
     let part = PartName {
-        prefix: name.strip_suffix(".gguf").unwrap_or(name).to_owned(),
+        prefix: name.context("OUT has no name")?.to_owned(),
         number: number as u64,
         count: count as u64,
     };

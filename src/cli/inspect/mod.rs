@@ -1,26 +1,23 @@
 //! `inspect`: what is in a model, and what the mount would show.
 //!
-//! [`report`] has the numbers, which `--json` prints; [`picture`] shows them to a person, and [`tables`] lists
-//! tensors, of the whole model or of one expert.
+//! The library has the numbers, which `--json` prints; [`picture`] draws them, and [`tables`] lists
+//! the tensors of the whole model or of one expert.
 
-mod memory;
 mod picture;
-mod report;
 mod tables;
 
 use std::str::FromStr;
 
-use anyhow::bail;
+use odmoe_fs::inspect::{ExpertReport, Report};
 use odmoe_fs::model::Model;
 
-use self::picture::Screen;
-use self::report::Report;
-use self::tables::ExpertReport;
+use super::failure::{Failure, Result};
+use super::screen::Screen;
 use super::{ModelArg, print, print_json, text};
 
-/// Say what is in a model, and what mounting it would show
+/// Show what is in a model, and what mounting it would show
 ///
-/// On a terminal as a picture, else as plain text.
+/// A picture on a terminal, plain text elsewhere.
 #[derive(clap::Args)]
 pub struct InspectArgs {
     #[command(flatten)]
@@ -28,10 +25,10 @@ pub struct InspectArgs {
     /// List every tensor
     #[arg(long)]
     tensors: bool,
-    /// Show where one expert lies, such as 3,17: expert 17 of layer 3
+    /// Show where one expert lies: 3,17 is expert 17 of layer 3
     #[arg(long, value_name = "LAYER,EXPERT", conflicts_with = "tensors")]
     expert: Option<ExpertName>,
-    /// Print one JSON object
+    /// Print a JSON object
     #[arg(long)]
     pub json: bool,
 }
@@ -46,7 +43,7 @@ struct ExpertName {
 impl FromStr for ExpertName {
     type Err = String;
 
-    fn from_str(text: &str) -> Result<Self, String> {
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
         let parse = || {
             let (layer, expert) = text.split_once(',')?;
             Some(Self {
@@ -58,7 +55,7 @@ impl FromStr for ExpertName {
     }
 }
 
-pub fn run(args: &InspectArgs) -> anyhow::Result<()> {
+pub fn run(args: &InspectArgs) -> Result<()> {
     let model = Model::open(&args.model.model)?;
     let screen = Screen::of_stdout();
     if let Some(name) = args.expert {
@@ -66,10 +63,13 @@ pub fn run(args: &InspectArgs) -> anyhow::Result<()> {
         return if args.json {
             print_json(&report)
         } else {
-            print(&report.text(&screen))
+            print(&tables::expert(&report, &screen))
         };
     }
-    let report = Report::new(&model, args.tensors);
+    let mut report = Report::new(&model);
+    if args.tensors {
+        report = report.with_tensors(&model);
+    }
     if args.json {
         return print_json(&report);
     }
@@ -81,27 +81,24 @@ pub fn run(args: &InspectArgs) -> anyhow::Result<()> {
     print(&text)
 }
 
-fn expert(model: &Model, name: ExpertName) -> anyhow::Result<ExpertReport<'_>> {
+fn expert(model: &Model, name: ExpertName) -> Result<ExpertReport<'_>> {
     let layout = model.layout();
     if let Some(file) = layout.expert(name.layer, name.expert) {
         return Ok(ExpertReport::new(model, file));
     }
     let layers: Vec<u32> = layout.moe_layers().collect();
     if layers.is_empty() {
-        bail!("the model has no routed experts; see what it has without --expert");
+        let failure = Failure::new("the model has no routed experts");
+        return Err(failure.hint("leave out --expert to see what it has"));
     }
     if !layers.contains(&name.layer) {
-        bail!(
-            "layer {} has no experts; choose one of the layers {}",
-            name.layer,
-            text::ranges(&layers)
-        );
+        let failure = Failure::new(format!("layer {} has no experts", name.layer));
+        return Err(failure.hint(format!("choose from layers {}", text::ranges(&layers))));
     }
     let experts: Vec<u32> = layout.experts_of(name.layer).collect();
-    bail!(
-        "layer {} has no expert {}; choose one of the experts {}",
-        name.layer,
-        name.expert,
-        text::ranges(&experts)
-    )
+    let failure = Failure::new(format!(
+        "layer {} has no expert {}",
+        name.layer, name.expert
+    ));
+    Err(failure.hint(format!("choose from experts {}", text::ranges(&experts))))
 }

@@ -1,126 +1,14 @@
 //! A model as a picture: bars as long as what they stand for, in the width of the terminal.
-//!
-//! The same goes into a pipe without bars and colours, so that there is one text to keep true.
 
 use std::fmt::Write as _;
-use std::io::{self, IsTerminal};
 use std::path::Path;
 
-use ratatui::crossterm::style::{Color, Stylize};
-use ratatui::crossterm::terminal;
+use odmoe_fs::inspect::{Amount, LayerReport, MATRICES, Report};
+use ratatui::crossterm::style::Color;
+use unicode_width::UnicodeWidthStr;
 
+use super::super::screen::Screen;
 use super::super::text;
-use super::report::{Amount, LayerReport, MATRICES, Report};
-
-/// What is written to.
-pub struct Screen {
-    /// `None` if nobody looks: then nothing is drawn, and nothing cut.
-    columns: Option<usize>,
-    colours: bool,
-    unicode: bool,
-}
-
-/// Where a terminal does not tell its width.
-const USUAL_COLUMNS: usize = 80;
-/// Below that, lines break.
-const FEWEST_COLUMNS: usize = 60;
-
-impl Screen {
-    pub fn of_stdout() -> Self {
-        let columns = io::stdout().is_terminal().then(|| {
-            let size = terminal::size().map_or(0, |(columns, _)| usize::from(columns));
-            let size = if size == 0 { USUAL_COLUMNS } else { size };
-            size.max(FEWEST_COLUMNS)
-        });
-        let locale = ["LC_ALL", "LC_CTYPE", "LANG"]
-            .into_iter()
-            .filter_map(std::env::var_os)
-            .find(|value| !value.is_empty());
-        let locale = locale.map(|locale| locale.to_string_lossy().to_uppercase());
-        Self {
-            colours: columns.is_some() && text::may_be_coloured(),
-            unicode: locale.is_some_and(|l| l.contains("UTF-8") || l.contains("UTF8")),
-            columns,
-        }
-    }
-
-    /// A bar that takes its share of `width`, and blanks up to it.
-    fn bar(&self, share: f64, width: usize, colour: Color) -> String {
-        let cells = share.clamp(0.0, 1.0) * width as f64;
-        let (mut bar, full) = if self.unicode {
-            const EIGHTHS: [&str; 8] = ["", "▏", "▎", "▍", "▌", "▋", "▊", "▉"];
-            let eighths = ((cells * 8.0).round() as usize).max(usize::from(share > 0.0));
-            let bar = "█".repeat(eighths / 8) + EIGHTHS[eighths % 8];
-            (bar, eighths.div_ceil(8))
-        } else {
-            let full = (cells.round() as usize).max(usize::from(share > 0.0));
-            ("#".repeat(full), full)
-        };
-        let blanks = " ".repeat(width.saturating_sub(full));
-        if self.colours {
-            bar = bar.with(colour).to_string();
-        }
-        bar + &blanks
-    }
-
-    /// Bytes for a person, or for a program.
-    pub fn bytes(&self, bytes: u64) -> String {
-        match self.columns {
-            Some(_) => text::size(bytes),
-            None => bytes.to_string(),
-        }
-    }
-
-    /// Columns as wide as what is in them, numbers to the right, and the last one cut in the middle where the line would
-    /// break.
-    pub fn table<const N: usize>(&self, mut rows: Vec<[String; N]>) -> String {
-        for column in 0..N - 1 {
-            let is_number =
-                |row: &[String; N]| row[column].starts_with(|c: char| c.is_ascii_digit());
-            if rows[1..].iter().all(is_number) {
-                let width = rows.iter().map(|row| row[column].chars().count()).max();
-                let width = width.unwrap_or(0);
-                rows.iter_mut()
-                    .for_each(|row| row[column] = format!("{:>width$}", row[column]));
-            }
-        }
-        if let Some(columns) = self.columns {
-            let widest = |column: usize| rows.iter().map(|row| row[column].chars().count()).max();
-            let before: usize = (0..N - 1)
-                .map(|column| widest(column).unwrap_or(0) + 2)
-                .sum();
-            let left = columns.saturating_sub(before).max(12);
-            let dots = if self.unicode { "…" } else { "..." };
-            for row in &mut rows {
-                row[N - 1] = cut(&row[N - 1], left, dots);
-            }
-        }
-        text::table(rows)
-    }
-
-    fn heading(&self, text: &str) -> String {
-        if self.colours {
-            text.bold().to_string()
-        } else {
-            text.to_owned()
-        }
-    }
-}
-
-/// A name of at most so many characters, without its middle if it is longer.
-fn cut(name: &str, width: usize, dots: &str) -> String {
-    let length = name.chars().count();
-    let Some(kept) = width
-        .checked_sub(dots.chars().count())
-        .filter(|_| length > width)
-    else {
-        return name.to_owned();
-    };
-    let (start, end) = (kept.div_ceil(2), kept / 2);
-    let start: String = name.chars().take(start).collect();
-    let end: String = name.chars().skip(length - end).collect();
-    start + dots + &end
-}
 
 /// One line of a chart.
 struct Bar {
@@ -142,27 +30,23 @@ fn write(report: &Report, screen: &Screen, out: &mut String) -> std::fmt::Result
     writeln!(
         out,
         "{}",
-        screen.heading(&text::name(&file_name.to_string_lossy()))
+        screen.heading(&screen.cut(&text::name(&file_name.to_string_lossy()), 0))
     )?;
-    writeln!(
-        out,
-        "{}, GGUF v{}, {} in {}, {}",
+    let mut text = format!(
+        "{}, GGUF v{}, {} in {}, {}\n",
         text::name(report.architecture.unwrap_or("unknown architecture")),
         report.gguf_version,
         text::size(report.bytes),
         text::counted(report.parts.len(), "part"),
         text::counted(report.tensor_count, "tensor"),
-    )?;
+    );
     if report.parts.len() > 1 {
         let sizes = report.parts.iter().map(|part| part.bytes);
         let (least, most) = (sizes.clone().min().unwrap_or(0), sizes.max().unwrap_or(0));
-        writeln!(
-            out,
-            "parts of {} to {}",
-            text::size(least),
-            text::size(most)
-        )?;
+        let (least, most) = (text::size(least), text::size(most));
+        writeln!(text, "parts of {least} to {most}")?;
     }
+    out.write_str(&screen.fit(&text))?;
     chart(
         out,
         screen,
@@ -261,6 +145,8 @@ impl Bar {
 /// The widths of what stands beside a bar.
 const SIZE_COLUMNS: usize = 11;
 const MOST_BAR_COLUMNS: usize = 60;
+/// A shorter bar shows nothing.
+const FEWEST_BAR_COLUMNS: usize = 5;
 
 fn chart(
     out: &mut String,
@@ -273,39 +159,34 @@ fn chart(
         return Ok(());
     };
     writeln!(out, "\n{}", screen.heading(title))?;
-    let widest = |text: fn(&Bar) -> &str| bars.iter().map(|b| text(b).chars().count()).max();
-    let label = widest(|bar| &bar.label).unwrap_or(0);
-    let remark = widest(|bar| &bar.remark).unwrap_or(0);
-    let others = 2 + label + 2 + SIZE_COLUMNS + 2 + remark + 2;
+    // Two blanks between columns; the label gives way if it and the size do not fit.
+    let labels = bars
+        .iter()
+        .map(|bar| screen.cut(&bar.label, 2 + 2 + SIZE_COLUMNS));
+    let labels: Vec<String> = labels.collect();
+    let label_columns = labels.iter().map(|label| label.width()).max().unwrap_or(0);
+    let remark_columns = bars.iter().map(|bar| bar.remark.width()).max().unwrap_or(0);
+    let others = 2 + label_columns + 2 + SIZE_COLUMNS + 2 + remark_columns + 2;
     let room = screen
-        .columns
-        .and_then(|columns| columns.checked_sub(others));
-    for bar in bars {
-        let drawn = match room.filter(|room| *room >= 5) {
-            Some(room) => {
-                let share = bar.bytes as f64 / largest.max(1) as f64;
-                screen.bar(share, room.min(MOST_BAR_COLUMNS), colour) + "  "
-            }
-            None => String::new(),
-        };
+        .columns()
+        .and_then(|columns| columns.checked_sub(others))
+        .filter(|room| *room >= FEWEST_BAR_COLUMNS);
+    for (bar, label) in bars.iter().zip(labels) {
+        let drawn = room.map_or(String::new(), |room| {
+            let share = bar.bytes as f64 / largest.max(1) as f64;
+            screen.bar(share, room.min(MOST_BAR_COLUMNS), colour) + "  "
+        });
+        let label = text::left(&label, label_columns);
         let size = text::size(bar.bytes);
         let line = |remark: &str| {
-            format!(
-                "  {:label$}  {drawn}{size:>SIZE_COLUMNS$}  {remark}",
-                bar.label
-            )
+            let line = format!("  {label}  {drawn}{size:>SIZE_COLUMNS$}  {remark}");
+            line.trim_end().to_owned()
         };
-        // Where there is no room, the second half of a remark gives way.
-        let is_too_long = |line: &str| {
-            screen
-                .columns
-                .is_some_and(|most| line.chars().count() > most)
-        };
-        let line = match bar.remark.split_once(',') {
-            Some((half, _)) if drawn.is_empty() && is_too_long(&line(&bar.remark)) => line(half),
-            _ => line(&bar.remark),
-        };
-        writeln!(out, "{}", line.trim_end())?;
+        // Where there is no room for a bar, the second half of a remark gives way, then all of it.
+        let half = bar.remark.split(',').next().unwrap_or("");
+        let lines = [line(&bar.remark), line(half), line("")];
+        let fits = |line: &&String| room.is_some() || !screen.overflows(line);
+        writeln!(out, "{}", lines.iter().find(fits).unwrap_or(&lines[2]))?;
     }
     Ok(())
 }
@@ -322,14 +203,13 @@ fn experts(report: &Report, screen: &Screen, out: &mut String) -> std::fmt::Resu
         (Some(min), Some(max)) if min != max => format!("{min} to {max}"),
         (_, max) => max.unwrap_or(0).to_string(),
     };
-    writeln!(
-        out,
-        "  {} in {} ({}), {per_layer} per layer\n  {} each on average",
+    let mut text = format!(
+        "  {} in {} ({}), {per_layer} per layer\n  {} each on average\n",
         text::count(experts.files as u64),
         text::counted(numbers.len(), "layer"),
         text::ranges(&numbers),
         text::size(experts.bytes / experts.files as u64),
-    )?;
+    );
     for incomplete in &experts.incomplete {
         let word = |name: &&str| {
             MATRICES
@@ -339,7 +219,7 @@ fn experts(report: &Report, screen: &Screen, out: &mut String) -> std::fmt::Resu
         };
         let missing: Vec<_> = incomplete.missing.iter().filter_map(word).collect();
         writeln!(
-            out,
+            text,
             "  {} without {} matrix, the first in layer {}: {}",
             text::count(incomplete.experts as u64),
             missing.join(" and "),
@@ -350,16 +230,17 @@ fn experts(report: &Report, screen: &Screen, out: &mut String) -> std::fmt::Resu
     let active = &report.active;
     match (active.experts_per_layer, active.expert_bytes, active.bytes) {
         (Some(used), Some(bytes), Some(all)) => writeln!(
-            out,
+            text,
             "  {used} per layer for a token: {},\n  with the base {}",
             text::size(bytes),
             text::size(all)
         ),
         _ => writeln!(
-            out,
+            text,
             "  the model does not say how many of them a token uses"
         ),
-    }
+    }?;
+    out.write_str(&screen.fit(&text))
 }
 
 fn memory(report: &Report, screen: &Screen, out: &mut String) -> std::fmt::Result {
@@ -377,20 +258,17 @@ fn memory(report: &Report, screen: &Screen, out: &mut String) -> std::fmt::Resul
         ("base and the experts of a token", report.active.bytes),
         ("whole model", Some(report.bytes)),
     ];
-    for (what, bytes) in needs {
-        let Some(bytes) = bytes else { continue };
+    let rows = needs.into_iter().filter_map(|(what, bytes)| {
+        let bytes = bytes?;
         let verdict = match bytes {
             bytes if bytes <= memory.available => "fits",
             bytes if bytes <= memory.total => "fits if others make room",
             _ => "does not fit",
         };
-        writeln!(
-            out,
-            "  {what:<31}  {:>SIZE_COLUMNS$}  {verdict}",
-            text::size(bytes)
-        )?;
-    }
-    Ok(())
+        let size = format!("{:>SIZE_COLUMNS$}", text::size(bytes));
+        Some([format!("  {what}"), size, verdict.to_owned()])
+    });
+    out.write_str(&screen.whole_table(rows.collect()))
 }
 
 fn tree(report: &Report, screen: &Screen, out: &mut String) -> std::fmt::Result {
@@ -398,45 +276,16 @@ fn tree(report: &Report, screen: &Screen, out: &mut String) -> std::fmt::Result 
     writeln!(out, "\n{}", screen.heading("the mounted tree"))?;
     let base = report.components.len();
     let documents = tree.files - base - report.experts.files;
-    writeln!(
-        out,
-        "  {}, {}\n  {}, {}, {}",
+    let text = format!(
+        "  {}, {}\n  {}, {}, {}\n\
+         \x20 materialized on XFS or btrfs it shares {}\n  with the model, and {} are copied\n",
         text::counted(tree.files, "file"),
         text::size(tree.bytes),
         text::counted(report.experts.files, "expert"),
         text::counted(base, "base file"),
         text::counted(documents, "document"),
-    )?;
-    writeln!(
-        out,
-        "  materialized on XFS or btrfs it shares {}\n  with the model, and {} are copied",
         text::size(tree.sharable_bytes),
         text::size(tree.incongruent_bytes),
-    )
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn long_names_lose_their_middle() {
-        assert_eq!(cut("blk.10.ffn_gate_exps.weight", 11, "…"), "blk.1…eight");
-        assert_eq!(cut("short", 11, "…"), "short");
-        assert_eq!(cut("模型模型模型", 3, "…"), "模…型");
-    }
-
-    #[test]
-    fn bars_are_as_long_as_their_share_and_never_vanish() {
-        let screen = |unicode| Screen {
-            columns: Some(80),
-            colours: false,
-            unicode,
-        };
-        assert_eq!(screen(true).bar(0.5, 10, Color::Cyan), "█████     ");
-        assert_eq!(screen(true).bar(0.0001, 4, Color::Cyan), "▏   ");
-        assert_eq!(screen(false).bar(0.0001, 4, Color::Cyan), "#   ");
-        assert_eq!(screen(true).bar(0.0, 4, Color::Cyan), "    ");
-        assert_eq!(screen(true).bar(1.0, 4, Color::Cyan), "████");
-    }
+    );
+    out.write_str(&screen.fit(&text))
 }

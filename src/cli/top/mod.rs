@@ -14,13 +14,14 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::time::Duration;
 
-use anyhow::{Context, ensure};
+use self::heat::{Grid, Heat, Measure};
+use super::failure::{Context, Failure, Result};
+use super::screen::Screen;
+use super::{print, print_json, say, text};
+use odmoe_fs::explain::{Explain, Hint, hint_of};
 use odmoe_fs::mounts::{State, odmoe_mount_of, state_of};
 use odmoe_fs::stats::{ExpertUse, HEAT_ATTRIBUTE, Latency, STATS_ATTRIBUTE, Snapshot};
 use serde::Serialize;
-
-use self::heat::{Grid, Heat, Measure};
-use super::{print, print_json, say, text};
 
 /// Show which experts of a mount are hot, and how fast it is read
 ///
@@ -64,26 +65,39 @@ struct LayerHeat {
 }
 
 /// Why nothing can be shown.
-#[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
+#[derive(Debug, thiserror::Error, strum::IntoStaticStr, strum::EnumProperty)]
 #[strum(serialize_all = "snake_case", prefix = "top.")]
 pub enum TopError {
-    #[error("{0:?} is not an odmoe-fs mount; pick one from `odmoe-fs status`")]
+    #[error("{0:?} is not an odmoe-fs mount")]
+    #[strum(props(hint = "pick one from `odmoe-fs status`"))]
     NotOurs(PathBuf),
-    #[error(
-        "the mount on {0:?} counts nothing; mount it with --stats: `odmoe-fs mount --replace --stats MODEL.gguf DIR`"
-    )]
+    #[error("the mount on {0:?} counts nothing")]
+    #[strum(props(
+        hint = "mount it with --stats: `odmoe-fs mount --replace --stats MODEL.gguf DIR`"
+    ))]
     NotCounted(PathBuf),
-    #[error("the mount on {0:?} does not answer; `odmoe-fs status` shows which process serves it")]
+    #[error("the mount on {0:?} does not answer")]
+    #[strum(props(hint = "`odmoe-fs status` shows which process serves it"))]
     NotAnswering(PathBuf),
-    #[error(
-        "the mount on {0:?} was unmounted, or its process has died; mount it again with --stats"
-    )]
+    #[error("the mount on {0:?} was unmounted, or its process has died")]
+    #[strum(props(hint = "mount it again with --stats"))]
     Stale(PathBuf),
-    #[error("the mount on {0:?} belongs to another user; run this as that user")]
+    #[error("the mount on {0:?} belongs to another user")]
+    #[strum(props(hint = "run this as that user"))]
     NotReadable(PathBuf),
 }
 
-pub fn run(args: &TopArgs) -> anyhow::Result<()> {
+impl Explain for TopError {
+    fn code(&self) -> &'static str {
+        self.into()
+    }
+
+    fn hint(&self) -> Option<Hint> {
+        hint_of(self)
+    }
+}
+
+pub fn run(args: &TopArgs) -> Result<()> {
     let mount =
         odmoe_mount_of(&args.directory).ok_or_else(|| TopError::NotOurs(args.directory.clone()))?;
     let root = mount.directory;
@@ -95,17 +109,19 @@ pub fn run(args: &TopArgs) -> anyhow::Result<()> {
         return print_json(&sample);
     }
     if args.once {
-        return print(&in_words(&sample, &root, args.heat));
+        let screen = Screen::of_stdout();
+        let text = in_words(&sample, &root, args.heat, &screen);
+        return print(&screen.spell(screen.fit(&text)));
     }
     view::run(&root, sample, args.heat, Duration::from_secs(args.interval))
 }
 
 impl Sample {
     /// Asks a mount for its counters.
-    fn of(root: &Path) -> anyhow::Result<Self> {
+    fn of(root: &Path) -> Result<Self> {
         let fail = |error: fn(PathBuf) -> TopError| Err(error(root.to_owned()));
         match state_of(root) {
-            State::Alive => {}
+            State::Alive | State::Changed => {}
             State::NotAnswering => fail(TopError::NotAnswering)?,
             State::Stale => fail(TopError::Stale)?,
             State::NotReadable => fail(TopError::NotReadable)?,
@@ -123,17 +139,17 @@ impl Sample {
         sample.unwrap_or_else(|_| Err(TopError::NotAnswering(root.to_owned()).into()))
     }
 
-    fn ask(root: &Path) -> anyhow::Result<Self> {
+    fn ask(root: &Path) -> Result<Self> {
         let stats = attribute(root, STATS_ATTRIBUTE)?;
         let stats = stats.ok_or_else(|| TopError::NotCounted(root.to_owned()))?;
-        let stats: Snapshot = serde_json::from_slice(&stats)?;
+        let stats: Snapshot = parsed(&stats)?;
         let heat = stats.layers.iter().map(|&(layer, _)| {
             let value = attribute(root, &format!("{HEAT_ATTRIBUTE}{layer}"))?;
-            let experts = serde_json::from_slice(&value.unwrap_or_default())?;
+            let experts = parsed(&value.unwrap_or_default())?;
             Ok(LayerHeat { layer, experts })
         });
         Ok(Self {
-            heat: heat.collect::<anyhow::Result<_>>()?,
+            heat: heat.collect::<Result<_>>()?,
             stats,
         })
     }
@@ -142,8 +158,12 @@ impl Sample {
 /// How long a mount that has just answered may take to tell its counters, on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+fn parsed<T: serde::de::DeserializeOwned>(json: &[u8]) -> Result<T> {
+    serde_json::from_slice(json).map_err(|e| Failure::unknown(&e))
+}
+
 /// An extended attribute; `None` if the file has no such.
-fn attribute(path: &Path, name: &str) -> anyhow::Result<Option<Vec<u8>>> {
+fn attribute(path: &Path, name: &str) -> Result<Option<Vec<u8>>> {
     let mut value = vec![0; 64 << 10]; // the longest value that Linux allows
     match rustix::fs::getxattr(path, name, &mut value) {
         Ok(length) => {
@@ -159,9 +179,11 @@ fn attribute(path: &Path, name: &str) -> anyhow::Result<Option<Vec<u8>>> {
 
 /// The printed map fits the lines of a terminal.
 const COLUMNS: usize = 64;
+/// What stands before a row of the map.
+const LABELS: usize = 10;
 const ROWS: usize = 128;
 
-fn in_words(sample: &Sample, root: &Path, measure: Measure) -> String {
+fn in_words(sample: &Sample, root: &Path, measure: Measure, screen: &Screen) -> String {
     let stats = &sample.stats;
     let heat = Heat::of(sample, measure);
     let mut out = format!(
@@ -186,7 +208,10 @@ fn in_words(sample: &Sample, root: &Path, measure: Measure) -> String {
         return out + "no expert was used yet\n";
     }
     out += &format!("\n{} of experts, by layer\n", measure.name());
-    let grid = Grid::of(&heat, ROWS, COLUMNS);
+    let columns = screen
+        .columns()
+        .map_or(COLUMNS, |all| all.saturating_sub(LABELS));
+    let grid = Grid::of(&heat, ROWS, columns.min(COLUMNS));
     for row in &grid.rows {
         let cells: String = row.cells.iter().map(|cell| grid.shade(*cell)).collect();
         out += &format!("{:>9} {}\n", row.label(), cells.trim_end());
@@ -217,12 +242,12 @@ fn latencies(latency: &Latency) -> String {
     )
 }
 
-fn export(sample: &Sample, root: &Path, measure: Measure, path: &Path) -> anyhow::Result<()> {
-    ensure!(
-        path.extension()
-            .is_some_and(|extension| extension.eq_ignore_ascii_case("svg")),
-        "{path:?} does not end in .svg; choose a name that does"
-    );
+fn export(sample: &Sample, root: &Path, measure: Measure, path: &Path) -> Result<()> {
+    let extension = path.extension();
+    if !extension.is_some_and(|extension| extension.eq_ignore_ascii_case("svg")) {
+        let message = format!("{path:?} does not end in .svg");
+        return Err(Failure::new(message).hint("choose a name that does"));
+    }
     let heat = Heat::of(sample, measure);
     let title = format!("{} on {}", sample.stats.architecture, root.display());
     let drawing = svg::draw(&heat, measure, &title, sample.stats.seconds);

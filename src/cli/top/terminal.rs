@@ -13,8 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, ensure};
-use odmoe_fs::mounts::Signals;
+use odmoe_fs::process::Signals;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
 use ratatui::crossterm::execute;
 use ratatui::crossterm::terminal::{EnterAlternateScreen, enable_raw_mode};
@@ -22,7 +21,8 @@ use ratatui::prelude::CrosstermBackend;
 use ratatui::{DefaultTerminal, Frame, Terminal};
 use rustix::process::{Signal, getpgrp, getpid, getsid, kill_process};
 
-use super::super::stop::Interrupted;
+use super::super::failure::{Context, Failure, Result};
+use super::super::text;
 
 /// The signals that end a process by default (signal(7)), except those for faults of its own.
 const ENDING: &[i32] = &[
@@ -60,15 +60,18 @@ pub struct LiveTerminal {
 
 impl LiveTerminal {
     /// Takes the terminal.
-    pub fn take() -> anyhow::Result<Self> {
-        ensure!(
-            io::stdout().is_terminal() && io::stdin().is_terminal(),
-            "there is no terminal to show the live view on; pass --once, or --once --json"
-        );
+    pub fn take() -> Result<Self> {
+        let refused = |why| Err(Failure::new(why).hint("pass --once, or --once --json"));
+        if !io::stdout().is_terminal() || !io::stdin().is_terminal() {
+            return refused("there is no terminal to show the live view on");
+        }
+        if text::is_dumb() {
+            return refused("this terminal (TERM=dumb) cannot show the live view");
+        }
         if !is_in_foreground() {
             // Stop until the shell gives us the terminal, as the kernel would make us; but do it
             // before signals are taken, since a stopped process could not obey them.
-            kill_process(getpid(), Signal::TTOU)?;
+            kill_process(getpid(), Signal::TTOU).map_err(io::Error::from)?;
         }
         let taken = take_signals().context("cannot start a thread")?;
         // This also restores the terminal after a panic.
@@ -81,7 +84,7 @@ impl LiveTerminal {
     }
 
     /// Draws the view.
-    pub fn draw(&mut self, draw: impl FnOnce(&mut Frame)) -> anyhow::Result<()> {
+    pub fn draw(&mut self, draw: impl FnOnce(&mut Frame)) -> Result<()> {
         let drawn = self.terminal.draw(draw).map(drop);
         // If the terminal is gone, the signal that says so is the better reason.
         self.obey_signals()?;
@@ -91,8 +94,8 @@ impl LiveTerminal {
     /// Waits for a key. `None` if none was pressed in time, or if the view must be drawn again.
     ///
     /// # Errors
-    /// [`Interrupted`] if a signal ends the process.
-    pub fn key(&mut self, until: Instant) -> anyhow::Result<Option<KeyEvent>> {
+    /// [`Failure::interrupted`] if a signal ends the process.
+    pub fn key(&mut self, until: Instant) -> Result<Option<KeyEvent>> {
         loop {
             if self.obey_signals()? {
                 return Ok(None);
@@ -111,7 +114,7 @@ impl LiveTerminal {
                         return Ok(Some(key));
                     }
                     // Without a shell, nobody would continue us.
-                    if getsid(None)? != getpgrp() {
+                    if getsid(None).map_err(io::Error::from)? != getpgrp() {
                         self.suspend()?;
                     }
                     return Ok(None);
@@ -123,26 +126,26 @@ impl LiveTerminal {
     }
 
     /// Obeys the signal that was taken, if any. `true` if the view must be drawn again.
-    fn obey_signals(&mut self) -> anyhow::Result<bool> {
+    fn obey_signals(&mut self) -> Result<bool> {
         match self.taken.load(Ordering::Acquire) {
             0 => Ok(false),
             libc::SIGTSTP => {
                 self.suspend()?;
                 Ok(true)
             }
-            signal => Err(interrupted(signal)),
+            signal => Err(Failure::interrupted(signal)),
         }
     }
 
     /// Restores the terminal and stops, as a shell expects after Ctrl-Z; takes the terminal again
     /// once the process is in the foreground.
-    fn suspend(&mut self) -> anyhow::Result<()> {
+    fn suspend(&mut self) -> Result<()> {
         self.give_back();
         let suspended =
             self.taken
                 .compare_exchange(libc::SIGTSTP, 0, Ordering::AcqRel, Ordering::Acquire);
         if matches!(suspended, Ok(_) | Err(0)) {
-            kill_process(getpid(), Signal::STOP)?;
+            kill_process(getpid(), Signal::STOP).map_err(io::Error::from)?;
         }
         // Continued, but perhaps in the background.
         loop {
@@ -150,7 +153,7 @@ impl LiveTerminal {
             match self.taken.swap(0, Ordering::AcqRel) {
                 0 | libc::SIGTSTP if is_in_foreground() => break,
                 0 | libc::SIGTSTP => {}
-                signal => return Err(interrupted(signal)),
+                signal => return Err(Failure::interrupted(signal)),
             }
         }
         self.is_taken = true;
@@ -172,11 +175,6 @@ impl Drop for LiveTerminal {
     fn drop(&mut self) {
         self.give_back();
     }
-}
-
-/// The end of the view by a signal: the exit status is 128 and its number.
-fn interrupted(signal: i32) -> anyhow::Error {
-    anyhow::Error::msg(Interrupted(signal))
 }
 
 /// Whether this process may write to the terminal; always, if no shell controls that.

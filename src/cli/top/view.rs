@@ -10,6 +10,7 @@ use ratatui::layout::{Constraint, Layout, Rect};
 use ratatui::style::{Color, Style};
 use ratatui::text::{Line, Span};
 
+use super::super::failure::Result;
 use super::super::text;
 use super::heat::{Grid, Heat, Measure};
 use super::terminal::LiveTerminal;
@@ -32,12 +33,7 @@ struct View<'a> {
 }
 
 /// Shows a mount until the user ends the view or the mount stops answering.
-pub fn run(
-    root: &Path,
-    sample: Sample,
-    measure: Measure,
-    interval: Duration,
-) -> anyhow::Result<()> {
+pub fn run(root: &Path, sample: Sample, measure: Measure, interval: Duration) -> Result<()> {
     let mut view = View {
         root,
         sample,
@@ -50,7 +46,7 @@ pub fn run(
 }
 
 impl View<'_> {
-    fn show(&mut self, terminal: &mut LiveTerminal, interval: Duration) -> anyhow::Result<()> {
+    fn show(&mut self, terminal: &mut LiveTerminal, interval: Duration) -> Result<()> {
         let mut next = Instant::now() + interval;
         loop {
             terminal.draw(|frame| self.draw(frame))?;

@@ -1,6 +1,6 @@
 //! Made-up weights: random bits for every type, such that no number that comes out is infinite.
 
-use odmoe_fs::gguf::GgmlType;
+use crate::gguf::GgmlType;
 
 /// What a block of a type is filled with.
 pub(super) enum Elements {

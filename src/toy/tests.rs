@@ -1,26 +1,28 @@
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::BufReader;
-
-use odmoe_fs::gguf::{Header, ModelHeader};
 
 use super::plan::Tensor;
 use super::weights::{SplitMix64, f16_bits};
 use super::*;
+use crate::explain::Explain;
+use crate::gguf::{Header, ModelHeader};
 
-fn write_toy(args: &ToyArgs) -> anyhow::Result<Vec<PathBuf>> {
-    super::write_toy(args, super::Watch::silent(&AtomicBool::new(false)))
+/// The name of the toys here, whole or in parts.
+fn write(toy: &Toy, folder: &Path) -> Result<Vec<PathBuf>, ToyError> {
+    toy.write(&folder.join("toy.gguf"), &AtomicBool::new(false), &|_| {})
 }
 
 /// A toy of a few hundred kilobytes at most.
-fn tiny(folder: &Path) -> ToyArgs {
-    ToyArgs {
+fn tiny() -> Toy {
+    Toy {
         layers: 1,
         experts: 2,
         dim: 256,
         ffn_dim: 256,
         vocab: 256,
         ggml_type: GgmlType::from_name("Q4_0").unwrap(),
-        ..ToyArgs::new(&folder.join("toy.gguf"))
+        ..Toy::default()
     }
 }
 
@@ -47,9 +49,9 @@ fn listing(folder: &Path) -> Vec<OsString> {
 
 #[test]
 fn the_reference_naming_is_that_of_the_reference_converter() {
-    let plan = Plan::new(&ToyArgs {
+    let plan = Plan::new(&Toy {
         naming: Naming::Reference,
-        ..ToyArgs::new(Path::new("toy.gguf"))
+        ..Toy::default()
     })
     .unwrap();
     let tensors: Vec<_> = plan.tensors.iter().map(|t| (&*t.name, &*t.dims)).collect();
@@ -78,21 +80,20 @@ fn the_reference_naming_is_that_of_the_reference_converter() {
 
 #[test]
 fn every_naming_and_type_reads_back_as_planned() {
-    let types = GGML_TYPES.iter().filter(|t| Elements::of(t).is_some());
-    let stacked = types.map(|t| (t, Naming::Stacked));
+    let stacked = Toy::types().map(|t| (t, Naming::Stacked));
     let q8_0 = GgmlType::from_name("Q8_0").unwrap();
     let namings = [Naming::Fused, Naming::PerExpert, Naming::Reference].map(|n| (q8_0, n));
     for (ggml_type, naming) in stacked.chain(namings) {
         let folder = tempfile::tempdir().unwrap();
-        let args = ToyArgs {
+        let toy = Toy {
             ggml_type,
             naming,
-            ..tiny(folder.path())
+            ..tiny()
         };
-        let files = write_toy(&args).unwrap();
-        assert_eq!(files, std::slice::from_ref(&args.out));
-        let (header, bytes) = header(&args.out);
-        let plan = Plan::new(&args).unwrap();
+        let files = write(&toy, folder.path()).unwrap();
+        assert_eq!(files, [folder.path().join("toy.gguf")]);
+        let (header, bytes) = header(&files[0]);
+        let plan = Plan::new(&toy).unwrap();
         assert_eq!(header.key_values.len(), plan.key_values.len());
         assert_eq!(header.tensors.len(), plan.tensors.len());
         for (read, planned) in header.tensors.iter().zip(&plan.tensors) {
@@ -117,20 +118,13 @@ fn the_types_of_a_toy_are_those_of_gguf_py_that_files_hold() {
 #[test]
 fn the_bytes_depend_on_seed_and_tensor_and_not_on_the_split() {
     let folders = [(); 3].map(|()| tempfile::tempdir().unwrap());
-    let args = tiny(folders[0].path());
-    let one = write_toy(&args).unwrap();
-    let split = write_toy(&ToyArgs {
-        split: 3,
-        ..tiny(folders[1].path())
-    })
-    .unwrap();
-    let other_seed = write_toy(&ToyArgs {
-        seed: 1,
-        ..tiny(folders[2].path())
-    })
-    .unwrap();
+    let one = write(&tiny(), folders[0].path()).unwrap();
+    let split = Toy { parts: 3, ..tiny() };
+    let split = write(&split, folders[1].path()).unwrap();
+    let other_seed = Toy { seed: 1, ..tiny() };
+    let other_seed = write(&other_seed, folders[2].path()).unwrap();
     let mut seen = std::collections::HashSet::new();
-    for tensor in Plan::new(&args).unwrap().tensors {
+    for tensor in Plan::new(&tiny()).unwrap().tensors {
         let data = data_of(&one, &tensor.name);
         assert_eq!(data, data_of(&split, &tensor.name), "{}", tensor.name);
         assert_ne!(data, data_of(&other_seed, &tensor.name), "{}", tensor.name);
@@ -141,16 +135,11 @@ fn the_bytes_depend_on_seed_and_tensor_and_not_on_the_split() {
 #[test]
 fn parts_have_the_right_names_and_make_a_model() {
     let folder = tempfile::tempdir().unwrap();
-    let args = tiny(folder.path());
-    let tensors = Plan::new(&args).unwrap().tensors.len() as u16;
-    for split in [2, 3, tensors] {
-        let args = ToyArgs {
-            split,
-            ..args.clone()
-        };
-        let files = write_toy(&args).unwrap();
-        assert_eq!(files.len(), usize::from(split));
-        let name = format!("toy-00002-of-{split:05}.gguf");
+    let tensors = Plan::new(&tiny()).unwrap().tensors.len() as u16;
+    for parts in [2, 3, tensors] {
+        let files = write(&Toy { parts, ..tiny() }, folder.path()).unwrap();
+        assert_eq!(files.len(), usize::from(parts));
+        let name = format!("toy-00002-of-{parts:05}.gguf");
         assert_eq!(files[1], folder.path().join(name));
         let headers: Vec<_> = files.iter().map(|path| header(path)).collect();
         assert!(headers.iter().all(|(h, _)| !h.tensors.is_empty()));
@@ -158,68 +147,123 @@ fn parts_have_the_right_names_and_make_a_model() {
         let model = ModelHeader::join(headers).unwrap();
         assert_eq!(model.tensors.len(), usize::from(tensors));
     }
-    let too_many = ToyArgs {
-        split: tensors + 1,
-        ..args
+    let too_many = Toy {
+        parts: tensors + 1,
+        ..tiny()
     };
-    let error = write_toy(&too_many).unwrap_err().to_string();
-    assert!(error.contains(&format!("--split {tensors}")), "{error}");
+    let hint = write(&too_many, folder.path()).unwrap_err().hint().unwrap();
+    assert!(hint.contains(&format!("--split {tensors}")), "{hint}");
 }
 
 #[test]
 fn parts_are_of_about_equal_size() {
-    let plan = Plan::new(&ToyArgs::new(Path::new("toy.gguf"))).unwrap();
+    let plan = Plan::new(&Toy::default()).unwrap();
     for range in plan.parts(3) {
         let bytes: u64 = plan.tensors[range].iter().map(Tensor::bytes).sum();
         assert!((16_000_000..26_000_000).contains(&bytes), "{bytes}");
     }
 }
 
+/// Why such a toy is refused; nothing is written.
+fn refused(toy: &Toy) -> ToyError {
+    let folder = tempfile::tempdir().unwrap();
+    let error = write(toy, folder.path()).unwrap_err();
+    assert!(listing(folder.path()).is_empty());
+    error
+}
+
 #[test]
 fn rows_of_broken_blocks_are_refused_with_the_tensor_and_the_option() {
-    for (args, words) in [
+    let (dim, ffn_dim, vocab) = (100, 100, 100);
+    let reference = Toy {
+        naming: Naming::Reference,
+        ..tiny()
+    };
+    for (toy, tensor, option) in [
+        (Toy { dim, ..tiny() }, "token_embd.weight", "--dim"),
         (
-            ToyArgs {
-                dim: 100,
-                ..tiny(Path::new(""))
+            Toy { ffn_dim, ..tiny() },
+            "blk.0.ffn_down_exps.weight",
+            "--ffn-dim",
+        ),
+        (Toy { vocab, ..reference }, "output.weight", "--vocab"),
+    ] {
+        let error = refused(&toy);
+        let message = error.to_string();
+        assert!(message.starts_with(tensor) && message.ends_with("Q4_0 blocks of 32"));
+        assert_eq!(
+            error.hint().unwrap(),
+            format!("make {option} a multiple of 32")
+        );
+    }
+}
+
+#[test]
+fn numbers_out_of_range_and_types_that_no_file_holds_are_refused() {
+    for (toy, message, hint) in [
+        (
+            Toy {
+                layers: 0,
+                ..tiny()
             },
-            ["token_embd.weight", "--dim"],
+            "--layers 0 is out of range",
+            "choose from 1 to 512",
         ),
         (
-            ToyArgs {
-                ffn_dim: 100,
-                ..tiny(Path::new(""))
+            Toy {
+                experts: 1025,
+                ..tiny()
             },
-            ["blk.0.ffn_down_exps.weight", "--ffn-dim"],
+            "--experts 1025 is out of range",
+            "choose from 1 to 1024",
         ),
         (
-            ToyArgs {
-                vocab: 100,
-                naming: Naming::Reference,
-                ..tiny(Path::new(""))
+            Toy {
+                dim: u32::MAX,
+                ffn_dim: u32::MAX,
+                ..tiny()
             },
-            ["output.weight", "--vocab"],
+            "--dim 4294967295 is out of range",
+            "choose from 1 to 16384",
+        ),
+        (
+            Toy { parts: 0, ..tiny() },
+            "--split 0 is out of range",
+            "choose from 1 to 65535",
+        ),
+        (
+            Toy {
+                ggml_type: GgmlType::from_name("Q8_K").unwrap(),
+                ..tiny()
+            },
+            "a toy cannot be made of Q8_K",
+            "choose a type that `odmoe-fs toy --help` lists",
         ),
     ] {
-        let error = write_toy(&args).unwrap_err().to_string();
-        assert!(words.iter().all(|word| error.contains(word)), "{error}");
-        assert!(error.contains("Q4_0 blocks of 32"), "{error}");
+        let error = refused(&toy);
+        assert_eq!(error.to_string(), message);
+        assert_eq!(error.hint().unwrap(), hint);
     }
 }
 
 #[test]
 fn no_file_is_overwritten_and_nothing_else_is_left() {
     let folder = tempfile::tempdir().unwrap();
-    let args = ToyArgs {
-        split: 3,
-        ..tiny(folder.path())
-    };
     let mine = folder.path().join("toy-00002-of-00003.gguf");
     fs::write(&mine, "mine").unwrap();
-    let error = write_toy(&args).unwrap_err().to_string();
-    assert!(error.contains("toy-00002-of-00003.gguf"), "{error}");
+    let error = write(&Toy { parts: 3, ..tiny() }, folder.path()).unwrap_err();
+    assert!(matches!(error, ToyError::Exists(path) if path == mine));
     assert_eq!(fs::read(&mine).unwrap(), b"mine");
     assert_eq!(listing(folder.path()), ["toy-00002-of-00003.gguf"]);
+}
+
+#[test]
+fn one_that_is_stopped_leaves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let stop = AtomicBool::new(true);
+    let stopped = tiny().write(&folder.path().join("toy.gguf"), &stop, &|_| {});
+    assert!(matches!(stopped, Err(ToyError::Stopped)));
+    assert!(listing(folder.path()).is_empty());
 }
 
 #[test]

@@ -1,17 +1,34 @@
-//! What is in a model, in numbers: the JSON of `inspect`, and what its texts are made from.
+//! What is in a model, in numbers, and what mounting it would show.
+//!
+//! [`Report`] describes the model, [`ExpertReport`] one expert. Both serialise as the JSON that
+//! `docs/JSON.md` describes.
+
+mod expert;
+mod memory;
 
 use std::collections::BTreeMap;
 
-use odmoe_fs::layout::{FileKind, Layout, TensorFile};
-use odmoe_fs::model::Model;
-use odmoe_fs::safetensors::{Dtype, Shape};
 use serde::Serialize;
 
-use super::memory::Memory;
+pub use self::expert::{ExpertReport, ExpertTensor};
+pub use self::memory::Memory;
+use crate::layout::{FileKind, Layout, TensorFile};
+use crate::model::Model;
+use crate::safetensors::{Dtype, Shape};
 
-#[derive(Serialize)]
+/// What is in a model. Bytes are payload, what tensors hold without headers, unless it says
+/// otherwise.
+#[derive(Debug, Clone, Serialize)]
 pub struct Report<'a> {
     pub architecture: Option<&'a str>,
+    /// `ARCHITECTURE.block_count`: layers, those without experts included.
+    pub block_count: Option<u64>,
+    /// `ARCHITECTURE.embedding_length`: the width of the model.
+    pub embedding_length: Option<u64>,
+    /// Tokens, by the model's key, its tokenizer or its embeddings.
+    pub vocab_size: Option<u64>,
+    /// The most experts that a layer has.
+    pub expert_count: u64,
     pub gguf_version: u32,
     pub parts: Vec<PartReport<'a>>,
     /// Bytes of all parts.
@@ -30,23 +47,27 @@ pub struct Report<'a> {
     pub tensors: Option<Vec<TensorReport<'a>>>,
 }
 
-#[derive(Serialize)]
+/// One file of the model.
+#[derive(Debug, Clone, Serialize)]
 pub struct PartReport<'a> {
     pub path: std::borrow::Cow<'a, str>,
+    /// Of the file.
     pub bytes: u64,
     pub alignment: u32,
+    /// The offset of the tensors' data.
     pub data_start: u64,
     pub tensors: usize,
 }
 
 /// A number of tensors and their bytes.
-#[derive(Serialize, Default, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default, Serialize)]
 pub struct Amount {
     pub tensors: usize,
     pub bytes: u64,
 }
 
-#[derive(Serialize)]
+/// The routed experts.
+#[derive(Debug, Clone, Serialize)]
 pub struct ExpertsReport {
     pub files: usize,
     /// Payload bytes of all experts.
@@ -57,7 +78,8 @@ pub struct ExpertsReport {
     pub incomplete: Vec<IncompleteReport>,
 }
 
-#[derive(Serialize)]
+/// The routed experts of a layer.
+#[derive(Debug, Clone, Serialize)]
 pub struct ExpertLayerReport {
     pub layer: u32,
     pub experts: usize,
@@ -65,7 +87,8 @@ pub struct ExpertLayerReport {
     pub bytes: u64,
 }
 
-#[derive(Serialize)]
+/// A layer, whether it has experts or not.
+#[derive(Debug, Clone, Serialize)]
 pub struct LayerReport {
     pub layer: u32,
     /// `moe` if it has routed experts, else `dense`.
@@ -78,7 +101,7 @@ pub struct LayerReport {
 }
 
 /// Experts that lack a matrix.
-#[derive(Serialize)]
+#[derive(Debug, Clone, Serialize)]
 pub struct IncompleteReport {
     /// Of `w1.weight` (gate), `w2.weight` (down) and `w3.weight` (up).
     pub missing: Vec<&'static str>,
@@ -88,7 +111,7 @@ pub struct IncompleteReport {
 }
 
 /// What one token needs.
-#[derive(Serialize)]
+#[derive(Debug, Clone, Serialize)]
 pub struct ActiveReport {
     /// Experts used in each layer; `None` where the model does not say.
     pub experts_per_layer: Option<u64>,
@@ -100,9 +123,11 @@ pub struct ActiveReport {
     pub bytes: Option<u64>,
 }
 
-#[derive(Serialize)]
+/// What a mount shows.
+#[derive(Debug, Clone, Serialize)]
 pub struct TreeReport {
     pub files: usize,
+    /// Of all files, headers and documents included.
     pub bytes: u64,
     /// Payload bytes that are at another place modulo 4096 than in the model: a file system that
     /// shares blocks has to copy them.
@@ -112,20 +137,25 @@ pub struct TreeReport {
     pub sharable_bytes: u64,
 }
 
-#[derive(Serialize)]
+/// One tensor of the model.
+#[derive(Debug, Clone, Serialize)]
 pub struct TensorReport<'a> {
     pub name: &'a str,
+    /// 0-based.
     pub part: u32,
     pub ggml_type: &'static str,
     /// Row-major, in elements.
     pub shape: Vec<u64>,
+    /// In safetensors; `U8` for GGML blocks.
     pub dtype: &'static str,
+    /// In the part's file.
     pub offset: u64,
     pub bytes: u64,
 }
 
 impl<'a> Report<'a> {
-    pub fn new(model: &'a Model, tensors: bool) -> Self {
+    /// Describes a model, without its single tensors.
+    pub fn new(model: &'a Model) -> Self {
         let layout = model.layout();
         let header = layout.model();
         let mut ggml_types: BTreeMap<_, Amount> = BTreeMap::new();
@@ -145,6 +175,7 @@ impl<'a> Report<'a> {
             tensors,
         });
         let incongruent = |files: &[TensorFile]| files.iter().map(|f| f.incongruent_bytes).sum();
+        let number = |key| header.get_of_architecture(key)?.value.as_u64();
         let used = layout.expert_used_count().and_then(|value| value.as_u64());
         let expert_layers = expert_layers(layout);
         let payload: u64 = layout.files().iter().map(|file| file.payload_bytes).sum();
@@ -154,6 +185,10 @@ impl<'a> Report<'a> {
             active: ActiveReport::new(layout, &expert_layers, used),
             memory: Memory::of_this_machine(),
             architecture: header.architecture(),
+            block_count: number("block_count"),
+            embedding_length: number("embedding_length"),
+            vocab_size: layout.vocab_size(),
+            expert_count: layout.expert_count(),
             gguf_version: header.version,
             parts: parts.collect(),
             bytes: header.parts.iter().map(|part| part.file_bytes).sum(),
@@ -174,7 +209,15 @@ impl<'a> Report<'a> {
                 sharable_bytes: payload - incongruent_bytes,
                 incongruent_expert_bytes: incongruent(layout.experts()),
             },
-            tensors: tensors.then(|| tensor_reports(layout)),
+            tensors: None,
+        }
+    }
+
+    /// The same, with every tensor of the model.
+    pub fn with_tensors(self, model: &'a Model) -> Self {
+        Self {
+            tensors: Some(tensor_reports(model.layout())),
+            ..self
         }
     }
 }

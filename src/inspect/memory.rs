@@ -5,7 +5,7 @@ use std::fs;
 use serde::Serialize;
 
 /// In bytes.
-#[derive(Serialize, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Serialize)]
 pub struct Memory {
     /// What there is, or may be used.
     pub total: u64,

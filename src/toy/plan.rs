@@ -1,21 +1,20 @@
-//! What a toy holds: keys and tensors as a converter would write them, and the parts they go to.
+//! The content of a toy: keys and tensors as a converter would write them, dealt out to parts.
 
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::ops::Range;
 use std::path::Path;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::bail;
-use odmoe_fs::gguf::write::{Writer, Written};
-use odmoe_fs::gguf::{GgmlType, Value, ValueType};
-use odmoe_fs::work::Progress;
 use tempfile::TempPath;
 
 use super::weights::{Elements, SplitMix64};
-use super::{Naming, ToyArgs, Watch};
+use super::{Naming, Toy, ToyError};
+use crate::gguf::write::{Writer, Written};
+use crate::gguf::{GgmlType, Value, ValueType};
+use crate::work::Progress;
 
-/// How often progress is told.
+/// How many bytes are written between two reports of progress.
 const PROGRESS_BYTES: u64 = 1 << 20;
 
 /// What the model holds.
@@ -31,26 +30,35 @@ pub(super) struct Tensor {
     pub(super) ggml_type: &'static GgmlType,
 }
 
+/// Why the writing of a part ends early.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Halt {
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    #[error("stopped")]
+    Stopped,
+}
+
 /// A width of the model, and the option that sets it.
 #[derive(Clone, Copy)]
 struct Width(u64, &'static str);
 
 impl Plan {
-    pub(super) fn new(args: &ToyArgs) -> anyhow::Result<Self> {
+    pub(super) fn new(toy: &Toy) -> Result<Self, ToyError> {
         let mut tensors = Tensors {
-            args,
+            toy,
             list: Vec::new(),
         };
-        match args.naming {
+        match toy.naming {
             Naming::Stacked => tensors.llama(Tensors::stacked),
             Naming::Fused => tensors.llama(Tensors::fused),
             Naming::PerExpert => tensors.llama(Tensors::per_expert),
             Naming::Reference => tensors.reference(),
         }?;
         Ok(Self {
-            key_values: match args.naming {
-                Naming::Reference => reference_key_values(args),
-                _ => llama_key_values(args),
+            key_values: match toy.naming {
+                Naming::Reference => reference_key_values(toy),
+                _ => llama_key_values(toy),
             },
             tensors: tensors.list,
         })
@@ -82,38 +90,13 @@ impl Plan {
         (1..=count).map(part).collect()
     }
 
-    /// Writes part `no` (0-based) of `count` into a temporary file beside `path`.
-    pub(super) fn write_part(
-        &self,
-        no: u16,
-        count: u16,
-        tensors: Range<usize>,
-        seed: u64,
-        path: &Path,
-        watch: Watch,
-    ) -> anyhow::Result<TempPath> {
+    /// Part `no` (0-based) of `count`, which holds some of the tensors.
+    pub(super) fn part(&self, no: u16, count: u16, tensors: Range<usize>) -> Part<'_> {
         let tensors = &self.tensors[tensors];
-        let header = self.header(no, count, tensors);
-        let folder = match path.parent() {
-            Some(folder) if !folder.as_os_str().is_empty() => folder,
-            _ => Path::new("."),
-        };
-        // With the rights of any new file, and errors that do not tell its name.
-        let (file, unnamed) = tempfile::Builder::new()
-            .prefix(".toy-")
-            .make_in(folder, |path| File::create_new(path))?
-            .into_parts();
-        let mut out = BufWriter::with_capacity(1 << 20, file);
-        out.write_all(&header.bytes)?;
-        let mut at = header.bytes.len() as u64;
-        for (tensor, &(offset, bytes)) in tensors.iter().zip(&header.data) {
-            pad(&mut out, offset - at)?;
-            tensor.write_data(seed, &mut out, watch)?;
-            at = offset + bytes;
+        Part {
+            tensors,
+            header: self.header(no, count, tensors),
         }
-        pad(&mut out, header.file_bytes - at)?;
-        out.flush()?;
-        Ok(unnamed) // and closed: there may be more parts than descriptors
     }
 
     fn header(&self, no: u16, count: u16, tensors: &[Tensor]) -> Written {
@@ -136,43 +119,83 @@ impl Plan {
     }
 }
 
+/// One file of the model.
+pub(super) struct Part<'a> {
+    tensors: &'a [Tensor],
+    header: Written,
+}
+
+impl Part<'_> {
+    /// Writes it into a temporary file beside `path`.
+    pub(super) fn write(
+        &self,
+        seed: u64,
+        path: &Path,
+        stop: &AtomicBool,
+        progress: &dyn Fn(Progress),
+    ) -> Result<TempPath, Halt> {
+        let header = &self.header;
+        let folder = match path.parent() {
+            Some(folder) if !folder.as_os_str().is_empty() => folder,
+            _ => Path::new("."),
+        };
+        // With the rights of any new file, and errors that do not tell its name.
+        let (file, unnamed) = tempfile::Builder::new()
+            .prefix(".toy-")
+            .make_in(folder, |path| File::create_new(path))?
+            .into_parts();
+        let mut out = BufWriter::with_capacity(1 << 20, file);
+        out.write_all(&header.bytes)?;
+        let mut at = header.bytes.len() as u64;
+        for (tensor, &(offset, bytes)) in self.tensors.iter().zip(&header.data) {
+            pad(&mut out, offset - at)?;
+            tensor.write_data(seed, &mut out, stop, progress)?;
+            at = offset + bytes;
+        }
+        pad(&mut out, header.file_bytes - at)?;
+        out.flush()?;
+        Ok(unnamed) // and closed: there may be more parts than descriptors
+    }
+}
+
 fn pad(out: &mut impl Write, bytes: u64) -> io::Result<u64> {
     io::copy(&mut io::Read::take(io::repeat(0), bytes), out)
 }
 
 /// The tensors of a model, as they are listed.
 struct Tensors<'a> {
-    args: &'a ToyArgs,
+    toy: &'a Toy,
     list: Vec<Tensor>,
 }
 
 impl Tensors<'_> {
     fn dim(&self) -> Width {
-        Width(self.args.dim.into(), "--dim")
+        Width(self.toy.dim.into(), "--dim")
     }
 
     fn ffn(&self) -> Width {
-        Width(self.args.ffn_dim.into(), "--ffn-dim")
+        Width(self.toy.ffn_dim.into(), "--ffn-dim")
     }
 
     fn vocab(&self) -> Width {
-        Width(self.args.vocab.into(), "--vocab")
+        Width(self.toy.vocab.into(), "--vocab")
     }
 
     fn experts(&self) -> u64 {
-        self.args.experts.into()
+        self.toy.experts.into()
     }
 
     /// Adds a matrix of the chosen type: rows of `row` elements, and the other dimensions.
-    fn matrix(&mut self, name: &str, row: Width, others: &[u64]) -> anyhow::Result<()> {
+    fn matrix(&mut self, name: &str, row: Width, others: &[u64]) -> Result<(), ToyError> {
         let Width(elements, option) = row;
-        let ggml_type = self.args.ggml_type;
+        let ggml_type = self.toy.ggml_type;
         if ggml_type.row_bytes(elements).is_none() {
-            let block = ggml_type.block_size;
-            bail!(
-                "{name}.weight: a row of {elements} elements is no whole number of {ggml_type} blocks of \
-                 {block}; make {option} a multiple of {block}"
-            );
+            return Err(ToyError::BrokenRow {
+                tensor: format!("{name}.weight"),
+                elements,
+                ggml_type,
+                option,
+            });
         }
         self.add(name, &[&[elements], others].concat(), ggml_type);
         Ok(())
@@ -193,12 +216,15 @@ impl Tensors<'_> {
     }
 
     /// A model with llama.cpp's names and shapes; `experts` adds those of a layer.
-    fn llama(&mut self, experts: fn(&mut Self, u32) -> anyhow::Result<()>) -> anyhow::Result<()> {
+    fn llama(
+        &mut self,
+        experts: fn(&mut Self, u32) -> Result<(), ToyError>,
+    ) -> Result<(), ToyError> {
         let (dim, vocab) = (self.dim(), self.vocab());
         self.matrix("token_embd", dim, &[vocab.0])?;
         self.f32("output_norm", &[dim.0]);
         self.matrix("output", dim, &[vocab.0])?;
-        for layer in 0..self.args.layers {
+        for layer in 0..self.toy.layers {
             self.attention(layer)?;
             self.f32(&format!("blk.{layer}.ffn_norm"), &[dim.0]);
             let router = [dim.0, self.experts()];
@@ -208,7 +234,7 @@ impl Tensors<'_> {
         Ok(())
     }
 
-    fn stacked(&mut self, layer: u32) -> anyhow::Result<()> {
+    fn stacked(&mut self, layer: u32) -> Result<(), ToyError> {
         let (dim, ffn, experts) = (self.dim(), self.ffn(), self.experts());
         let blk = format!("blk.{layer}.ffn");
         self.matrix(&format!("{blk}_gate_exps"), dim, &[ffn.0, experts])?;
@@ -216,14 +242,14 @@ impl Tensors<'_> {
         self.matrix(&format!("{blk}_up_exps"), dim, &[ffn.0, experts])
     }
 
-    fn fused(&mut self, layer: u32) -> anyhow::Result<()> {
+    fn fused(&mut self, layer: u32) -> Result<(), ToyError> {
         let (dim, ffn, experts) = (self.dim(), self.ffn(), self.experts());
         let blk = format!("blk.{layer}.ffn");
         self.matrix(&format!("{blk}_gate_up_exps"), dim, &[2 * ffn.0, experts])?;
         self.matrix(&format!("{blk}_down_exps"), ffn, &[dim.0, experts])
     }
 
-    fn per_expert(&mut self, layer: u32) -> anyhow::Result<()> {
+    fn per_expert(&mut self, layer: u32) -> Result<(), ToyError> {
         let (dim, ffn) = (self.dim(), self.ffn());
         let blk = format!("blk.{layer}.ffn");
         for expert in 0..self.experts() {
@@ -236,11 +262,11 @@ impl Tensors<'_> {
 
     /// What `create_toy_model.py` of mlx-od-moe writes. Its numpy arrays are (in, out), so the
     /// dimensions of all but the embeddings are the other way round than llama.cpp's.
-    fn reference(&mut self) -> anyhow::Result<()> {
+    fn reference(&mut self) -> Result<(), ToyError> {
         let (dim, ffn, vocab, experts) = (self.dim(), self.ffn(), self.vocab(), self.experts());
         self.matrix("token_embd", dim, &[vocab.0])?;
         self.matrix("output", vocab, &[dim.0])?;
-        for layer in 0..self.args.layers {
+        for layer in 0..self.toy.layers {
             self.attention(layer)?;
             self.f32(&format!("blk.{layer}.ffn_norm"), &[dim.0]);
             self.f32(&format!("blk.{layer}.ffn.gate"), &[experts, dim.0]);
@@ -254,7 +280,7 @@ impl Tensors<'_> {
         Ok(())
     }
 
-    fn attention(&mut self, layer: u32) -> anyhow::Result<()> {
+    fn attention(&mut self, layer: u32) -> Result<(), ToyError> {
         let dim = self.dim();
         self.f32(&format!("blk.{layer}.attn_norm"), &[dim.0]);
         for matrix in ["q", "k", "v", "output"] {
@@ -266,7 +292,7 @@ impl Tensors<'_> {
 
 const CONTEXT_LENGTH: u32 = 4096;
 
-impl ToyArgs {
+impl Toy {
     fn experts_used(&self) -> u32 {
         self.experts.min(2)
     }
@@ -277,7 +303,7 @@ impl ToyArgs {
     }
 }
 
-fn llama_key_values(args: &ToyArgs) -> Vec<(String, Value)> {
+fn llama_key_values(toy: &Toy) -> Vec<(String, Value)> {
     let string = |text: &str| Value::String(text.to_owned());
     let general = [
         ("general.architecture", string("toy-moe")),
@@ -285,18 +311,18 @@ fn llama_key_values(args: &ToyArgs) -> Vec<(String, Value)> {
         ("general.quantization_version", Value::U32(2)), // GGML_QNT_VERSION
     ];
     let architecture = [
-        ("toy-moe.block_count", args.layers),
+        ("toy-moe.block_count", toy.layers),
         ("toy-moe.context_length", CONTEXT_LENGTH),
-        ("toy-moe.embedding_length", args.dim),
-        ("toy-moe.feed_forward_length", args.ffn_dim),
-        ("toy-moe.expert_feed_forward_length", args.ffn_dim),
-        ("toy-moe.expert_count", args.experts),
-        ("toy-moe.expert_used_count", args.experts_used()),
-        ("toy-moe.attention.head_count", args.heads()),
-        ("toy-moe.vocab_size", args.vocab),
+        ("toy-moe.embedding_length", toy.dim),
+        ("toy-moe.feed_forward_length", toy.ffn_dim),
+        ("toy-moe.expert_feed_forward_length", toy.ffn_dim),
+        ("toy-moe.expert_count", toy.experts),
+        ("toy-moe.expert_used_count", toy.experts_used()),
+        ("toy-moe.attention.head_count", toy.heads()),
+        ("toy-moe.vocab_size", toy.vocab),
     ];
-    let tokens = (0..args.vocab).map(|n| string(&format!("token_{n}")));
-    let scores = (0..args.vocab).map(|n| Value::F32(-(n as f32)));
+    let tokens = (0..toy.vocab).map(|n| string(&format!("token_{n}")));
+    let scores = (0..toy.vocab).map(|n| Value::F32(-(n as f32)));
     let tokenizer = [
         ("tokenizer.ggml.model", string("llama")),
         (
@@ -313,19 +339,19 @@ fn llama_key_values(args: &ToyArgs) -> Vec<(String, Value)> {
     pairs.map(|(key, value)| (key.to_owned(), value)).collect()
 }
 
-fn reference_key_values(args: &ToyArgs) -> Vec<(String, Value)> {
+fn reference_key_values(toy: &Toy) -> Vec<(String, Value)> {
     let mut pairs = vec![(
         "general.architecture".to_owned(),
         Value::String("kimi-moe".to_owned()),
     )];
     let numbers = [
-        ("kimi-moe.block_count", args.layers),
+        ("kimi-moe.block_count", toy.layers),
         ("kimi-moe.context_length", CONTEXT_LENGTH),
-        ("kimi-moe.embedding_length", args.dim),
-        ("kimi-moe.attention.head_count", args.heads()),
-        ("kimi-moe.feed_forward_length", args.ffn_dim),
-        ("kimi.num_experts_per_layer", args.experts),
-        ("kimi.num_active_experts", args.experts_used()),
+        ("kimi-moe.embedding_length", toy.dim),
+        ("kimi-moe.attention.head_count", toy.heads()),
+        ("kimi-moe.feed_forward_length", toy.ffn_dim),
+        ("kimi.num_experts_per_layer", toy.experts),
+        ("kimi.num_active_experts", toy.experts_used()),
     ];
     pairs.extend(numbers.map(|(key, n)| (key.to_owned(), Value::U32(n))));
     pairs
@@ -338,28 +364,32 @@ impl Tensor {
         row_bytes.expect("rows are whole blocks") * rows
     }
 
-    fn write_data(&self, seed: u64, out: &mut impl Write, watch: Watch) -> io::Result<()> {
+    fn write_data(
+        &self,
+        seed: u64,
+        out: &mut impl Write,
+        stop: &AtomicBool,
+        progress: &dyn Fn(Progress),
+    ) -> Result<(), Halt> {
         let elements = Elements::of(self.ggml_type).expect("a toy is made of such types");
         // Norms scale what passes through them, so they are about 1.
         let mean = if self.name.contains("norm") { 1.0 } else { 0.0 };
         let mut random = SplitMix64::of_tensor(seed, &self.name);
         let mut block = vec![0; self.ggml_type.block_bytes as usize];
-        let mut told = 0;
+        let mut reported = 0;
         for n in 1..=self.bytes() / block.len() as u64 {
-            if watch.stop.load(Ordering::Relaxed) {
-                return Err(io::Error::other(
-                    "stopped, and nothing was kept; the same command begins anew",
-                ));
+            if stop.load(Ordering::Relaxed) {
+                return Err(Halt::Stopped);
             }
             elements.fill(&mut block, mean, &mut random);
             out.write_all(&block)?;
             let bytes = n * block.len() as u64;
-            if bytes - told >= PROGRESS_BYTES || bytes == self.bytes() {
-                (watch.progress)(Progress {
-                    bytes: bytes - told,
+            if bytes - reported >= PROGRESS_BYTES || bytes == self.bytes() {
+                progress(Progress {
+                    bytes: bytes - reported,
                     files: 0,
                 });
-                told = bytes;
+                reported = bytes;
             }
         }
         Ok(())
