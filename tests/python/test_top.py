@@ -332,7 +332,7 @@ def test_a_live_view_in_the_background_leaves_the_terminal_alone(model, public):
 def test_a_mount_that_stops_while_it_is_asked_is_said_not_to_answer(model, public, times):
     with mounted(model, public / "mnt", "--stats") as root:
         daemon = daemon_of(root)
-        for n in range(times(15, long=150)):
+        for n in range(times(15, long=60)):
             command = [ME.binary, "top", root, "--once"]
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             time.sleep(n % 15 / 1000)
