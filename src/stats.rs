@@ -173,10 +173,9 @@ impl Stats {
         }
     }
 
-    /// Counts a read that was answered; `bytes` is `None` if the answer was an error.
-    pub fn read(&self, file: Ino, bytes: Option<u64>, took: Duration) {
+    /// Counts a read; `bytes` is `None` if the answer is an error.
+    pub fn read(&self, file: Ino, bytes: Option<u64>) {
         self.count(Operation::Read);
-        self.latencies.add(took);
         let Some(bytes) = bytes else {
             self.errors.fetch_add(1, Release);
             return;
@@ -185,6 +184,11 @@ impl Stats {
             counter.reads.fetch_add(1, Release);
             counter.bytes.fetch_add(bytes, Relaxed);
         }
+    }
+
+    /// Notes how long a read took, from the request to the reply.
+    pub fn took(&self, time: Duration) {
+        self.latencies.add(time);
     }
 
     /// All counters except those of single experts.
@@ -433,7 +437,8 @@ mod tests {
             for n in (first..).take_while(|_| !is_over.load(Relaxed)) {
                 stats.opened(file);
                 let bytes = (n % 3 > 0).then_some(10);
-                stats.read(file, bytes, Duration::from_micros(n % 1000));
+                stats.read(file, bytes);
+                stats.took(Duration::from_micros(n % 1000));
             }
         };
         let base = model.tree().find("base_model/norms.safetensors").unwrap();
