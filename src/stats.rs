@@ -3,13 +3,13 @@
 //! The problem: a user wants to see which experts are hot, and counting must cost readers nothing.
 //!
 //! The plan: atomics, one set for each file, and a histogram of latencies whose buckets grow with
-//! the numbers. A [`Snapshot`] is taken while readers go on counting, so its counters are of
+//! the numbers. A [`Snapshot`] is taken while readers continue to count, so its counters are of
 //! slightly different moments. Hence nothing in it is the difference of two sums, and a request is
-//! counted as a whole before it is counted by file: the numbers of files never exceed those of all
-//! requests.
+//! counted in the total before it is counted by file: the sum over all files never exceeds the
+//! total.
 //!
-//! Reads that the kernel answers from its cache never reach a file system: of a cached file, only
-//! opens are seen.
+//! Reads that the kernel answers from its cache never reach a file system. Of a cached file, only
+//! opens are counted.
 
 use std::collections::HashSet;
 use std::sync::atomic::AtomicU64;
@@ -24,7 +24,8 @@ use crate::tree::Ino;
 
 /// The extended attribute of a mount's root that holds a [`Snapshot`].
 pub const STATS_ATTRIBUTE: &str = "user.odmoe.stats";
-/// The prefix of the others' names; a layer's number follows it. Each holds [`ExpertUse`]s.
+/// The prefix of the other attributes' names; a layer's number follows it. Each holds
+/// [`ExpertUse`]s.
 pub const HEAT_ATTRIBUTE: &str = "user.odmoe.heat.";
 /// The longest value, and the longest list of names, that Linux accepts (`XATTR_SIZE_MAX` and
 /// `XATTR_LIST_MAX` of include/uapi/linux/limits.h).
@@ -80,7 +81,7 @@ struct Counter {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Use {
     pub opens: u64,
-    /// Requests of the kernel, not calls of programs: it joins, splits and saves them.
+    /// Requests of the kernel, not calls of programs: the kernel joins, splits and saves them.
     pub reads: u64,
     pub bytes: u64,
 }
@@ -114,7 +115,7 @@ pub struct Snapshot {
     pub base: Use,
     /// Use of all experts together.
     pub experts: Use,
-    /// How many experts each layer has that has any: `[layer, experts]`.
+    /// `[layer, experts]`: the number of experts of each layer that has any.
     pub layers: Vec<(u32, u32)>,
     /// Whether there are more layers than are listed.
     pub layers_cut: bool,
