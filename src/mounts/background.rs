@@ -22,7 +22,8 @@ use rustix::process::Pid;
 use super::{MountError, odmoe_mount_of};
 use crate::layout::EXPERTS_DIRECTORY;
 use crate::sys::process::{
-    Ended, Forked, Signals, fork, reset_inherited_signals, terminate, wait_for,
+    Ended, FROM_PARENT, Forked, Signals, fork, reset_inherited_signals, stop_ignoring, terminate,
+    wait_for,
 };
 
 /// The result of launching a daemon.
@@ -88,6 +89,7 @@ pub fn launch(
         Forked::Child => {
             drop(ours);
             // Until there is a mount, a signal ends this process at once.
+            stop_ignoring(&[FROM_PARENT]);
             let reset = reset_inherited_signals();
             let status = reset.map_or(1, |()| serve(Caller(theirs)));
             std::process::exit(status)
