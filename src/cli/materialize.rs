@@ -193,7 +193,9 @@ fn read_back(
     if !lines.is_empty() {
         let _ = Diagnostics.write_all(lines.concat().as_bytes());
         let message = format!("{directory:?} differs from the model where this says so");
-        return Err(Failure::new(message).hint("remove these files, and run the same command again"));
+        return Err(
+            Failure::new(message).hint("remove these files, and run the same command again")
+        );
     }
     let bytes = text::size(report.bytes);
     say(&format!("verified: {bytes} match the model\n"));
