@@ -236,7 +236,7 @@ class FailingBlocks(FailingDisk):
     """A file system on a disk that fails: `at` shows copies of the files of a folder, of which `fails` takes offsets."""
 
     def __init__(self, at, disk, image, model):
-        super().__init__(at, disk._faults)
+        super().__init__(at, disk._faults, disk._requests, disk.pid)
         self._model = model.read_bytes()
         self._image = image.read_bytes()
 
