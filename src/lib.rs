@@ -60,6 +60,7 @@
 compile_error!("odmoe-fs is for 64-bit machines");
 
 mod ahead;
+pub mod codec;
 pub mod doctor;
 pub mod fuse;
 pub mod gguf;

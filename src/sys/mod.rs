@@ -7,6 +7,7 @@ pub mod mount;
 pub mod privileges;
 pub mod process;
 pub mod read;
+pub mod simd;
 
 use std::ffi::CString;
 use std::fs::File;

@@ -1,0 +1,97 @@
+//! The table of types, and the functions of each for each output.
+
+use std::fmt;
+
+use super::block::Block;
+use super::float::{Bf16, F16, F32};
+use super::numbers::Numbers;
+use super::plain::{Q1_0, Q2_0, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Tq1_0, Tq2_0};
+use super::{Float, Output, Unit};
+use crate::gguf::GgmlType;
+use crate::sys::simd::{Avx2, Kernel};
+
+/// A type whose numbers are known.
+struct Type {
+    name: &'static str,
+    functions: fn(Output) -> Option<Functions>,
+}
+
+static TYPES: [Type; 9] = [
+    numbers::<Q1_0, _, _, _>("Q1_0"),
+    numbers::<Q2_0, _, _, _>("Q2_0"),
+    numbers::<Q4_0, _, _, _>("Q4_0"),
+    numbers::<Q4_1, _, _, _>("Q4_1"),
+    numbers::<Q5_0, _, _, _>("Q5_0"),
+    numbers::<Q5_1, _, _, _>("Q5_1"),
+    numbers::<Q8_0, _, _, _>("Q8_0"),
+    numbers::<Tq1_0, _, _, _>("TQ1_0"),
+    numbers::<Tq2_0, _, _, _>("TQ2_0"),
+];
+
+/// A place in the table.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Kind(u8);
+
+impl Kind {
+    pub(super) fn of(ggml_type: &GgmlType) -> Option<Self> {
+        let place = TYPES.iter().position(|t| t.name == ggml_type.name)?;
+        Some(Self(place as u8))
+    }
+
+    pub(super) fn functions(self, output: Output) -> Option<Functions> {
+        (self.entry().functions)(output)
+    }
+
+    fn entry(self) -> &'static Type {
+        &TYPES[usize::from(self.0)]
+    }
+}
+
+impl fmt::Debug for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.entry().name)
+    }
+}
+
+/// A kernel in both of its copies.
+pub(super) struct Functions {
+    pub(super) unit: Unit,
+    pub(super) portable: fn(&[u8], &mut [u8]),
+    pub(super) avx2: fn(Avx2, &[u8], &mut [u8]),
+}
+
+fn functions<K: Kernel>() -> Functions {
+    Functions {
+        unit: Unit {
+            blocks: K::BLOCK,
+            out: K::OUT,
+        },
+        portable: K::run,
+        avx2: Avx2::run::<K>,
+    }
+}
+
+/// The kernel for each dtype of numbers.
+macro_rules! for_float {
+    ($float:expr, $kernel:ident<$type:ty>) => {
+        match $float {
+            Float::F32 => functions::<$kernel<$type, F32, _, _, _, _>>(),
+            Float::F16 => functions::<$kernel<$type, F16, _, _, _, _>>(),
+            Float::Bf16 => functions::<$kernel<$type, Bf16, _, _, _, _>>(),
+        }
+    };
+}
+
+const fn numbers<T, const B: usize, const G: usize, const S: usize>(name: &'static str) -> Type
+where
+    T: Block<B, G, S>,
+{
+    Type {
+        name,
+        functions: |output| {
+            Some(match output {
+                Output::Numbers(float) => for_float!(float, Numbers<T>),
+            })
+        },
+    }
+}

@@ -1,0 +1,134 @@
+//! GGML blocks as numbers.
+//!
+//! The problem: loaders do not know GGML's blocks. Every output of a tensor has a fixed size for each
+//! block, so that any range of an output can be computed from the blocks beneath it alone.
+//!
+//! The plan, from the bytes of a block to those of an output:
+//!
+//! ```text
+//! plain               what the blocks of each type hold: codes and scales   (block, signs)
+//!   numbers           scale * code as F32, F16 or BF16                      (float)
+//! kinds               the functions for each type and output
+//! sys::simd           each function twice: for every processor, and for AVX2
+//! ```
+//!
+//! All of this is pure: nothing is allocated, and no bytes make it panic. Loops run over arrays of
+//! fixed length without branches, so that the compiler turns them into vector instructions.
+//!
+//! ```
+//! use odmoe_fs::codec::{Codec, Float, Output};
+//! use odmoe_fs::gguf::GgmlType;
+//!
+//! let q8_0 = GgmlType::from_name("Q8_0").unwrap();
+//! let codec = Codec::of(q8_0, Output::Numbers(Float::Bf16)).unwrap();
+//! let unit = codec.unit();
+//! assert_eq!((unit.blocks, unit.out), (34, 64));
+//!
+//! let blocks = vec![0; 10 * unit.blocks];
+//! let mut out = vec![0; 10 * unit.out];
+//! codec.compute(&blocks, &mut out);
+//! ```
+// One index into several arrays reads best, and vectorises best.
+#![allow(clippy::needless_range_loop)]
+
+mod block;
+mod float;
+mod kinds;
+mod numbers;
+mod plain;
+mod signs;
+#[cfg(test)]
+mod tests;
+
+use self::kinds::{Functions, Kind};
+use crate::gguf::GgmlType;
+use crate::sys::simd::Avx2;
+
+/// A dtype of numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Float {
+    F32,
+    F16,
+    Bf16,
+}
+
+/// One of the arrays that can be made of a quantised tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Output {
+    /// The weights, in order: bit for bit what `gguf.quants.dequantize` of gguf-py gives, and of
+    /// that the cast of numpy to F16 or of ml_dtypes to BF16: to the nearest number, ties to even,
+    /// overflow to infinity.
+    ///
+    /// This includes the bits of NaN, for which gguf-py on an x86 processor is the measure. Where
+    /// both the scale and the minimum of Q4_1 or Q5_1 are NaN it gives now one and now the other;
+    /// here it is always the scale's.
+    Numbers(Float),
+}
+
+/// The smallest step of a [`Codec`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Unit {
+    /// Bytes of blocks.
+    pub blocks: usize,
+    /// Bytes of the output: whole elements of its dtype.
+    pub out: usize,
+}
+
+/// One output of the blocks of a type.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Codec {
+    kind: Kind,
+    output: Output,
+}
+
+impl Codec {
+    /// `None` for types that have no such output.
+    pub fn of(ggml_type: &GgmlType, output: Output) -> Option<Self> {
+        let kind = Kind::of(ggml_type)?;
+        kind.functions(output)?;
+        Some(Self { kind, output })
+    }
+
+    /// Unit n of the blocks becomes unit n of the output, and depends on nothing else.
+    pub fn unit(&self) -> Unit {
+        self.functions().unit
+    }
+
+    /// Computes the output of whole units of blocks.
+    ///
+    /// # Panics
+    /// If `blocks` and `out` are not the same whole number of units.
+    pub fn compute(&self, blocks: &[u8], out: &mut [u8]) {
+        let functions = self.functions();
+        functions.unit.check(blocks, out);
+        match Avx2::detect() {
+            Some(avx2) => (functions.avx2)(avx2, blocks, out),
+            None => (functions.portable)(blocks, out),
+        }
+    }
+
+    /// As [`compute`](Self::compute), without AVX2, for tests that compare the two.
+    #[doc(hidden)]
+    pub fn compute_portably(&self, blocks: &[u8], out: &mut [u8]) {
+        let functions = self.functions();
+        functions.unit.check(blocks, out);
+        (functions.portable)(blocks, out);
+    }
+
+    fn functions(&self) -> Functions {
+        let functions = self.kind.functions(self.output);
+        functions.expect("`of` makes none without")
+    }
+}
+
+impl Unit {
+    fn check(&self, blocks: &[u8], out: &[u8]) {
+        let units = blocks.len() / self.blocks;
+        assert!(
+            units * self.blocks == blocks.len() && units * self.out == out.len(),
+            "{} bytes of blocks and {} of output are not the same number of {self:?}",
+            blocks.len(),
+            out.len(),
+        );
+    }
+}
