@@ -5,6 +5,7 @@
 /// ```text
 /// weight = (d * factor) * code                        Minimum::None
 /// weight = (d * factor) * code + dmin * min_factor    Minimum::Added
+/// weight = (d * factor) * code - dmin * min_factor    Minimum::Subtracted
 /// ```
 ///
 /// in F32, operation by operation, as in gguf-py. Products are exact, since `d`, factor and code
@@ -42,6 +43,7 @@ pub(super) trait Block<const B: usize, const G: usize, const S: usize> {
 pub(super) enum Minimum {
     None,
     Added,
+    Subtracted,
 }
 
 /// The `N` bytes from `at` on.

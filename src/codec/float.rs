@@ -128,6 +128,11 @@ pub(super) fn plus(a: f32, b: f32) -> f32 {
     nan(a, b, a + b)
 }
 
+/// `a - b` with the NaN of [`nan`].
+pub(super) fn minus(a: f32, b: f32) -> f32 {
+    nan(a, b, a - b)
+}
+
 /// The result of an operation on `a` and `b`, where it is NaN the one that x86 processors give:
 /// `a` made quiet, else `b` made quiet, else the negative one without a payload.
 fn nan(a: f32, b: f32, result: f32) -> f32 {

@@ -4,6 +4,7 @@ use std::fmt;
 
 use super::block::Block;
 use super::float::{Bf16, F16, F32};
+use super::k::{Q2K, Q3K, Q4K, Q5K, Q6K};
 use super::numbers::Numbers;
 use super::plain::{Q1_0, Q2_0, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Tq1_0, Tq2_0};
 use super::{Float, Output, Unit};
@@ -16,7 +17,7 @@ struct Type {
     functions: fn(Output) -> Option<Functions>,
 }
 
-static TYPES: [Type; 9] = [
+static TYPES: [Type; 14] = [
     numbers::<Q1_0, _, _, _>("Q1_0"),
     numbers::<Q2_0, _, _, _>("Q2_0"),
     numbers::<Q4_0, _, _, _>("Q4_0"),
@@ -24,6 +25,11 @@ static TYPES: [Type; 9] = [
     numbers::<Q5_0, _, _, _>("Q5_0"),
     numbers::<Q5_1, _, _, _>("Q5_1"),
     numbers::<Q8_0, _, _, _>("Q8_0"),
+    numbers::<Q2K, _, _, _>("Q2_K"),
+    numbers::<Q3K, _, _, _>("Q3_K"),
+    numbers::<Q4K, _, _, _>("Q4_K"),
+    numbers::<Q5K, _, _, _>("Q5_K"),
+    numbers::<Q6K, _, _, _>("Q6_K"),
     numbers::<Tq1_0, _, _, _>("TQ1_0"),
     numbers::<Tq2_0, _, _, _>("TQ2_0"),
 ];

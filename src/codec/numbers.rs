@@ -3,7 +3,7 @@
 use std::marker::PhantomData;
 
 use super::block::{Block, Minimum};
-use super::float::{Number, plus, times};
+use super::float::{Number, minus, plus, times};
 use crate::sys::simd::Kernel;
 
 /// Weights per loop, whatever the groups of the type: the compiler unrolls shorter loops instead of
@@ -63,6 +63,7 @@ fn finite<T, N, const B: usize, const G: usize, const S: usize, const W: usize>(
             out[i] = N::round(match T::MINIMUM {
                 Minimum::None => product,
                 Minimum::Added => product + minima[i],
+                Minimum::Subtracted => product - minima[i],
             });
         }
     }
@@ -91,6 +92,7 @@ fn any<T, N, const B: usize, const G: usize, const S: usize, const W: usize>(
             *out = N::cast(match T::MINIMUM {
                 Minimum::None => product,
                 Minimum::Added => plus(product, minimum),
+                Minimum::Subtracted => minus(product, minimum),
             });
         }
     }
