@@ -4,6 +4,7 @@ use std::fmt;
 
 use super::block::Block;
 use super::float::{Bf16, F16, F32};
+use super::iq::{Iq1M, Iq1S, Iq2S, Iq2Xs, Iq2Xxs, Iq3S, Iq3Xxs, Iq4Nl, Iq4Xs};
 use super::k::{Q2K, Q3K, Q4K, Q5K, Q6K};
 use super::numbers::Numbers;
 use super::plain::{Q1_0, Q2_0, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Tq1_0, Tq2_0};
@@ -17,7 +18,7 @@ struct Type {
     functions: fn(Output) -> Option<Functions>,
 }
 
-static TYPES: [Type; 14] = [
+static TYPES: [Type; 23] = [
     numbers::<Q1_0, _, _, _>("Q1_0"),
     numbers::<Q2_0, _, _, _>("Q2_0"),
     numbers::<Q4_0, _, _, _>("Q4_0"),
@@ -30,6 +31,15 @@ static TYPES: [Type; 14] = [
     numbers::<Q4K, _, _, _>("Q4_K"),
     numbers::<Q5K, _, _, _>("Q5_K"),
     numbers::<Q6K, _, _, _>("Q6_K"),
+    numbers::<Iq1S, _, _, _>("IQ1_S"),
+    numbers::<Iq1M, _, _, _>("IQ1_M"),
+    numbers::<Iq2Xxs, _, _, _>("IQ2_XXS"),
+    numbers::<Iq2Xs, _, _, _>("IQ2_XS"),
+    numbers::<Iq2S, _, _, _>("IQ2_S"),
+    numbers::<Iq3Xxs, _, _, _>("IQ3_XXS"),
+    numbers::<Iq3S, _, _, _>("IQ3_S"),
+    numbers::<Iq4Nl, _, _, _>("IQ4_NL"),
+    numbers::<Iq4Xs, _, _, _>("IQ4_XS"),
     numbers::<Tq1_0, _, _, _>("TQ1_0"),
     numbers::<Tq2_0, _, _, _>("TQ2_0"),
 ];
