@@ -4,6 +4,7 @@ use std::fmt;
 
 use super::block::Block;
 use super::float::{Bf16, F16, F32};
+use super::fp4::{Mxfp4, Nvfp4};
 use super::iq::{Iq1M, Iq1S, Iq2S, Iq2Xs, Iq2Xxs, Iq3S, Iq3Xxs, Iq4Nl, Iq4Xs};
 use super::k::{Q2K, Q3K, Q4K, Q5K, Q6K};
 use super::numbers::Numbers;
@@ -18,7 +19,7 @@ struct Type {
     functions: fn(Output) -> Option<Functions>,
 }
 
-static TYPES: [Type; 23] = [
+static TYPES: [Type; 25] = [
     numbers::<Q1_0, _, _, _>("Q1_0"),
     numbers::<Q2_0, _, _, _>("Q2_0"),
     numbers::<Q4_0, _, _, _>("Q4_0"),
@@ -42,6 +43,8 @@ static TYPES: [Type; 23] = [
     numbers::<Iq4Xs, _, _, _>("IQ4_XS"),
     numbers::<Tq1_0, _, _, _>("TQ1_0"),
     numbers::<Tq2_0, _, _, _>("TQ2_0"),
+    numbers::<Mxfp4, _, _, _>("MXFP4"),
+    numbers::<Nvfp4, _, _, _>("NVFP4"),
 ];
 
 /// A place in the table.

@@ -6,7 +6,7 @@
 //! The plan, from the bytes of a block to those of an output:
 //!
 //! ```text
-//! plain, k, iq        what the blocks of each type hold: codes and scales   (block, signs, grids)
+//! plain, k, iq, fp4   what the blocks of each type hold: codes and scales   (block, signs, grids)
 //!   numbers           scale * code as F32, F16 or BF16                      (float)
 //! kinds               the functions for each type and output
 //! sys::simd           each function twice: for every processor, and for AVX2
@@ -33,6 +33,7 @@
 
 mod block;
 mod float;
+mod fp4;
 mod grids;
 mod iq;
 mod k;

@@ -32,8 +32,8 @@ fn whole(codec: Codec, blocks: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn the_types_with_numbers_are_known() {
-    let all = "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ2_XXS IQ2_XS IQ3_XXS IQ1_S IQ4_NL IQ3_S IQ2_S IQ4_XS IQ1_M TQ1_0 TQ2_0 Q1_0 Q2_0";
+fn the_types_with_numbers_are_those_of_gguf_py_and_two_more() {
+    let all = "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ2_XXS IQ2_XS IQ3_XXS IQ1_S IQ4_NL IQ3_S IQ2_S IQ4_XS IQ1_M TQ1_0 TQ2_0 MXFP4 NVFP4 Q1_0 Q2_0";
     for float in FLOATS {
         let output = Output::Numbers(float);
         let types = GGML_TYPES.iter().filter(|t| Codec::of(t, output).is_some());
