@@ -7,44 +7,47 @@ use super::float::{Bf16, F16, F32};
 use super::fp4::{Mxfp4, Nvfp4};
 use super::iq::{Iq1M, Iq1S, Iq2S, Iq2Xs, Iq2Xxs, Iq3S, Iq3Xxs, Iq4Nl, Iq4Xs};
 use super::k::{Q2K, Q3K, Q4K, Q5K, Q6K};
+use super::mlx::{Affine, Biases, ByteScales, Fp4Scales, Scales, Weight};
 use super::numbers::Numbers;
 use super::plain::{Q1_0, Q2_0, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Tq1_0, Tq2_0};
-use super::{Float, Output, Unit};
+use super::{Float, Mlx, Mode, Output, Unit};
 use crate::gguf::GgmlType;
 use crate::sys::simd::{Avx2, Kernel};
 
 /// A type whose numbers are known.
 struct Type {
     name: &'static str,
+    mlx: Option<Mlx>,
     functions: fn(Output) -> Option<Functions>,
 }
 
+/// An affine map names the narrowest dtype that holds its scales and biases exactly.
 static TYPES: [Type; 25] = [
-    numbers::<Q1_0, _, _, _>("Q1_0"),
-    numbers::<Q2_0, _, _, _>("Q2_0"),
-    numbers::<Q4_0, _, _, _>("Q4_0"),
-    numbers::<Q4_1, _, _, _>("Q4_1"),
-    numbers::<Q5_0, _, _, _>("Q5_0"),
-    numbers::<Q5_1, _, _, _>("Q5_1"),
-    numbers::<Q8_0, _, _, _>("Q8_0"),
+    affine::<Q1_0, _, _, _, _, _>("Q1_0", Float::F16),
+    affine::<Q2_0, _, _, _, _, _>("Q2_0", Float::F16),
+    affine::<Q4_0, _, _, _, _, _>("Q4_0", Float::F16),
+    affine::<Q4_1, _, _, _, _, _>("Q4_1", Float::F16),
+    affine::<Q5_0, _, _, _, _, _>("Q5_0", Float::F16),
+    affine::<Q5_1, _, _, _, _, _>("Q5_1", Float::F16),
+    affine::<Q8_0, _, _, _, _, _>("Q8_0", Float::F16),
     numbers::<Q2K, _, _, _>("Q2_K"),
-    numbers::<Q3K, _, _, _>("Q3_K"),
-    numbers::<Q4K, _, _, _>("Q4_K"),
-    numbers::<Q5K, _, _, _>("Q5_K"),
+    affine::<Q3K, _, _, _, _, _>("Q3_K", Float::F16),
+    affine::<Q4K, _, _, _, _, _>("Q4_K", Float::F32),
+    affine::<Q5K, _, _, _, _, _>("Q5_K", Float::F32),
     numbers::<Q6K, _, _, _>("Q6_K"),
-    numbers::<Iq1S, _, _, _>("IQ1_S"),
-    numbers::<Iq1M, _, _, _>("IQ1_M"),
-    numbers::<Iq2Xxs, _, _, _>("IQ2_XXS"),
+    affine::<Iq1S, _, _, _, _, _>("IQ1_S", Float::F32),
+    affine::<Iq1M, _, _, _, _, _>("IQ1_M", Float::F32),
+    affine::<Iq2Xxs, _, _, _, _, _>("IQ2_XXS", Float::F32),
     numbers::<Iq2Xs, _, _, _>("IQ2_XS"),
     numbers::<Iq2S, _, _, _>("IQ2_S"),
-    numbers::<Iq3Xxs, _, _, _>("IQ3_XXS"),
-    numbers::<Iq3S, _, _, _>("IQ3_S"),
-    numbers::<Iq4Nl, _, _, _>("IQ4_NL"),
-    numbers::<Iq4Xs, _, _, _>("IQ4_XS"),
-    numbers::<Tq1_0, _, _, _>("TQ1_0"),
-    numbers::<Tq2_0, _, _, _>("TQ2_0"),
-    numbers::<Mxfp4, _, _, _>("MXFP4"),
-    numbers::<Nvfp4, _, _, _>("NVFP4"),
+    affine::<Iq3Xxs, _, _, _, _, _>("IQ3_XXS", Float::F32),
+    affine::<Iq3S, _, _, _, _, _>("IQ3_S", Float::F32),
+    affine::<Iq4Nl, _, _, _, _, _>("IQ4_NL", Float::F16),
+    affine::<Iq4Xs, _, _, _, _, _>("IQ4_XS", Float::F32),
+    affine::<Tq1_0, _, _, _, _, _>("TQ1_0", Float::F16),
+    affine::<Tq2_0, _, _, _, _, _>("TQ2_0", Float::F16),
+    fp4::<Mxfp4, _, _, _>("MXFP4"),
+    fp4::<Nvfp4, _, _, _>("NVFP4"),
 ];
 
 /// A place in the table.
@@ -59,6 +62,10 @@ impl Kind {
 
     pub(super) fn functions(self, output: Output) -> Option<Functions> {
         (self.entry().functions)(output)
+    }
+
+    pub(super) fn mlx(self) -> Option<Mlx> {
+        self.entry().mlx
     }
 
     fn entry(self) -> &'static Type {
@@ -101,15 +108,69 @@ macro_rules! for_float {
     };
 }
 
+/// Blocks of `S` groups of `G` weights, which are `R` groups of `H` in affine mode.
+const fn affine<T, const B: usize, const G: usize, const S: usize, const H: usize, const R: usize>(
+    name: &'static str,
+    exact_in: Float,
+) -> Type
+where
+    T: Block<B, G, S> + Affine<B, H, R>,
+{
+    Type {
+        name,
+        mlx: Some(Mlx {
+            mode: Mode::Affine,
+            bits: T::BITS as u32,
+            group_size: H as u32,
+            exact_in: Some(exact_in),
+        }),
+        functions: |output| {
+            Some(match output {
+                Output::Numbers(float) => for_float!(float, Numbers<T>),
+                Output::Weight => functions::<Weight<T, _, _, _>>(),
+                Output::Scales(float) => for_float!(float, Scales<T>),
+                Output::Biases(float) => for_float!(float, Biases<T>),
+            })
+        },
+    }
+}
+
+/// Blocks whose codes are floating point in MLX, too.
+const fn fp4<T, const B: usize, const G: usize, const S: usize>(name: &'static str) -> Type
+where
+    T: Block<B, G, S> + ByteScales<B, G, S>,
+{
+    Type {
+        name,
+        mlx: Some(Mlx {
+            mode: T::MODE,
+            bits: T::BITS as u32,
+            group_size: G as u32,
+            exact_in: Some(Float::F32),
+        }),
+        functions: |output| {
+            Some(match output {
+                Output::Numbers(float) => for_float!(float, Numbers<T>),
+                Output::Weight => functions::<Weight<T, _, _, _>>(),
+                Output::Scales(_) => functions::<Fp4Scales<T, _, _, _>>(),
+                _ => return None,
+            })
+        },
+    }
+}
+
+/// Blocks without an exact map.
 const fn numbers<T, const B: usize, const G: usize, const S: usize>(name: &'static str) -> Type
 where
     T: Block<B, G, S>,
 {
     Type {
         name,
+        mlx: None,
         functions: |output| {
             Some(match output {
                 Output::Numbers(float) => for_float!(float, Numbers<T>),
+                _ => return None,
             })
         },
     }

@@ -1,13 +1,16 @@
-//! GGML blocks as numbers.
+//! GGML blocks as numbers, and as the arrays that MLX computes with.
 //!
-//! The problem: loaders do not know GGML's blocks. Every output of a tensor has a fixed size for each
-//! block, so that any range of an output can be computed from the blocks beneath it alone.
+//! The problem: loaders do not know GGML's blocks. Every output of a tensor (its numbers, or one of
+//! MLX's arrays) has a fixed size for each block, so that any range of an output can be computed
+//! from the blocks beneath it alone.
 //!
 //! The plan, from the bytes of a block to those of an output:
 //!
 //! ```text
 //! plain, k, iq, fp4   what the blocks of each type hold: codes and scales   (block, signs, grids)
 //!   numbers           scale * code as F32, F16 or BF16                      (float)
+//!   maps              the same for MLX: unsigned codes, scales, biases
+//!     mlx             these as packed arrays
 //! kinds               the functions for each type and output
 //! sys::simd           each function twice: for every processor, and for AVX2
 //! ```
@@ -38,6 +41,8 @@ mod grids;
 mod iq;
 mod k;
 mod kinds;
+mod maps;
+mod mlx;
 mod numbers;
 mod plain;
 mod signs;
@@ -57,6 +62,9 @@ pub enum Float {
 }
 
 /// One of the arrays that can be made of a quantised tensor.
+///
+/// MLX's are those that `mx.quantized_matmul` takes. A row of the tensor must be a multiple of
+/// [`Mlx::group_size`], which rows of whole blocks are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Output {
     /// The weights, in order: bit for bit what `gguf.quants.dequantize` of gguf-py gives, and of
@@ -67,6 +75,53 @@ pub enum Output {
     /// both the scale and the minimum of Q4_1 or Q5_1 are NaN it gives now one and now the other;
     /// here it is always the scale's.
     Numbers(Float),
+    /// The codes: a little-endian bit stream, whose elements are U32.
+    Weight,
+    /// The scale of each group. In the modes mxfp4 and nvfp4 they are U8, whatever the float.
+    Scales(Float),
+    /// The bias of each group, in affine mode. A bias can be 128 times its scale, so that in F16 it
+    /// is infinite for scales above 511; no real model has such scales.
+    Biases(Float),
+}
+
+/// MLX's modes of quantisation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Mode {
+    /// `scale * code + bias`.
+    Affine,
+    /// `scale * code` with E2M1 codes and E8M0 scales of 32 weights. The scale 255 is infinity to
+    /// MLX and 2^128 to ggml.
+    Mxfp4,
+    /// The same with E4M3 scales of 16 weights. Scales that MLX would read differently from ggml
+    /// are rewritten: without a sign, and 0 for NaN.
+    Nvfp4,
+}
+
+/// How MLX sees the weights of a type: the arguments of `mx.quantized_matmul`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Mlx {
+    pub mode: Mode,
+    /// Bits of a code.
+    pub bits: u32,
+    /// Weights with one scale.
+    pub group_size: u32,
+    /// The narrowest dtype that holds scales and biases exactly; `None` if the codes are not exact.
+    exact_in: Option<Float>,
+}
+
+impl Mlx {
+    /// `None` for types without such a map.
+    pub fn of(ggml_type: &GgmlType) -> Option<Self> {
+        Kind::of(ggml_type)?.mlx()
+    }
+
+    /// Whether MLX computes exactly the GGUF's F32 numbers when scales and biases have this dtype.
+    /// (Overflow aside: see [`Output::Biases`].)
+    pub fn is_exact(&self, scales: Float) -> bool {
+        self.exact_in.is_some_and(|least| {
+            self.mode != Mode::Affine || scales == Float::F32 || scales == least
+        })
+    }
 }
 
 /// The smallest step of a [`Codec`].

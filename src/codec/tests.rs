@@ -2,16 +2,24 @@ use proptest::prelude::*;
 use proptest::sample::{Index, select};
 
 use super::float::{Bf16, F16, Number};
-use super::{Codec, Float, Output};
+use super::{Codec, Float, Mlx, Mode, Output};
 use crate::gguf::{GGML_TYPES, GgmlType};
 use crate::sys::simd::Avx2;
 
 const FLOATS: [Float; 3] = [Float::F32, Float::F16, Float::Bf16];
 
+fn outputs() -> Vec<Output> {
+    let mut outputs = FLOATS.map(Output::Numbers).to_vec();
+    outputs.push(Output::Weight);
+    outputs.extend(FLOATS.map(Output::Scales));
+    outputs.extend(FLOATS.map(Output::Biases));
+    outputs
+}
+
 fn codecs() -> Vec<(&'static GgmlType, Codec)> {
     let pairs = GGML_TYPES
         .iter()
-        .flat_map(|t| FLOATS.map(|float| (t, Output::Numbers(float))));
+        .flat_map(|t| outputs().into_iter().map(move |output| (t, output)));
     pairs
         .filter_map(|(t, output)| Some((t, Codec::of(t, output)?)))
         .collect()
@@ -33,12 +41,31 @@ fn whole(codec: Codec, blocks: &[u8]) -> Vec<u8> {
 
 #[test]
 fn the_types_with_numbers_are_those_of_gguf_py_and_two_more() {
-    let all = "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ2_XXS IQ2_XS IQ3_XXS IQ1_S IQ4_NL IQ3_S IQ2_S IQ4_XS IQ1_M TQ1_0 TQ2_0 MXFP4 NVFP4 Q1_0 Q2_0";
-    for float in FLOATS {
-        let output = Output::Numbers(float);
+    let with = |output| -> Vec<&str> {
         let types = GGML_TYPES.iter().filter(|t| Codec::of(t, output).is_some());
-        let types: Vec<&str> = types.map(|t| t.name).collect();
-        assert_eq!(types.join(" "), all);
+        types.map(|t| t.name).collect()
+    };
+    let all = "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ2_XXS IQ2_XS IQ3_XXS IQ1_S \
+               IQ4_NL IQ3_S IQ2_S IQ4_XS IQ1_M TQ1_0 TQ2_0 MXFP4 NVFP4 Q1_0 Q2_0";
+    let all: Vec<&str> = all.split(' ').collect();
+    let inexact = ["Q2_K", "Q6_K", "IQ2_XS", "IQ2_S"];
+    for float in FLOATS {
+        assert_eq!(with(Output::Numbers(float)), all);
+    }
+    let exact: Vec<&str> = all
+        .iter()
+        .copied()
+        .filter(|t| !inexact.contains(t))
+        .collect();
+    assert_eq!(with(Output::Weight), exact);
+    for float in FLOATS {
+        assert_eq!(with(Output::Scales(float)), exact);
+        let affine: Vec<&str> = exact
+            .iter()
+            .copied()
+            .filter(|t| !t.ends_with("FP4"))
+            .collect();
+        assert_eq!(with(Output::Biases(float)), affine);
     }
 }
 
@@ -46,9 +73,72 @@ fn the_types_with_numbers_are_those_of_gguf_py_and_two_more() {
 fn units_are_the_blocks_of_the_type_and_what_its_weights_take() {
     for (t, codec) in codecs() {
         let (unit, weights) = (codec.unit(), t.block_size as usize);
-        let Output::Numbers(float) = codec.output;
         assert_eq!(unit.blocks, t.block_bytes as usize, "{codec:?}");
-        assert_eq!(unit.out, weights * width(float), "{codec:?}");
+        let out = match codec.output {
+            Output::Numbers(float) => weights * width(float),
+            Output::Weight => {
+                let bits = Mlx::of(t).unwrap().bits as usize;
+                // Whole U32, so that rows and slices of them are whole, too.
+                assert!((weights * bits).is_multiple_of(32), "{codec:?}");
+                weights * bits / 8
+            }
+            Output::Scales(float) | Output::Biases(float) => {
+                let mlx = Mlx::of(t).unwrap();
+                let group = mlx.group_size as usize;
+                assert!(weights.is_multiple_of(group), "{codec:?}");
+                let width = if mlx.mode == Mode::Affine {
+                    width(float)
+                } else {
+                    1
+                };
+                weights / group * width
+            }
+        };
+        assert_eq!(unit.out, out, "{codec:?}");
+    }
+}
+
+#[test]
+fn mlx_sees_each_type_in_a_mode_that_it_has() {
+    for t in GGML_TYPES {
+        let mlx = Mlx::of(t);
+        assert_eq!(mlx.is_some(), Codec::of(t, Output::Weight).is_some());
+        let Some(mlx) = mlx else { continue };
+        let Mlx {
+            mode,
+            bits,
+            group_size,
+            ..
+        } = mlx;
+        match mode {
+            Mode::Affine => {
+                assert!([32, 64, 128].contains(&group_size), "{t}: {mlx:?}");
+                assert!([1, 2, 4, 5, 6, 8].contains(&bits), "{t}: {mlx:?}");
+            }
+            Mode::Mxfp4 => assert_eq!((t.name, bits, group_size), ("MXFP4", 4, 32)),
+            Mode::Nvfp4 => assert_eq!((t.name, bits, group_size), ("NVFP4", 4, 16)),
+        }
+    }
+}
+
+#[test]
+fn a_map_is_exact_in_the_dtypes_that_have_room_for_its_scales() {
+    let exact = |name: &str| {
+        let mlx = Mlx::of(GgmlType::from_name(name).unwrap()).unwrap();
+        FLOATS.map(|float| mlx.is_exact(float))
+    };
+    for name in [
+        "Q4_0", "Q5_1", "Q8_0", "Q3_K", "TQ1_0", "IQ4_NL", "Q1_0", "Q2_0",
+    ] {
+        assert_eq!(exact(name), [true, true, false], "{name}");
+    }
+    for name in [
+        "Q4_K", "Q5_K", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_XXS", "IQ1_S", "IQ1_M",
+    ] {
+        assert_eq!(exact(name), [true, false, false], "{name}");
+    }
+    for name in ["MXFP4", "NVFP4"] {
+        assert_eq!(exact(name), [true; 3], "{name}");
     }
 }
 
