@@ -7,17 +7,19 @@ use super::float::{Bf16, F16, F32};
 use super::fp4::{Mxfp4, Nvfp4};
 use super::iq::{Iq1M, Iq1S, Iq2S, Iq2Xs, Iq2Xxs, Iq3S, Iq3Xxs, Iq4Nl, Iq4Xs};
 use super::k::{Q2K, Q3K, Q4K, Q5K, Q6K};
-use super::mlx::{Affine, Biases, ByteScales, Fp4Scales, Scales, Weight};
+use super::mlx::{Affine, Biases, ByteScales, Fp4Scales, Quants, Scales, Weight};
 use super::numbers::Numbers;
 use super::plain::{Q1_0, Q2_0, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Tq1_0, Tq2_0};
-use super::{Float, Mlx, Mode, Output, Unit};
+use super::requant::Requantised;
+use super::{Float, Map, Mlx, Mode, Output, Unit};
 use crate::gguf::GgmlType;
 use crate::sys::simd::{Avx2, Kernel};
 
 /// A type whose numbers are known.
 struct Type {
     name: &'static str,
-    mlx: Option<Mlx>,
+    map: Map,
+    mlx: Mlx,
     functions: fn(Output) -> Option<Functions>,
 }
 
@@ -30,16 +32,16 @@ static TYPES: [Type; 25] = [
     affine::<Q5_0, _, _, _, _, _>("Q5_0", Float::F16),
     affine::<Q5_1, _, _, _, _, _>("Q5_1", Float::F16),
     affine::<Q8_0, _, _, _, _, _>("Q8_0", Float::F16),
-    numbers::<Q2K, _, _, _>("Q2_K"),
+    requantised::<Q2K, _, _, _, _, _>("Q2_K"),
     affine::<Q3K, _, _, _, _, _>("Q3_K", Float::F16),
     affine::<Q4K, _, _, _, _, _>("Q4_K", Float::F32),
     affine::<Q5K, _, _, _, _, _>("Q5_K", Float::F32),
-    numbers::<Q6K, _, _, _>("Q6_K"),
+    requantised::<Q6K, _, _, _, _, _>("Q6_K"),
     affine::<Iq1S, _, _, _, _, _>("IQ1_S", Float::F32),
     affine::<Iq1M, _, _, _, _, _>("IQ1_M", Float::F32),
     affine::<Iq2Xxs, _, _, _, _, _>("IQ2_XXS", Float::F32),
-    numbers::<Iq2Xs, _, _, _>("IQ2_XS"),
-    numbers::<Iq2S, _, _, _>("IQ2_S"),
+    requantised::<Iq2Xs, _, _, _, _, _>("IQ2_XS"),
+    requantised::<Iq2S, _, _, _, _, _>("IQ2_S"),
     affine::<Iq3Xxs, _, _, _, _, _>("IQ3_XXS", Float::F32),
     affine::<Iq3S, _, _, _, _, _>("IQ3_S", Float::F32),
     affine::<Iq4Nl, _, _, _, _, _>("IQ4_NL", Float::F16),
@@ -64,8 +66,9 @@ impl Kind {
         (self.entry().functions)(output)
     }
 
-    pub(super) fn mlx(self) -> Option<Mlx> {
-        self.entry().mlx
+    pub(super) fn mlx(self, map: Map) -> Option<Mlx> {
+        let entry = self.entry();
+        (entry.map == map).then_some(entry.mlx)
     }
 
     fn entry(self) -> &'static Type {
@@ -118,18 +121,20 @@ where
 {
     Type {
         name,
-        mlx: Some(Mlx {
+        map: Map::Exact,
+        mlx: Mlx {
             mode: Mode::Affine,
             bits: T::BITS as u32,
             group_size: H as u32,
             exact_in: Some(exact_in),
-        }),
+        },
         functions: |output| {
             Some(match output {
                 Output::Numbers(float) => for_float!(float, Numbers<T>),
-                Output::Weight => functions::<Weight<T, _, _, _>>(),
-                Output::Scales(float) => for_float!(float, Scales<T>),
-                Output::Biases(float) => for_float!(float, Biases<T>),
+                Output::Weight(Map::Exact) => functions::<Weight<T, _, _, _>>(),
+                Output::Scales(Map::Exact, float) => for_float!(float, Scales<T>),
+                Output::Biases(Map::Exact, float) => for_float!(float, Biases<T>),
+                _ => return None,
             })
         },
     }
@@ -142,34 +147,58 @@ where
 {
     Type {
         name,
-        mlx: Some(Mlx {
+        map: Map::Exact,
+        mlx: Mlx {
             mode: T::MODE,
             bits: T::BITS as u32,
             group_size: G as u32,
             exact_in: Some(Float::F32),
-        }),
+        },
         functions: |output| {
             Some(match output {
                 Output::Numbers(float) => for_float!(float, Numbers<T>),
-                Output::Weight => functions::<Weight<T, _, _, _>>(),
-                Output::Scales(_) => functions::<Fp4Scales<T, _, _, _>>(),
+                Output::Weight(Map::Exact) => functions::<Weight<T, _, _, _>>(),
+                Output::Scales(Map::Exact, _) => functions::<Fp4Scales<T, _, _, _>>(),
                 _ => return None,
             })
         },
     }
 }
 
-/// Blocks without an exact map.
-const fn numbers<T, const B: usize, const G: usize, const S: usize>(name: &'static str) -> Type
+/// As [`affine`], for blocks without an exact map.
+const fn requantised<
+    T,
+    const B: usize,
+    const G: usize,
+    const S: usize,
+    const H: usize,
+    const R: usize,
+>(
+    name: &'static str,
+) -> Type
 where
     T: Block<B, G, S>,
+    Requantised<T>: Affine<B, H, R>,
 {
     Type {
         name,
-        mlx: None,
+        map: Map::Requantised,
+        mlx: Mlx {
+            mode: Mode::Affine,
+            bits: <Requantised<T> as Quants<B, H, R>>::BITS as u32,
+            group_size: H as u32,
+            exact_in: None,
+        },
         functions: |output| {
             Some(match output {
                 Output::Numbers(float) => for_float!(float, Numbers<T>),
+                Output::Weight(Map::Requantised) => functions::<Weight<Requantised<T>, _, _, _>>(),
+                Output::Scales(Map::Requantised, float) => {
+                    for_float!(float, Scales<Requantised<T>>)
+                }
+                Output::Biases(Map::Requantised, float) => {
+                    for_float!(float, Biases<Requantised<T>>)
+                }
                 _ => return None,
             })
         },

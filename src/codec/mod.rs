@@ -9,7 +9,7 @@
 //! ```text
 //! plain, k, iq, fp4   what the blocks of each type hold: codes and scales   (block, signs, grids)
 //!   numbers           scale * code as F32, F16 or BF16                      (float)
-//!   maps              the same for MLX: unsigned codes, scales, biases
+//!   maps, requant     the same for MLX: unsigned codes, scales, biases
 //!     mlx             these as packed arrays
 //! kinds               the functions for each type and output
 //! sys::simd           each function twice: for every processor, and for AVX2
@@ -45,6 +45,7 @@ mod maps;
 mod mlx;
 mod numbers;
 mod plain;
+mod requant;
 mod signs;
 #[cfg(test)]
 mod tests;
@@ -59,6 +60,16 @@ pub enum Float {
     F32,
     F16,
     Bf16,
+}
+
+/// How MLX sees the weights of a type.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Map {
+    /// With the numbers of the GGUF, as far as the dtype of the scales has room for them.
+    Exact,
+    /// In 8 bits and groups of 32, with numbers near those of the GGUF: for the types that have no
+    /// exact map.
+    Requantised,
 }
 
 /// One of the arrays that can be made of a quantised tensor.
@@ -76,12 +87,12 @@ pub enum Output {
     /// here it is always the scale's.
     Numbers(Float),
     /// The codes: a little-endian bit stream, whose elements are U32.
-    Weight,
+    Weight(Map),
     /// The scale of each group. In the modes mxfp4 and nvfp4 they are U8, whatever the float.
-    Scales(Float),
+    Scales(Map, Float),
     /// The bias of each group, in affine mode. A bias can be 128 times its scale, so that in F16 it
     /// is infinite for scales above 511; no real model has such scales.
-    Biases(Float),
+    Biases(Map, Float),
 }
 
 /// MLX's modes of quantisation.
@@ -111,8 +122,8 @@ pub struct Mlx {
 
 impl Mlx {
     /// `None` for types without such a map.
-    pub fn of(ggml_type: &GgmlType) -> Option<Self> {
-        Kind::of(ggml_type)?.mlx()
+    pub fn of(ggml_type: &GgmlType, map: Map) -> Option<Self> {
+        Kind::of(ggml_type)?.mlx(map)
     }
 
     /// Whether MLX computes exactly the GGUF's F32 numbers when scales and biases have this dtype.

@@ -2,17 +2,20 @@ use proptest::prelude::*;
 use proptest::sample::{Index, select};
 
 use super::float::{Bf16, F16, Number};
-use super::{Codec, Float, Mlx, Mode, Output};
+use super::{Codec, Float, Map, Mlx, Mode, Output};
 use crate::gguf::{GGML_TYPES, GgmlType};
 use crate::sys::simd::Avx2;
 
 const FLOATS: [Float; 3] = [Float::F32, Float::F16, Float::Bf16];
+const MAPS: [Map; 2] = [Map::Exact, Map::Requantised];
 
 fn outputs() -> Vec<Output> {
     let mut outputs = FLOATS.map(Output::Numbers).to_vec();
-    outputs.push(Output::Weight);
-    outputs.extend(FLOATS.map(Output::Scales));
-    outputs.extend(FLOATS.map(Output::Biases));
+    for map in MAPS {
+        outputs.push(Output::Weight(map));
+        outputs.extend(FLOATS.map(|float| Output::Scales(map, float)));
+        outputs.extend(FLOATS.map(|float| Output::Biases(map, float)));
+    }
     outputs
 }
 
@@ -57,15 +60,16 @@ fn the_types_with_numbers_are_those_of_gguf_py_and_two_more() {
         .copied()
         .filter(|t| !inexact.contains(t))
         .collect();
-    assert_eq!(with(Output::Weight), exact);
+    assert_eq!(with(Output::Weight(Map::Exact)), exact);
+    assert_eq!(with(Output::Weight(Map::Requantised)), inexact);
     for float in FLOATS {
-        assert_eq!(with(Output::Scales(float)), exact);
+        assert_eq!(with(Output::Scales(Map::Exact, float)), exact);
         let affine: Vec<&str> = exact
             .iter()
             .copied()
             .filter(|t| !t.ends_with("FP4"))
             .collect();
-        assert_eq!(with(Output::Biases(float)), affine);
+        assert_eq!(with(Output::Biases(Map::Exact, float)), affine);
     }
 }
 
@@ -76,14 +80,14 @@ fn units_are_the_blocks_of_the_type_and_what_its_weights_take() {
         assert_eq!(unit.blocks, t.block_bytes as usize, "{codec:?}");
         let out = match codec.output {
             Output::Numbers(float) => weights * width(float),
-            Output::Weight => {
-                let bits = Mlx::of(t).unwrap().bits as usize;
+            Output::Weight(map) => {
+                let bits = Mlx::of(t, map).unwrap().bits as usize;
                 // Whole U32, so that rows and slices of them are whole, too.
                 assert!((weights * bits).is_multiple_of(32), "{codec:?}");
                 weights * bits / 8
             }
-            Output::Scales(float) | Output::Biases(float) => {
-                let mlx = Mlx::of(t).unwrap();
+            Output::Scales(map, float) | Output::Biases(map, float) => {
+                let mlx = Mlx::of(t, map).unwrap();
                 let group = mlx.group_size as usize;
                 assert!(weights.is_multiple_of(group), "{codec:?}");
                 let width = if mlx.mode == Mode::Affine {
@@ -101,44 +105,49 @@ fn units_are_the_blocks_of_the_type_and_what_its_weights_take() {
 #[test]
 fn mlx_sees_each_type_in_a_mode_that_it_has() {
     for t in GGML_TYPES {
-        let mlx = Mlx::of(t);
-        assert_eq!(mlx.is_some(), Codec::of(t, Output::Weight).is_some());
-        let Some(mlx) = mlx else { continue };
-        let Mlx {
-            mode,
-            bits,
-            group_size,
-            ..
-        } = mlx;
-        match mode {
-            Mode::Affine => {
-                assert!([32, 64, 128].contains(&group_size), "{t}: {mlx:?}");
-                assert!([1, 2, 4, 5, 6, 8].contains(&bits), "{t}: {mlx:?}");
+        for map in MAPS {
+            let mlx = Mlx::of(t, map);
+            assert_eq!(mlx.is_some(), Codec::of(t, Output::Weight(map)).is_some());
+            let Some(mlx) = mlx else { continue };
+            let Mlx {
+                mode,
+                bits,
+                group_size,
+                ..
+            } = mlx;
+            match mode {
+                Mode::Affine => {
+                    assert!([32, 64, 128].contains(&group_size), "{t}: {mlx:?}");
+                    assert!([1, 2, 4, 5, 6, 8].contains(&bits), "{t}: {mlx:?}");
+                }
+                Mode::Mxfp4 => assert_eq!((t.name, bits, group_size), ("MXFP4", 4, 32)),
+                Mode::Nvfp4 => assert_eq!((t.name, bits, group_size), ("NVFP4", 4, 16)),
             }
-            Mode::Mxfp4 => assert_eq!((t.name, bits, group_size), ("MXFP4", 4, 32)),
-            Mode::Nvfp4 => assert_eq!((t.name, bits, group_size), ("NVFP4", 4, 16)),
         }
     }
 }
 
 #[test]
 fn a_map_is_exact_in_the_dtypes_that_have_room_for_its_scales() {
-    let exact = |name: &str| {
-        let mlx = Mlx::of(GgmlType::from_name(name).unwrap()).unwrap();
+    let exact = |name: &str, map| {
+        let mlx = Mlx::of(GgmlType::from_name(name).unwrap(), map).unwrap();
         FLOATS.map(|float| mlx.is_exact(float))
     };
     for name in [
         "Q4_0", "Q5_1", "Q8_0", "Q3_K", "TQ1_0", "IQ4_NL", "Q1_0", "Q2_0",
     ] {
-        assert_eq!(exact(name), [true, true, false], "{name}");
+        assert_eq!(exact(name, Map::Exact), [true, true, false], "{name}");
     }
     for name in [
         "Q4_K", "Q5_K", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_XXS", "IQ1_S", "IQ1_M",
     ] {
-        assert_eq!(exact(name), [true, false, false], "{name}");
+        assert_eq!(exact(name, Map::Exact), [true, false, false], "{name}");
     }
     for name in ["MXFP4", "NVFP4"] {
-        assert_eq!(exact(name), [true; 3], "{name}");
+        assert_eq!(exact(name, Map::Exact), [true; 3], "{name}");
+    }
+    for name in ["Q2_K", "Q6_K", "IQ2_XS", "IQ2_S"] {
+        assert_eq!(exact(name, Map::Requantised), [false; 3], "{name}");
     }
 }
 
