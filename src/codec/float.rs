@@ -76,16 +76,15 @@ impl Number<2> for F16 {
 
     #[inline(always)]
     fn value(bytes: [u8; 2]) -> f32 {
-        let half = u32::from(u16::from_le_bytes(bytes));
-        let bits = (half & 0x7FFF) << 13;
-        // As an F32 its exponent is too small by 112, that of a subnormal, too.
-        let finite = (f32::from_bits(bits) * power_of_two(112)).to_bits();
-        let magnitude = if half & 0x7C00 == 0x7C00 {
-            bits | f32::INFINITY.to_bits()
+        let half = i16::from_le_bytes(bytes);
+        // Sign, exponent and mantissa in their places. The exponent is too small by 112, that of a
+        // subnormal, too.
+        let bits = (i32::from(half) << 13) as u32 & 0x8FFF_E000;
+        if half & 0x7C00 == 0x7C00 {
+            f32::from_bits(bits | f32::INFINITY.to_bits())
         } else {
-            finite
-        };
-        f32::from_bits(magnitude | (half & 0x8000) << 16)
+            f32::from_bits(bits) * power_of_two(112)
+        }
     }
 }
 
