@@ -14,6 +14,9 @@ pub(super) trait Block<const B: usize, const G: usize, const S: usize> {
     /// What is added to the product, if anything.
     const MINIMUM: Minimum = Minimum::None;
 
+    /// Whether weights have eight significant bits at most.
+    const SHORT: bool = false;
+
     /// The codes, in the order of the weights.
     fn codes(block: &[u8; B]) -> [[i8; G]; S];
 

@@ -9,6 +9,12 @@ pub(super) trait Number<const W: usize> {
     /// The nearest number, ties to even, overflow to infinity. Not for NaN.
     fn round(value: f32) -> [u8; W];
 
+    /// As [`round`](Self::round), for a value of eight significant bits at most.
+    #[inline(always)]
+    fn round_short(value: f32) -> [u8; W] {
+        Self::round(value)
+    }
+
     /// As [`round`](Self::round), and NaN as numpy and ml_dtypes cast it.
     fn cast(value: f32) -> [u8; W];
 
@@ -93,6 +99,12 @@ impl Number<2> for Bf16 {
     fn round(value: f32) -> [u8; 2] {
         let bits = value.to_bits();
         ((bits.wrapping_add(0x7FFF + ((bits >> 16) & 1)) >> 16) as u16).to_le_bytes()
+    }
+
+    /// BF16 has room for it: there is nothing to round.
+    #[inline(always)]
+    fn round_short(value: f32) -> [u8; 2] {
+        ((value.to_bits() >> 16) as u16).to_le_bytes()
     }
 
     /// A NaN keeps its sign alone.

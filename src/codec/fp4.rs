@@ -59,6 +59,8 @@ impl Mxfp4 {
 }
 
 impl Block<17, 32, 1> for Mxfp4 {
+    const SHORT: bool = true; // two of the code, one of the scale
+
     #[inline(always)]
     fn codes(block: &[u8; 17]) -> [[i8; 32]; 1] {
         doubled(Self::nibbles(block))
@@ -95,6 +97,8 @@ impl Nvfp4 {
 }
 
 impl Block<36, 16, 4> for Nvfp4 {
+    const SHORT: bool = true; // two of the code, four of the scale
+
     #[inline(always)]
     fn codes(block: &[u8; 36]) -> [[i8; 16]; 4] {
         doubled(Self::nibbles(block))

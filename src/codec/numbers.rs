@@ -60,11 +60,16 @@ fn finite<T, N, const B: usize, const G: usize, const S: usize, const W: usize>(
         let minima: [f32; ROW] = std::array::from_fn(|i| minima[group(i)]);
         for i in 0..ROW {
             let product = scales[i] * f32::from(codes[i]);
-            out[i] = N::round(match T::MINIMUM {
+            let weight = match T::MINIMUM {
                 Minimum::None => product,
                 Minimum::Added => product + minima[i],
                 Minimum::Subtracted => product - minima[i],
-            });
+            };
+            out[i] = if T::SHORT {
+                N::round_short(weight)
+            } else {
+                N::round(weight)
+            };
         }
     }
 }
