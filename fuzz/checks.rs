@@ -1,5 +1,5 @@
-//! What must hold for any bytes: in the GGUF reader, on the whole way from bytes to files, and in
-//! the slices that answer reads.
+//! What must hold for any bytes: in the GGUF reader, on the whole way from bytes to files, in the
+//! slices that answer reads, and in the numbers of blocks.
 //!
 //! The fuzz targets call these with a fuzzer's bytes; `tests/fuzzed.rs` calls them with the seeds
 //! and with damaged seeds, so that every run of the tests fuzzes a little.
@@ -10,7 +10,8 @@ use std::ffi::OsStr;
 use std::io::{self, BufRead, Cursor, Read, Seek, SeekFrom};
 use std::os::unix::ffi::OsStrExt;
 
-use odmoe_fs::gguf::{Header, Joined, ModelHeader, PartName, looks_like_raw_cut};
+use odmoe_fs::codec::{Codec, Float, Map, Output};
+use odmoe_fs::gguf::{GGML_TYPES, Header, Joined, ModelHeader, PartName, looks_like_raw_cut};
 use odmoe_fs::layout::{Doc, Layout};
 use odmoe_fs::tree::{Content, DocId, Kind, NewFile, Origin, ROOT, Tree};
 
@@ -404,4 +405,47 @@ pub fn slices(data: &[u8]) {
             tree.kind(ino) == Some(Kind::File) && tree.size(ino) != Some(0)
         );
     }
+}
+
+/// Blocks of any bytes have every output that their type has, and a range of them that range of it.
+/// The bytes choose a type, an output, the range, and are the blocks.
+pub fn codec(data: &[u8]) {
+    const FLOATS: [Float; 3] = [Float::F32, Float::F16, Float::Bf16];
+    const MAPS: [Map; 2] = [Map::Exact, Map::Requantised];
+    let [ggml_type, output, from, to, blocks @ ..] = data else {
+        return;
+    };
+    let ggml_type = &GGML_TYPES[usize::from(*ggml_type) % GGML_TYPES.len()];
+    let output = usize::from(*output);
+    let (float, map) = (FLOATS[output % 3], MAPS[output / 3 % 2]);
+    let output = match output / 6 % 4 {
+        0 => Output::Numbers(float),
+        1 => Output::Weight(map),
+        2 => Output::Scales(map, float),
+        _ => Output::Biases(map, float),
+    };
+    let Some(codec) = Codec::of(ggml_type, output) else {
+        return;
+    };
+    let unit = codec.unit();
+    assert_eq!(unit.blocks, ggml_type.block_bytes as usize);
+    let units = blocks.len() / unit.blocks;
+    let compute = |from: usize, to: usize| {
+        let mut out = vec![0; (to - from) * unit.out];
+        let computed = &mut out[..];
+        let blocks = &blocks[from * unit.blocks..to * unit.blocks];
+        let ((), heap) = measured(|| codec.compute(blocks, computed));
+        assert_eq!(heap, 0, "{codec:?} takes memory");
+        out
+    };
+    let (from, to) = (
+        usize::from(*from) % (units + 1),
+        usize::from(*to) % (units + 1),
+    );
+    let (from, to) = (from.min(to), from.max(to));
+    let whole = compute(0, units);
+    assert_eq!(compute(from, to), whole[from * unit.out..to * unit.out]);
+    let mut portable = vec![0; whole.len()];
+    codec.compute_portably(&blocks[..units * unit.blocks], &mut portable);
+    assert_eq!(portable, whole);
 }

@@ -61,6 +61,7 @@
 #[cfg(not(target_pointer_width = "64"))]
 compile_error!("odmoe-fs is for 64-bit machines");
 
+pub mod codec;
 pub mod doctor;
 mod downloads;
 pub mod explain;
