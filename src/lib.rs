@@ -62,10 +62,12 @@
 compile_error!("odmoe-fs is for 64-bit machines");
 
 pub mod codec;
+mod computed;
 pub mod doctor;
 mod downloads;
 pub mod explain;
 pub mod folder;
+pub mod form;
 pub mod fuse;
 pub mod gguf;
 pub mod host;

@@ -108,6 +108,17 @@ pub enum Mode {
     Nvfp4,
 }
 
+impl Mode {
+    /// The `mode` of `mx.quantized_matmul`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Affine => "affine",
+            Self::Mxfp4 => "mxfp4",
+            Self::Nvfp4 => "nvfp4",
+        }
+    }
+}
+
 /// How MLX sees the weights of a type: the arguments of `mx.quantized_matmul`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Mlx {
