@@ -29,8 +29,9 @@ where
         let (blocks, _) = blocks.as_chunks::<B>();
         let (out, _) = out.as_chunks_mut::<W>();
         for (block, out) in blocks.iter().zip(out.chunks_exact_mut(G * S)) {
-            if T::d(block).is_finite() && T::dmin(block).is_finite() {
-                finite::<T, N, B, G, S, W>(block, out);
+            let (d, dmin) = (T::d(block), T::dmin(block));
+            if d.is_finite() && dmin.is_finite() {
+                finite::<T, N, B, G, S, W>(block, d, dmin, out);
             } else {
                 any::<T, N, B, G, S, W>(block, out);
             }
@@ -42,12 +43,13 @@ where
 #[inline(always)]
 fn finite<T, N, const B: usize, const G: usize, const S: usize, const W: usize>(
     block: &[u8; B],
+    d: f32,
+    dmin: f32,
     out: &mut [[u8; W]],
 ) where
     T: Block<B, G, S>,
     N: Number<W>,
 {
-    let (d, dmin) = (T::d(block), T::dmin(block));
     let scales = T::factors(block).map(|factor| d * factor);
     let minima = T::min_factors(block).map(|factor| dmin * factor);
     let codes = T::codes(block);
