@@ -1,7 +1,7 @@
 //! The documents: `registry.json`, `metadata.json`, `metadata.gguf`, and the headers of files.
 //!
-//! Each is a function that renders into a `Write`; its length is the same function into a
-//! counter. JSON has an indent of two spaces, as the reference converter writes it.
+//! Each is a function that renders into a `Write`. Its length comes from the same function,
+//! rendering into a counter. JSON is indented by two spaces, as the reference converter writes it.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -37,7 +37,7 @@ pub enum Doc {
     GgufHeader,
     /// The value of `split.count` in `base_model/metadata.gguf`: zero, since it is one file.
     SplitCount,
-    /// Everything in front of the payload of the file with this index in [`Layout::files`]
+    /// Everything before the payload of the file with this index in [`Layout::files`]
     Header(u32),
 }
 

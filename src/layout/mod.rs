@@ -1,12 +1,12 @@
-//! Which file and name every tensor gets, and what each file holds.
+//! The file and name of every tensor, and the content of each file.
 //!
-//! The problem: a GGUF stores one huge tensor for all experts of a layer; loaders want one small
+//! The problem: a GGUF stores one huge tensor for all experts of a layer. Loaders want one small
 //! file per expert, and every other tensor in one of four base files. No byte may be lost.
 //!
-//! The plan: a [`View`] is a run of a tensor under a name of its own, repeated for every expert
-//! where the tensor is a stack; a file is a list of [`Piece`]s, each one repetition of a view.
-//! [`Layout::new`] sorts tensors into files (`names`, `experts`), chooses each header's
-//! padding, and proves on the finished [`Tree`] that every tensor byte is in one file, once.
+//! The plan: a [`View`] is a run of a tensor under a name of its own, repeated for every expert if
+//! the tensor is a stack. A file is a list of [`Piece`]s, each one repetition of a view.
+//! [`Layout::new`] sorts tensors into files (`names`, `experts`), chooses each header's padding,
+//! and proves on the finished [`Tree`] that every tensor byte is in exactly one file, exactly once.
 
 mod costs;
 mod counting;
@@ -36,8 +36,8 @@ use crate::safetensors::{
 };
 use crate::tree::{Content, NewFile, RecipeId, Tree};
 
-/// The version of the mapping from models to trees, `odmoe.layout`: the same parts give the same
-/// bytes under the same number.
+/// The version of the mapping from models to trees, `odmoe.layout`: with the same version, the same
+/// parts give the same bytes.
 pub const LAYOUT_VERSION: &str = "2";
 /// The folder of the always-resident tensors.
 pub const BASE_DIRECTORY: &str = "base_model";
@@ -46,14 +46,14 @@ pub const EXPERTS_DIRECTORY: &str = "experts";
 
 /// The page size that payloads are aligned to: the block size of file systems that share blocks.
 const PAGE_BYTES: u64 = 4096;
-/// Tensors of all expert files together: 15 times those of Kimi-K2.5. Each costs memory and time,
-/// so a hostile model must not multiply experts and suffixes.
+/// The most tensors in all expert files together, 15 times as many as in Kimi-K2.5. Each costs
+/// memory and time, and a hostile model must not multiply experts and suffixes.
 const MAX_EXPERT_TENSORS: usize = 1 << 20;
 /// Offsets in files are signed 64-bit numbers; headers need some room.
 const MAX_PAYLOAD_BYTES: u64 = i64::MAX as u64 - (1 << 50);
 /// A tensor is shown as three arrays at most: weight, scales, biases.
 const MAX_ARRAYS: u32 = 4;
-/// Payloads start at multiples of this, the widest dtype.
+/// Payloads start at multiples of this, the width of the widest dtype.
 const PAYLOAD_ALIGNMENT: u64 = 8;
 
 /// A run of a tensor under a name of its own; of a stack, one run per expert.
@@ -65,11 +65,11 @@ pub struct View {
     pub name: Option<Box<str>>,
     /// The logical shape of one run, row-major.
     pub shape: Shape,
-    /// Where the first run starts in the tensor, in bytes.
+    /// The start of the first run in the tensor, in bytes.
     pub first: u64,
     /// Bytes of one run.
     pub bytes: u64,
-    /// From the start of one run to that of the next, in bytes; 0 if there is only one run.
+    /// Bytes from the start of one run to that of the next; 0 if there is only one run.
     pub stride: u64,
     /// What each run is shown as.
     pub shown: Shown,
@@ -110,7 +110,7 @@ pub struct Piece {
     run: u32,
 }
 
-/// What a safetensors file is for.
+/// The purpose of a safetensors file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum FileKind {
     Base(Component),
@@ -144,7 +144,7 @@ pub struct TensorFile {
     /// Whether arrays lie in the order of their widths, so that each is aligned to its own. Else they
     /// lie in the order of the model.
     widest_first: bool,
-    /// Bytes in front of the payload: length word, JSON and padding.
+    /// Bytes before the payload: length word, JSON and padding.
     pub header_bytes: u64,
     /// Bytes of payload.
     pub payload_bytes: u64,
@@ -221,10 +221,10 @@ pub enum LayoutError {
     Partition(#[from] PartitionError),
 }
 
-/// For what a converter wrote: another download would be the same.
-const CONVERT: &str = "the model was written so: convert it again, or tell its publisher";
-/// For limits of this program, or of the format that it writes.
-const REPORT: &str = "if yours is a real model, report it to odmoe-fs";
+/// The hint for a converter's fault: another download would be the same.
+const CONVERT: &str = "the converter wrote it so: convert the model again, or tell its publisher";
+/// The hint for limits of this program, or of the format that it writes.
+const REPORT: &str = "if this is a real model, report it to odmoe-fs";
 
 impl Explain for LayoutError {
     fn code(&self) -> &'static str {
@@ -253,7 +253,7 @@ impl Explain for LayoutError {
     }
 }
 
-/// A tensor as messages name it, with its GGUF dimensions.
+/// A tensor as errors name it, with its GGUF dimensions.
 fn described(tensor: &Tensor) -> String {
     let info = &tensor.info;
     format!(
@@ -302,7 +302,8 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// Lays a model out in a form, and checks that every byte of every tensor is in one file, once.
+    /// Lays out a model in a form, and checks that every byte of every tensor is in exactly one file,
+    /// once.
     pub fn new(model: ModelHeader, form: Form) -> Result<(Self, Tree), LayoutError> {
         check_types(&model, form)?;
         let mut layout = Self {
@@ -327,12 +328,12 @@ impl Layout {
         Ok((layout, tree))
     }
 
-    /// What quantised tensors are shown as.
+    /// The form of quantised tensors.
     pub fn form(&self) -> Form {
         self.form
     }
 
-    /// What the model's headers say.
+    /// The content of the model's headers.
     pub fn model(&self) -> &ModelHeader {
         &self.model
     }
@@ -584,9 +585,9 @@ impl Layout {
         Ok(())
     }
 
-    /// Puts pieces into the order of the model. If that would leave an array unaligned to its own
-    /// dtype, puts them by the width of their arrays, widest first, and returns false: then arrays
-    /// are to be ordered so, too, which aligns all of them.
+    /// Sorts pieces in the order of the model, and returns true. If that leaves an array unaligned to
+    /// its own dtype, sorts them by the width of their arrays, the widest first, and returns false:
+    /// arrays in that order are all aligned.
     fn order(&self, pieces: &mut [Piece]) -> bool {
         pieces.sort_by_cached_key(|piece| {
             let view = self.view(*piece);
@@ -627,14 +628,13 @@ impl Layout {
         }
     }
 
-    /// Where the payload starts, and how many of its bytes are congruent with their place in the
-    /// model, so that whole pages of the file are whole pages of the model.
-    ///
-    /// With computed arrays that is a page boundary. Else, of the paddings below a page that align
-    /// the payload start, it is the one that makes the most bytes congruent; the smallest of equals.
+    /// Chooses the start of the payload. With computed arrays it is a page boundary. Otherwise the
+    /// padding is less than a page, aligns the payload, and makes the most of its bytes congruent with
+    /// their place in the model: their whole pages are whole pages of the model. Of equals, the
+    /// smallest. Returns the payload's start and the congruent bytes.
     fn choose_padding(&self, arrays: &[ArrayView], unpadded: u64) -> (u64, u64) {
-        // The payload start modulo a page at which each tensor becomes congruent, and its bytes.
-        let mut wishes: Vec<(u64, u64)> = Vec::with_capacity(arrays.len());
+        // For each tensor, the payload start modulo a page that makes it congruent, and its bytes.
+        let mut candidates: Vec<(u64, u64)> = Vec::with_capacity(arrays.len());
         let mut payload_offset = 0u64;
         let mut is_computed = false;
         for view in arrays {
@@ -643,19 +643,19 @@ impl Layout {
             if view.tensor.shown.is_computed() {
                 is_computed = true;
             } else if bytes > 0 && residue.is_multiple_of(PAYLOAD_ALIGNMENT) {
-                wishes.push((residue, bytes));
+                candidates.push((residue, bytes));
             }
             payload_offset += bytes;
         }
         if is_computed {
             let start = unpadded.next_multiple_of(PAGE_BYTES);
-            let congruent = wishes.iter().filter(|(residue, _)| *residue == 0);
+            let congruent = candidates.iter().filter(|(residue, _)| *residue == 0);
             return (start, congruent.map(|(_, bytes)| bytes).sum());
         }
-        wishes.sort_unstable();
+        candidates.sort_unstable();
         let smallest = unpadded.next_multiple_of(PAYLOAD_ALIGNMENT);
         let mut best = (smallest, 0);
-        for group in wishes.chunk_by(|a, b| a.0 == b.0) {
+        for group in candidates.chunk_by(|a, b| a.0 == b.0) {
             let bytes: u64 = group.iter().map(|(_, bytes)| bytes).sum();
             let start = smallest + group[0].0.wrapping_sub(smallest) % PAGE_BYTES;
             if bytes > best.1 || (bytes == best.1 && start < best.0) {
@@ -684,7 +684,7 @@ impl Layout {
         write_header_json(out, &metadata, "odmoe.tensors", tensors, arrays)
     }
 
-    /// Writes everything in front of a file's payload.
+    /// Writes everything before a file's payload.
     fn write_header(&self, file: &TensorFile, out: &mut impl Write) -> io::Result<()> {
         let length = file.header_bytes - LENGTH_WORD_BYTES;
         out.write_all(&length.to_le_bytes())?;
