@@ -5,8 +5,9 @@
 
 use std::collections::BTreeMap;
 
+use super::error::described;
 use super::names::{ExpertName, Holds, Matrix};
-use super::{LayoutError, View, described};
+use super::{LayoutError, View};
 
 use crate::form::Shown;
 use crate::gguf::{ModelHeader, OLLAMA_GPT_OSS, Tensor};

@@ -11,29 +11,29 @@
 mod costs;
 mod counting;
 mod documents;
+mod error;
 mod experts;
+mod file;
 mod names;
 mod partition;
 mod view;
 
 use std::io::{self, Write};
-use std::ops::Range;
 
 pub use documents::{Doc, METADATA_GGUF_PATH, METADATA_PATH, Present, REGISTRY_PATH};
+pub use error::LayoutError;
+pub use file::{FileKind, Piece, Recipe, TensorFile, View};
 pub use names::{Component, ExpertName, Holds, Matrix};
 pub use partition::PartitionError;
 pub use view::{ArrayView, TensorView};
 
 use self::counting::CountingWriter;
+use self::error::check_types;
 use self::view::write_tensors;
-use crate::codec::{Codec, Float, Output};
 use crate::computed::{Job, Small};
-use crate::explain::{Explain, Hint};
-use crate::form::{Form, Shown, UnknownTypes};
-use crate::gguf::{GgmlType, LLAMA_CPP_GPT_OSS, ModelHeader, Tensor};
-use crate::safetensors::{
-    self, Dtype, InString, LENGTH_WORD_BYTES, METADATA_KEY, Shape, write_header_json,
-};
+use crate::form::{Form, Shown};
+use crate::gguf::{GgmlType, ModelHeader};
+use crate::safetensors::{self, InString, LENGTH_WORD_BYTES, METADATA_KEY, write_header_json};
 use crate::tree::{Content, NewFile, RecipeId, Tree};
 
 /// The version of the mapping from models to trees, `odmoe.layout`: with the same version, the same
@@ -55,238 +55,6 @@ const MAX_PAYLOAD_BYTES: u64 = i64::MAX as u64 - (1 << 50);
 const MAX_ARRAYS: u32 = 4;
 /// Payloads start at multiples of this, the width of the widest dtype.
 const PAYLOAD_ALIGNMENT: u64 = 8;
-
-/// A run of a tensor under a name of its own; of a stack, one run per expert.
-#[derive(Debug, Clone)]
-pub struct View {
-    /// Index into [`ModelHeader::tensors`].
-    pub tensor: u32,
-    /// The name in the file; `None` is the tensor's own.
-    pub name: Option<Box<str>>,
-    /// The logical shape of one run, row-major.
-    pub shape: Shape,
-    /// The start of the first run in the tensor, in bytes.
-    pub first: u64,
-    /// Bytes of one run.
-    pub bytes: u64,
-    /// Bytes from the start of one run to that of the next; 0 if there is only one run.
-    pub stride: u64,
-    /// What each run is shown as.
-    pub shown: Shown,
-}
-
-impl View {
-    fn whole(index: u32, tensor: &Tensor, name: Option<Box<str>>) -> Self {
-        Self {
-            tensor: index,
-            name,
-            shape: Shape::of_dims(tensor.info.dims()),
-            first: 0,
-            bytes: tensor.info.bytes,
-            stride: 0,
-            shown: Shown::Stored,
-        }
-    }
-}
-
-/// How an array is computed: from which bytes of the model, and by what.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Recipe {
-    /// 0-based.
-    pub part: u32,
-    /// First byte of the blocks in the part's file.
-    pub offset: u64,
-    /// Bytes of blocks.
-    pub len: u64,
-    pub codec: Codec,
-}
-
-/// One run of a view.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Piece {
-    /// Index of the view.
-    view: u32,
-    /// The number of the run.
-    run: u32,
-}
-
-/// The purpose of a safetensors file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum FileKind {
-    Base(Component),
-    Expert { layer: u32, expert: u32 },
-}
-
-impl FileKind {
-    /// The name without `.safetensors`.
-    pub fn stem(self) -> String {
-        match self {
-            Self::Base(component) => component.name().to_owned(),
-            Self::Expert { layer, expert } => format!("layer_{layer:02}_expert_{expert:03}"),
-        }
-    }
-
-    /// The path below the root of the tree.
-    pub fn path(self) -> String {
-        let directory = match self {
-            Self::Base(_) => BASE_DIRECTORY,
-            Self::Expert { .. } => EXPERTS_DIRECTORY,
-        };
-        format!("{directory}/{}.safetensors", self.stem())
-    }
-}
-
-/// One safetensors file of the tree.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TensorFile {
-    pub kind: FileKind,
-    pieces: Range<u32>,
-    /// Whether arrays lie in the order of their widths, so that each is aligned to its own. Else they
-    /// lie in the order of the model.
-    widest_first: bool,
-    /// Bytes before the payload: length word, JSON and padding.
-    pub header_bytes: u64,
-    /// Bytes of payload.
-    pub payload_bytes: u64,
-    /// Payload bytes whose offset in the file is not that in the model, modulo 4096.
-    pub incongruent_bytes: u64,
-}
-
-impl TensorFile {
-    /// Bytes of the whole file.
-    pub fn bytes(&self) -> u64 {
-        self.header_bytes + self.payload_bytes
-    }
-}
-
-/// Why a model has no layout.
-#[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
-#[strum(serialize_all = "snake_case", prefix = "layout.")]
-pub enum LayoutError {
-    #[error("{first} and {second} are of the same layer, but disagree on the number of experts")]
-    ExpertCounts { first: String, second: String },
-    #[error("{name} of the same expert comes from both {first} and {second}")]
-    TwoSources {
-        name: String,
-        first: String,
-        second: String,
-    },
-    #[error("{0} has a fourth dimension, but experts are stacked along the third")]
-    FourthDimension(String),
-    #[error("{0} should hold gate and up rows, half of each, but has an odd number of rows")]
-    OddFusedRows(String),
-    #[error("{tensor} holds gate and up rows in turn, as Ollama writes gpt-oss ({sign})")]
-    AlternatingRows {
-        tensor: String,
-        /// What shows that Ollama wrote the model.
-        sign: String,
-    },
-    #[error(
-        "{tensor} interleaves {interleave} rows, but one expert's matrix has {rows}, which is not a multiple of that"
-    )]
-    Interleave {
-        tensor: String,
-        rows: u64,
-        interleave: u32,
-    },
-    #[error(
-        "layer {layer} has {experts} experts, which makes {total} or more in all, more than any real model"
-    )]
-    TooManyExperts {
-        layer: u32,
-        experts: u64,
-        total: u64,
-    },
-    #[error(
-        "the experts up to layer {layer} hold {tensors} tensors together, more than any real model"
-    )]
-    TooManyExpertTensors { layer: u32, tensors: usize },
-    #[error("a tensor is called {METADATA_KEY:?}, which safetensors reserves")]
-    ReservedName,
-    #[error(
-        "the model has so many tensors that the header of {path} takes {bytes} bytes, but safetensors allows only 100000000"
-    )]
-    HeaderTooLarge { path: String, bytes: u64 },
-    #[error("the numbers of these types are not known: {0}")]
-    UnknownTypes(UnknownTypes),
-    #[error("{first} and {second} would both be shown as {name}")]
-    SameName {
-        name: String,
-        first: String,
-        second: String,
-    },
-    #[error("shown as {form}, {path} would be larger than any file system can hold")]
-    TooLarge { form: Form, path: String },
-    #[error(transparent)]
-    Partition(#[from] PartitionError),
-}
-
-/// The hint for a converter's fault: another download would be the same.
-const CONVERT: &str = "the converter wrote it so: convert the model again, or tell its publisher";
-/// The hint for limits of this program, or of the format that it writes.
-const REPORT: &str = "if this is a real model, report it to odmoe-fs";
-
-impl Explain for LayoutError {
-    fn code(&self) -> &'static str {
-        self.into()
-    }
-
-    fn hint(&self) -> Option<Hint> {
-        match self {
-            Self::Partition(cause) => cause.hint(),
-            Self::ExpertCounts { .. }
-            | Self::TwoSources { .. }
-            | Self::FourthDimension(_)
-            | Self::OddFusedRows(_) => Some(CONVERT.into()),
-            Self::AlternatingRows { .. } => Some(LLAMA_CPP_GPT_OSS.into()),
-            Self::Interleave { interleave, .. } => {
-                Some(format!("quantise the model to a type without _R{interleave}").into())
-            }
-            Self::TooManyExperts { .. }
-            | Self::TooManyExpertTensors { .. }
-            | Self::HeaderTooLarge { .. } => Some(REPORT.into()),
-            Self::ReservedName => Some("rename it".into()),
-            Self::UnknownTypes(_) => Some("use --as raw, which shows their blocks".into()),
-            Self::SameName { .. } => Some("use another form, or --as raw".into()),
-            Self::TooLarge { .. } => Some("use --as raw".into()),
-        }
-    }
-}
-
-/// A tensor as errors name it, with its GGUF dimensions.
-fn described(tensor: &Tensor) -> String {
-    let info = &tensor.info;
-    format!(
-        "tensor {:?} {:?} {}",
-        info.name,
-        info.dims(),
-        info.ggml_type
-    )
-}
-
-/// Fails if a form needs numbers of types that nobody here knows.
-fn check_types(model: &ModelHeader, form: Form) -> Result<(), LayoutError> {
-    if form == Form::Raw {
-        return Ok(());
-    }
-    let mut unknown: Vec<(&'static str, usize)> = Vec::new();
-    for tensor in &model.tensors {
-        let ggml_type = tensor.info.ggml_type;
-        let is_known = Dtype::of(ggml_type) != Dtype::U8
-            || Codec::of(ggml_type, Output::Numbers(Float::F32)).is_some();
-        if is_known {
-            continue;
-        }
-        match unknown.iter_mut().find(|(name, _)| *name == ggml_type.name) {
-            Some((_, count)) => *count += 1,
-            None => unknown.push((ggml_type.name, 1)),
-        }
-    }
-    match unknown.is_empty() {
-        true => Ok(()),
-        false => Err(LayoutError::UnknownTypes(UnknownTypes(unknown))),
-    }
-}
 
 /// The whole layout of a model.
 #[derive(Debug)]
