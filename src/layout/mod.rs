@@ -16,6 +16,7 @@ mod experts;
 mod file;
 mod names;
 mod partition;
+mod quantization;
 mod view;
 
 use std::io::{self, Write};
