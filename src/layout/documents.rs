@@ -3,6 +3,7 @@
 //! Each is a function that renders into a `Write`. Its length comes from the same function,
 //! rendering into a counter. JSON is indented by two spaces, as the reference converter writes it.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 
@@ -11,6 +12,7 @@ use serde::ser::{SerializeMap, Serializer};
 use serde_json::value::RawValue;
 
 use super::counting::CountingWriter;
+use super::quantization::FormReport;
 use super::{BASE_DIRECTORY, Component, EXPERTS_DIRECTORY, FileKind, Layout, TensorFile};
 use crate::gguf::{FIXED_HEADER_BYTES, KeyValue, MAGIC, Value};
 use crate::tree::{Content, DocId, NewFile};
@@ -177,7 +179,7 @@ struct RegistryEntry<'a> {
     size: u64,
     layer: u32,
     expert_id: u32,
-    tensors: Vec<&'a str>,
+    tensors: Vec<Cow<'a, str>>,
 }
 
 impl Serialize for Registry<'_> {
@@ -190,7 +192,8 @@ impl Serialize for Registry<'_> {
             if !(self.present)(file) {
                 continue;
             }
-            let mut tensors: Vec<&str> = self.layout.tensors(file).map(|t| t.name).collect();
+            let arrays = self.layout.arrays(file).into_iter();
+            let mut tensors: Vec<_> = arrays.map(|view| view.array.name).collect();
             tensors.sort_unstable();
             let entry = RegistryEntry {
                 path: file.kind.path(),
@@ -218,7 +221,9 @@ struct Metadata<'a> {
     moe_layers: Vec<u32>,
     ggml_types: Map<Vec<(&'static str, TypeUse)>>,
     parts: Vec<u64>,
-    weight_map: Map<Vec<(&'a str, String)>>,
+    weight_map: Map<Vec<(Cow<'a, str>, String)>>,
+    #[serde(flatten)]
+    form: Option<FormReport<'a>>,
     gguf: Map<Vec<(&'a str, Json<'a>)>>,
 }
 
@@ -246,15 +251,15 @@ impl<'a> Metadata<'a> {
         for file in layout.files.iter().filter(|file| present(file)) {
             match file.kind {
                 FileKind::Base(component) => {
-                    let tensors = layout.tensors(file);
                     *match component {
                         Component::Embeddings => &mut components.embeddings,
                         Component::AttentionLayers => &mut components.attention_layers,
                         Component::Norms => &mut components.norms,
                         Component::LmHead => &mut components.lm_head,
-                    } = tensors.len();
+                    } = layout.tensors(file).len();
                     let name = format!("{}.safetensors", file.kind.stem());
-                    weight_map.extend(tensors.map(|t| (t.name, name.clone())));
+                    let arrays = layout.arrays(file).into_iter();
+                    weight_map.extend(arrays.map(|view| (view.array.name, name.clone())));
                 }
                 FileKind::Expert { layer, .. } => {
                     if moe_layers.last() != Some(&layer) {
@@ -286,6 +291,7 @@ impl<'a> Metadata<'a> {
             ggml_types: Map(types.into_values().collect()),
             parts: model.parts.iter().map(|part| part.file_bytes).collect(),
             weight_map: Map(weight_map),
+            form: FormReport::of(layout),
             gguf: Map(model
                 .key_values
                 .iter()
@@ -335,7 +341,7 @@ impl Layout {
 }
 
 /// Pairs as a JSON object, in their order.
-struct Map<T>(T);
+pub(super) struct Map<T>(pub(super) T);
 
 impl<K: Serialize, V: Serialize> Serialize for Map<Vec<(K, V)>> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {

@@ -5,8 +5,11 @@
 
 use std::collections::BTreeMap;
 
+use super::error::described;
 use super::names::{ExpertName, Holds, Matrix};
-use super::{LayoutError, View, described};
+use super::{LayoutError, View};
+
+use crate::form::Shown;
 use crate::gguf::{ModelHeader, OLLAMA_GPT_OSS, Tensor};
 use crate::safetensors::Shape;
 
@@ -271,6 +274,7 @@ fn stack(
         first: 0,
         bytes,
         stride: bytes,
+        shown: Shown::Stored,
     }))
 }
 
@@ -320,6 +324,7 @@ fn fused_stack(
         first,
         bytes: bytes / 2,
         stride: bytes,
+        shown: Shown::Stored,
     };
     Ok(vec![half(Matrix::Gate, 0), half(Matrix::Up, bytes / 2)])
 }
