@@ -6,6 +6,7 @@ mod docs;
 mod doctor;
 mod failure;
 mod form;
+mod forms;
 mod fstab;
 mod inspect;
 mod materialize;
