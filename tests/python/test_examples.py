@@ -18,6 +18,8 @@ from odmoe import REPO, mounted, run, succeed
 EXAMPLES = REPO / "examples"
 DIM, FFN = 256, 512
 TYPES = ["f32", "f16", "bf16", "q4_k", "q8_0", "mxfp4", "nvfp4", "q3_k", "q6_k"]
+# For what does not depend on the type.
+OF_ONE_TYPE = pytest.mark.parametrize("shown", ["q4_k"], indirect=True)
 # How far F16 scales, BF16 numbers, and candle's vectors of 8 bits may lead off.
 CLOSE, BF16, CANDLE = 2e-3, 2e-2, 3e-2
 
@@ -178,6 +180,7 @@ def test_the_store_of_another_model_gets_another_result(shown, example_store, tm
     assert distance(mount, example_store.ExpertStore(mount, 1 << 30), example_store, model) < CLOSE
 
 
+@OF_ONE_TYPE
 def test_the_store_keeps_what_was_used_last_within_its_budget(shown, example_store):
     mount = example_store.Mount(shown[1]("mlx"))
     size = {key: entry["size"] for key, entry in mount.registry.items()}
@@ -192,6 +195,7 @@ def test_the_store_keeps_what_was_used_last_within_its_budget(shown, example_sto
     assert store.counts[1] == {"misses": 1, "bytes": other}
 
 
+@OF_ONE_TYPE
 def test_the_store_loads_what_the_router_of_the_next_layer_picks(shown, example_store):
     mount = example_store.Mount(shown[1]("mlx"))
     store = example_store.ExpertStore(mount, 1 << 30)
@@ -209,6 +213,7 @@ def test_the_store_loads_what_the_router_of_the_next_layer_picks(shown, example_
     assert store.counts[1]["hits"] + store.counts[1]["misses"] == 2
 
 
+@OF_ONE_TYPE
 def test_the_store_says_for_each_layer_what_it_read_and_how_long_it_took(shown):
     said = example("mlx_expert_store.py", shown[1]("mlx"), "--tokens", 2, "--memory", 64).splitlines()
     assert said[0].startswith("first numbers [")
@@ -220,6 +225,7 @@ def test_the_store_says_for_each_layer_what_it_read_and_how_long_it_took(shown):
     assert len(said) == 3
 
 
+@OF_ONE_TYPE
 def test_the_store_refuses_a_mount_of_another_form(shown):
     done = run(sys.executable, EXAMPLES / "mlx_expert_store.py", shown[1]("raw"))
     assert done.returncode == 1 and "is not a mount --as mlx" in done.stderr
