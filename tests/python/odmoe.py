@@ -198,7 +198,6 @@ class FailingDisk:
 
     def __init__(self, at, faults, requests, pid):
         self.at = at
-        self.pid = pid
         self._faults = faults
         self._requests = requests
 
