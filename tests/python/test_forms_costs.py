@@ -135,7 +135,7 @@ def test_the_requests_to_a_slow_file_system_cover_each_block_once(form, cache, w
     (tmp_path / "store").mkdir()
     model = expert_gguf(tmp_path / "store", experts=EXPERTS)
     wanted = sum(blocks_of(model))
-    with failing_disk(model.parent, tmp_path) as disk:
+    with failing_disk(model.parent, tmp_path, "--cached") as disk:
         with mounted(disk.at / model.name, tmp_path / "mnt", *form, "--cache", cache) as root:
             before = len(disk.requests())
             for path in experts(root):
