@@ -7,7 +7,7 @@ import numpy as np
 from safetensors import safe_open
 
 import models
-from blocks import DTYPES, SIZES, model_blocks, reference
+from blocks import DTYPES, SIZES, model_blocks, random_blocks, reference
 from odmoe import sparse_gguf
 from reference import layout, read_gguf, read_header
 
@@ -59,6 +59,17 @@ def write_table(path, tensors):
             file.seek(found.offset)
             file.write(blocks.tobytes())
     return model
+
+
+def write_mixed(path):
+    """A layer for each of some types, in the base and in experts, between tensors that are not quantised."""
+    tensors = [plain("token_embd.weight", "F16", 10, 256), plain("blk.0.odd", "I8", 37)]
+    for layer, ggml_type in enumerate(("Q4_K", "Q6_K", "MXFP4", "NVFP4", "Q8_0", "IQ1_S", "TQ1_0")):
+        tensors.append(tensor(f"blk.{layer}.attn_q.weight", ggml_type, 5, 256, make=random_blocks))
+        tensors.append(tensor(f"blk.{layer}.table", ggml_type, 3, 512, make=random_blocks))
+        tensors.append(plain(f"blk.{layer}.attn_norm.weight", "F32", 7))
+        tensors.extend(experts(layer, ggml_type, gate=(6, 256), down=(10, 256), make=random_blocks))
+    return write(path, tensors, 7)
 
 
 class Written:

@@ -15,23 +15,12 @@ from safetensors import safe_open
 
 import forms
 from blocks import TYPES, random_blocks
-from forms import OPTIONS, plain, tensor
+from forms import OPTIONS, write_mixed
 from odmoe import MIB, contents, expert_gguf, files_of, mounted, promises, read_direct, read_on, succeed
 from reference import read_header
 
 CACHES = ["page", "direct"]
 FORMS = [["--as", "bf16"], ["--as", "f32"], ["--as", "mlx"], ["--as", "mlx", "--scales", "f32", "--requant"]]
-
-
-def write_mixed(path):
-    """A layer for each of some types, in the base and in experts, between tensors that are not quantised."""
-    tensors = [plain("token_embd.weight", "F16", 10, 256), plain("blk.0.odd", "I8", 37)]
-    for layer, ggml_type in enumerate(("Q4_K", "Q6_K", "MXFP4", "NVFP4", "Q8_0", "IQ1_S", "TQ1_0")):
-        tensors.append(tensor(f"blk.{layer}.attn_q.weight", ggml_type, 5, 256, make=random_blocks))
-        tensors.append(tensor(f"blk.{layer}.table", ggml_type, 3, 512, make=random_blocks))
-        tensors.append(plain(f"blk.{layer}.attn_norm.weight", "F32", 7))
-        tensors.extend(forms.experts(layer, ggml_type, gate=(6, 256), down=(10, 256), make=random_blocks))
-    return forms.write(path, tensors, 7)
 
 
 @pytest.fixture(scope="module")
