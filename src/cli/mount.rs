@@ -152,6 +152,8 @@ fn read_ahead(text: &str) -> std::result::Result<ReadAheadArg, String> {
 }
 
 pub fn run(args: &MountArgs) -> Result<()> {
+    // Here, since of a failure in the background only the words come back.
+    args.form.form()?;
     if args.is_fake {
         return open_model(args).map(drop);
     }
