@@ -272,6 +272,8 @@ impl Model {
             source: &self.source,
             recipe: self.layout.recipe(id),
         };
+        // What was computed before a change is right, but nobody must see a mixture of both states.
+        self.source.check_unchanged(blocks.recipe.part)?;
         computed::range(&job, &self.stash, &blocks, offset, out)
     }
 
