@@ -57,6 +57,7 @@ pub struct Failure {
 enum End {
     #[default]
     Failed,
+    /// The command line asks for what does not go together.
     WrongUsage,
     /// The reader of its output has seen enough, as `head` does.
     OutputClosed,

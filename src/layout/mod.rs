@@ -31,6 +31,7 @@ pub use view::{ArrayView, TensorView};
 use self::counting::CountingWriter;
 use self::error::check_types;
 use self::view::write_tensors;
+use crate::codec::Codec;
 use crate::computed::{Job, Small};
 use crate::form::{Form, Shown};
 use crate::gguf::{GgmlType, ModelHeader};
@@ -198,17 +199,23 @@ impl Layout {
     pub(crate) fn job(&self, id: RecipeId) -> Job {
         let (piece, array) = (id.0 / MAX_ARRAYS, (id.0 % MAX_ARRAYS) as usize);
         let tensor = self.view(self.pieces[piece as usize]);
-        let codec = |n| tensor.shown.codec(n, tensor.ggml_type);
-        let small = |n| {
-            let codec = (n < tensor.shown.arrays()).then(|| codec(n))??;
+        let codec =
+            |n| (n < tensor.shown.arrays()).then(|| tensor.shown.codec(n, tensor.ggml_type))?;
+        let bytes = |codec: Codec| {
             let unit = codec.unit();
-            let bytes = tensor.bytes / unit.blocks as u64 * unit.out as u64;
-            Some(Small { codec, bytes })
+            tensor.bytes / unit.blocks as u64 * unit.out as u64
+        };
+        let small = |n| {
+            codec(n).map(|codec| Small {
+                codec,
+                bytes: bytes(codec),
+            })
         };
         Job {
             tensor: piece,
             array,
             codec: codec(array).expect("only computed arrays have recipes"),
+            largest: codec(0).map_or(0, bytes),
             small: [small(1), small(2)],
         }
     }
