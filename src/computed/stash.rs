@@ -298,20 +298,25 @@ mod tests {
         stash.missing(tensor, n, range).is_empty()
     }
 
+    /// One gap; an array of one range would look like a mistake.
+    fn gap(range: Range<usize>) -> Vec<Range<usize>> {
+        vec![range; 1]
+    }
+
     #[test]
     fn what_was_computed_is_given_out_and_forgotten_once_all_of_it_was() {
         let stash = Stash::default();
         let scales = job(7, 1, 100);
         let mut out = [0; 40];
-        assert_eq!(stash.give(&scales, 0, &mut out), [0..40]);
+        assert_eq!(stash.give(&scales, 0, &mut out), gap(0..40));
         assert!(stash.wants(7, 0, 100, &(0..60)));
         assert!(stash.put(7, 0, 40, &[2; 60]));
-        assert_eq!(stash.give(&scales, 0, &mut out), [0..40]);
-        assert_eq!(stash.give(&scales, 20, &mut out), [0..20]);
+        assert_eq!(stash.give(&scales, 0, &mut out), gap(0..40));
+        assert_eq!(stash.give(&scales, 20, &mut out), gap(0..20));
         assert_eq!(out[20..], [2; 20]);
         assert_eq!(stash.missing(7, 0, &(10..110)), [10..40, 100..110]);
-        assert_eq!(stash.give(&scales, 90, &mut out), [10..40]);
-        assert_eq!(stash.give(&scales, 120, &mut out), [0..40]);
+        assert_eq!(stash.give(&scales, 90, &mut out), gap(10..40));
+        assert_eq!(stash.give(&scales, 120, &mut out), gap(0..40));
         assert!(stash.put(7, 0, 0, &[1; 50]));
         assert!(!stash.wants(7, 0, 100, &(0..100)));
         assert_eq!(stash.give(&scales, 20, &mut out), []);
