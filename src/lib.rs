@@ -67,6 +67,7 @@ pub mod explain;
 pub mod folder;
 pub mod fuse;
 pub mod gguf;
+pub mod hf;
 pub mod host;
 pub mod inspect;
 pub mod layout;
