@@ -61,10 +61,13 @@
 #[cfg(not(target_pointer_width = "64"))]
 compile_error!("odmoe-fs is for 64-bit machines");
 
+pub mod codec;
+mod computed;
 pub mod doctor;
 mod downloads;
 pub mod explain;
 pub mod folder;
+pub mod form;
 pub mod fuse;
 pub mod gguf;
 pub mod hf;

@@ -3,14 +3,17 @@
 //! Serving, writing, comparing and describing a model all start here.
 
 use std::io::{self, Write};
-use std::ops::Range;
+use std::ops::{Deref, Range};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::computed::{self, Blocks, Job, Stash};
 use crate::explain::{Explain, Hint};
-use crate::layout::{Doc, Layout, LayoutError};
+use crate::form::Form;
+use crate::layout::{Doc, Layout, LayoutError, Recipe};
 use crate::source::{self, Held, OpenError, PageCache, ReadError, Run, Source};
-use crate::tree::{Content, DocId, Ino, Origin, Tree};
+use crate::tree::{Content, DocId, Ino, Origin, RecipeId, Slice, Tree};
 
 /// Larger documents are kept after their first read. Smaller ones are the headers of experts:
 /// rendering one again costs less than keeping 23,040 of them.
@@ -48,6 +51,10 @@ pub struct Model {
     tree: Tree,
     source: Source,
     kept: Kept,
+    stash: Stash,
+    /// For each file of a form with computed arrays, the bytes of the model that it is made from;
+    /// `u64::MAX` until somebody asks.
+    source_bytes: Vec<AtomicU64>,
 }
 
 /// Large documents, rendered when they are first read.
@@ -60,12 +67,21 @@ impl Model {
     /// Reads the headers of all parts, decides what each file of the tree holds, and checks that
     /// every byte of every tensor is in one of them, once. No payload is read.
     pub fn open(path: &Path) -> Result<Self, ModelError> {
+        Self::open_as(path, Form::Raw)
+    }
+
+    /// The same, with quantised tensors shown in a form.
+    pub fn open_as(path: &Path, form: Form) -> Result<Self, ModelError> {
         let (header, source) = source::open(path)?;
-        let (layout, tree) = Layout::new(header).map_err(|cause| ModelError::Layout {
+        let (layout, tree) = Layout::new(header, form).map_err(|cause| ModelError::Layout {
             path: path.to_owned(),
             cause,
         })?;
         let kept = Kept::of(&tree);
+        let nodes = match form {
+            Form::Raw => 0,
+            _ => tree.len() + 1,
+        };
         tracing::info!(
             "{path:?} opened: parts {}, tensors {}, files {}",
             source.paths().len(),
@@ -77,6 +93,8 @@ impl Model {
             tree,
             source,
             kept,
+            stash: Stash::default(),
+            source_bytes: (0..nodes).map(|_| AtomicU64::new(u64::MAX)).collect(),
         })
     }
 
@@ -110,6 +128,7 @@ impl Model {
             match slice.origin {
                 Origin::Part(part) => self.source.read_at(part, slice.offset, piece)?,
                 Origin::Made(doc) => self.read_document(doc, slice.offset, piece),
+                Origin::Computed(id) => self.compute(id, slice.offset, piece)?,
             }
             filled = end;
         }
@@ -125,11 +144,19 @@ impl Model {
         space: &'a mut Vec<u8>,
     ) -> Result<Bytes<'a>, ReadError> {
         let len = range.end - range.start;
-        let run = runs(&self.tree, file, range.clone()).next();
-        if let Some(run) = run.filter(|run| run.len == len)
-            && let Some(held) = self.source.held(run)
-        {
-            return Ok(Bytes::Held(held));
+        let mut slices = self.tree.slices(file, range.start, len);
+        match slices.next() {
+            Some(slice) if slice.len == len => {
+                if let Some(run) = run_of(&slice)
+                    && let Some(held) = self.source.held(run)
+                {
+                    return Ok(Bytes::Held(held));
+                }
+            }
+            _ => {}
+        }
+        for slice in self.tree.slices(file, range.start, len) {
+            self.hold_blocks(file, &slice);
         }
         let len = len as usize;
         if space.len() < len {
@@ -140,11 +167,80 @@ impl Model {
     }
 
     /// Fetches what a reader will ask for, a range of a file of the tree: about the first `near`
-    /// bytes of it now. This replaces what the reader wanted before; an empty range means that it
-    /// wants nothing more.
+    /// bytes of the model that it comes from now. This replaces what the reader wanted before; an
+    /// empty range means that it wants nothing more.
     pub(crate) fn fetch_ahead(&self, reader: u64, file: Ino, range: Range<u64>, near: u64) {
-        let runs: Vec<Run> = runs(&self.tree, file, range).collect();
-        self.source.fetch_ahead(reader, &runs, near);
+        self.source
+            .fetch_ahead(reader, &self.runs(file, range), near);
+    }
+
+    /// Bytes of the model from which a file is made, documents left out.
+    pub(crate) fn source_bytes(&self, file: Ino) -> u64 {
+        let extents = self.tree.extents(file);
+        let size = self.tree.size(file).unwrap_or(0);
+        let Some(known) = self.source_bytes.get(file as usize) else {
+            // As they are.
+            return size - extents.first().map_or(0, |header| header.len);
+        };
+        match known.load(Ordering::Relaxed) {
+            u64::MAX => {
+                let bytes = extents.iter().map(|extent| match extent.content {
+                    Content::Made(_) => 0,
+                    Content::Model { .. } => extent.len,
+                    Content::Computed(id) => self.layout.source_bytes(id),
+                });
+                let bytes = bytes.sum();
+                known.store(bytes, Ordering::Relaxed);
+                bytes
+            }
+            bytes => bytes,
+        }
+    }
+
+    /// The runs of parts that make up a range of a file, in order. Documents are left out, and what
+    /// was computed before. Each tensor's blocks come once, whatever is computed from them, and
+    /// runs that follow each other in a part are joined.
+    fn runs(&self, file: Ino, range: Range<u64>) -> Vec<Run> {
+        let mut runs: Vec<Run> = Vec::new();
+        let mut tensors = Vec::new();
+        let len = range.end.saturating_sub(range.start);
+        for slice in self.tree.slices(file, range.start, len) {
+            let run = match slice.origin {
+                Origin::Made(_) => None,
+                Origin::Part(_) => run_of(&slice),
+                Origin::Computed(id) => {
+                    let job = self.layout.job(id);
+                    let wanted = slice.offset..slice.offset + slice.len;
+                    let is_here = job.array > 0
+                        && (tensors.contains(&job.tensor)
+                            || self.stash.has(job.tensor, job.array - 1, &wanted));
+                    tensors.push(job.tensor);
+                    (!is_here).then(|| blocks_run(&self.layout.recipe(id), &job, wanted))
+                }
+            };
+            let Some(run) = run else { continue };
+            match runs.last_mut() {
+                Some(last) if last.is_followed_by(&run) => last.len += run.len,
+                _ => runs.push(run),
+            }
+        }
+        runs
+    }
+
+    /// Scales and biases come from many times their bytes of blocks, which the other arrays of the
+    /// tensor will be made of, too: has them fetched, so that they are held until then.
+    fn hold_blocks(&self, file: Ino, slice: &Slice) {
+        let Origin::Computed(id) = slice.origin else {
+            return;
+        };
+        let job = self.layout.job(id);
+        let wanted = slice.offset..slice.offset + slice.len;
+        if job.array == 0 || self.stash.has(job.tensor, job.array - 1, &wanted) {
+            return;
+        }
+        let run = blocks_run(&self.layout.recipe(id), &job, wanted);
+        // Far from the numbers of predicted readers, which count from 0.
+        self.source.fetch_ahead(u64::MAX - file, &[run], run.len);
     }
 
     /// Reads a whole file of the tree into memory.
@@ -153,6 +249,16 @@ impl Model {
         let read = self.read_at(file, 0, &mut bytes)?;
         debug_assert_eq!(read, bytes.len());
         Ok(bytes)
+    }
+
+    /// Computes a range of an array from the blocks beneath it.
+    fn compute(&self, id: RecipeId, offset: u64, out: &mut [u8]) -> Result<(), ReadError> {
+        let job = self.layout.job(id);
+        let blocks = PartBlocks {
+            source: &self.source,
+            recipe: self.layout.recipe(id),
+        };
+        computed::range(&job, &self.stash, &blocks, offset, out)
     }
 
     fn read_document(&self, doc: DocId, offset: u64, buffer: &mut [u8]) {
@@ -192,7 +298,7 @@ pub(crate) enum Bytes<'a> {
     Read(&'a [u8]),
 }
 
-impl std::ops::Deref for Bytes<'_> {
+impl Deref for Bytes<'_> {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
@@ -203,26 +309,65 @@ impl std::ops::Deref for Bytes<'_> {
     }
 }
 
-/// The runs of parts that make up a range of a file, in order. Documents are left out, and runs
-/// that follow each other in a part are joined.
-fn runs(tree: &Tree, file: Ino, range: Range<u64>) -> impl Iterator<Item = Run> + '_ {
-    let slices = tree.slices(file, range.start, range.end - range.start);
-    let runs = slices.filter_map(|slice| match slice.origin {
+/// The bytes of a part that a slice shows as they are.
+fn run_of(slice: &Slice) -> Option<Run> {
+    match slice.origin {
         Origin::Part(part) => Some(Run {
             part,
             offset: slice.offset,
             len: slice.len,
         }),
-        Origin::Made(_) => None,
-    });
-    let mut runs = runs.peekable();
-    std::iter::from_fn(move || {
-        let mut run = runs.next()?;
-        while let Some(next) = runs.next_if(|next| run.is_followed_by(next)) {
-            run.len += next.len;
+        Origin::Made(_) | Origin::Computed(_) => None,
+    }
+}
+
+/// The blocks from which a range of an array is computed.
+fn blocks_run(recipe: &Recipe, job: &Job, range: Range<u64>) -> Run {
+    let blocks = computed::blocks_of(job.codec.unit(), range);
+    Run {
+        part: recipe.part,
+        offset: recipe.offset + blocks.start,
+        len: blocks.end - blocks.start,
+    }
+}
+
+/// The blocks of a tensor, in their part.
+struct PartBlocks<'a> {
+    source: &'a Source,
+    recipe: Recipe,
+}
+
+impl PartBlocks<'_> {
+    fn run(&self, range: Range<u64>) -> Run {
+        Run {
+            part: self.recipe.part,
+            offset: self.recipe.offset + range.start,
+            len: range.end - range.start,
         }
-        Some(run)
-    })
+    }
+}
+
+impl Blocks for PartBlocks<'_> {
+    type Error = ReadError;
+    type Held<'a> = Bytes<'a>;
+
+    fn read<'a>(&self, range: Range<u64>, space: &'a mut Vec<u8>) -> Result<Bytes<'a>, ReadError> {
+        let run = self.run(range);
+        if let Some(held) = self.source.borrow(run) {
+            return Ok(Bytes::Held(held));
+        }
+        let len = run.len as usize;
+        if space.len() < len {
+            space.resize(len, 0);
+        }
+        let bytes = &mut space[..len];
+        self.source.look_at(run, bytes)?;
+        Ok(Bytes::Read(bytes))
+    }
+
+    fn done(&self, range: Range<u64>) {
+        self.source.give_up(self.run(range));
+    }
 }
 
 impl Kept {
@@ -233,7 +378,7 @@ impl Kept {
             .filter(|extent| extent.len > KEPT_DOCUMENT_BYTES)
             .filter_map(|extent| match extent.content {
                 Content::Made(doc) => Some((doc, OnceLock::new())),
-                Content::Model { .. } => None,
+                Content::Model { .. } | Content::Computed(_) => None,
             })
             .collect();
         large.sort_by_key(|(doc, _)| *doc);

@@ -33,20 +33,23 @@ const GROWTH: u64 = 4;
 /// computes with it. Looking at the header and at the start of each tensor takes fewer: most
 /// experts have three tensors, and those with biases six.
 const SCATTERED_REQUESTS: usize = 8;
+/// With this many readers at different places a file is wanted whole whose places are made from the
+/// same bytes: a program loads its arrays side by side.
+const SHARING_READERS: usize = 2;
 /// How many readers are known at a time; one that was forgotten counts as new. The table is
 /// searched for every request: 64 entries of 64 bytes fill one page.
 const MAX_STREAMS: usize = 64;
 /// How many of them in one file: scattered reads of a large file would fill the table.
 const MAX_STREAMS_OF_FILE: usize = MAX_STREAMS / 4;
 
-/// How far to look ahead. The source of the bytes knows what is worth while.
+/// How far to look ahead, in bytes of the model. Their source knows what is worth while.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Reach {
     /// Bytes in front of a reader.
     pub ahead: u64,
     /// Bytes beyond those, so that a source that fetches in pieces need not cut the last one.
     pub beyond: u64,
-    /// Bytes of the largest file that is wanted whole.
+    /// What is made from no more bytes than this may be wanted whole.
     pub whole: u64,
 }
 
@@ -59,6 +62,30 @@ pub struct File {
     pub header: u64,
     /// Bytes of all of it.
     pub size: u64,
+    /// Bytes of the model that it is made from, which are what is fetched.
+    pub source: u64,
+    /// Whether different places of it are made from the same bytes of the model.
+    pub shares: bool,
+}
+
+impl File {
+    /// About how many bytes of the model this many bytes of the file are made from.
+    fn to_source(self, bytes: u64) -> u64 {
+        self.scaled(bytes, self.source, self.size - self.header)
+    }
+
+    /// About how many bytes of the file are made from this many bytes of the model.
+    fn of_source(self, bytes: u64) -> u64 {
+        self.scaled(bytes, self.size - self.header, self.source)
+    }
+
+    fn scaled(self, bytes: u64, to: u64, from: u64) -> u64 {
+        if to == from || from == 0 {
+            return bytes;
+        }
+        let scaled = u128::from(bytes) * u128::from(to) / u128::from(from);
+        scaled.try_into().unwrap_or(u64::MAX)
+    }
 }
 
 /// What a reader will ask for.
@@ -68,7 +95,7 @@ pub struct Wanted {
     pub reader: u64,
     /// Empty if it wants nothing more.
     pub range: Range<u64>,
-    /// How many bytes of the range are worth fetching now, from its start.
+    /// How many bytes of the model are worth fetching now, from those of the start of the range on.
     pub near: u64,
 }
 
@@ -155,7 +182,10 @@ impl Predictor {
         let of_file = || self.streams.iter().filter(|s| s.file == file.id);
         let strays = of_file().filter(|s| s.in_order == 1).count();
         let in_order = of_file().any(|s| s.in_order > 2);
-        if strays < SCATTERED_REQUESTS || in_order || file.size > self.reach.whole {
+        let is_scattered = strays >= SCATTERED_REQUESTS && !in_order;
+        let in_payload = of_file().filter(|s| s.in_order > 0).count();
+        let is_shared = file.shares && in_payload >= SHARING_READERS;
+        if !(is_scattered || is_shared) || file.source > self.reach.whole {
             return;
         }
         let asked = of_file().map(|s| s.next - s.start).sum();
@@ -203,7 +233,7 @@ impl Predictor {
                 self.streams.swap_remove(index);
                 range.start = range.end;
             }
-            let near = range.end - range.start;
+            let near = file.to_source(range.end - range.start);
             return Some(Wanted {
                 reader,
                 range,
@@ -218,8 +248,9 @@ impl Predictor {
         let others = self.streams.iter().filter(|s| s.file == file.id);
         let others = others.filter(|s| s.start >= end).map(|s| s.start);
         let limit = others.min().unwrap_or(file.size);
-        let near = self.reach.ahead.min(GROWTH * read);
-        let end = limit.min(stream.next + near + self.reach.beyond);
+        let near = self.reach.ahead.min(GROWTH * file.to_source(read));
+        let ahead = file.of_source(near + self.reach.beyond);
+        let end = limit.min(stream.next.saturating_add(ahead));
         Some(Wanted {
             reader,
             range: stream.next..end.max(stream.next),

@@ -3,6 +3,7 @@
 //! A file is a little-endian u64 `N`, `N` bytes of JSON (padded with spaces) and the payload.
 //! Format and limits: the reference crate `safetensors` 0.8 of Hugging Face.
 
+use std::borrow::Cow;
 use std::io::{self, Write};
 
 use serde::Serialize;
@@ -23,11 +24,13 @@ pub enum Dtype {
     I64,
     F32,
     I32,
+    /// The packed codes of MLX.
+    U32,
     F16,
     Bf16,
     I16,
     I8,
-    /// The raw bytes of GGML blocks.
+    /// The raw bytes of GGML blocks, and MLX's scales of FP4 codes.
     U8,
 }
 
@@ -54,6 +57,7 @@ impl Dtype {
             Self::I64 => "I64",
             Self::F32 => "F32",
             Self::I32 => "I32",
+            Self::U32 => "U32",
             Self::F16 => "F16",
             Self::Bf16 => "BF16",
             Self::I16 => "I16",
@@ -66,7 +70,7 @@ impl Dtype {
     pub fn width(self) -> u64 {
         match self {
             Self::F64 | Self::I64 => 8,
-            Self::F32 | Self::I32 => 4,
+            Self::F32 | Self::I32 | Self::U32 => 4,
             Self::F16 | Self::Bf16 | Self::I16 => 2,
             Self::I8 | Self::U8 => 1,
         }
@@ -96,49 +100,51 @@ impl Shape {
     /// The shape in elements of the dtype: block types count bytes in the last dimension, as
     /// gguf-py's `quant_shape_to_byte_shape` does. The rows must be whole blocks.
     pub fn stored(self, ggml_type: &GgmlType) -> Self {
-        let mut stored = self;
-        if Dtype::of(ggml_type) == Dtype::U8
-            && let Some(last) = stored.dims[..stored.len].last_mut()
-        {
-            *last = ggml_type.row_bytes(*last).unwrap_or(0);
+        match Dtype::of(ggml_type) {
+            Dtype::U8 => self.with_last(|row| ggml_type.row_bytes(row).unwrap_or(0)),
+            _ => self,
         }
-        stored
+    }
+
+    /// The same with another last dimension, made from that by `change`; a scalar has none.
+    pub fn with_last(mut self, change: impl FnOnce(u64) -> u64) -> Self {
+        if let Some(last) = self.dims[..self.len].last_mut() {
+            *last = change(*last);
+        }
+        self
+    }
+
+    /// The number of elements; `u64::MAX` stands for all that do not fit 64 bits.
+    pub fn elements(&self) -> u64 {
+        let dims = self.dims().iter();
+        dims.fold(1, |product: u64, &n| product.saturating_mul(n))
     }
 
     /// The dimensions, row-major.
     pub fn dims(&self) -> &[u64] {
         &self.dims[..self.len]
     }
-
-    fn write(&self, out: &mut impl Write) -> io::Result<()> {
-        write_json(out, self.dims())
-    }
 }
 
-/// One tensor of a file, as its header describes it.
-#[derive(Debug, Clone, Copy)]
-pub struct TensorView<'a> {
-    /// The name in the file.
-    pub name: &'a str,
-    /// The logical shape, row-major.
+/// One array of a file, as its header describes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Array<'a> {
+    pub name: Cow<'a, str>,
+    pub dtype: Dtype,
+    /// In elements of the dtype, row-major.
     pub shape: Shape,
-    pub ggml_type: &'static GgmlType,
     /// Bytes of payload.
     pub bytes: u64,
-    /// Where the bytes come from: the tensor's name in the model, …
-    pub gguf_name: &'a str,
-    /// … the part (0-based), …
-    pub gguf_part: u32,
-    /// … and the first byte in that part's file.
-    pub gguf_offset: u64,
 }
 
 /// Writes the JSON of a header, without length word and padding: `__metadata__` with the pairs
-/// given and `odmoe.tensors`, then the tensors in payload order, without gaps.
-pub fn write_header_json<'a>(
-    out: &mut impl Write,
+/// given and one whose value is a text of JSON, then the arrays in payload order, side by side.
+pub fn write_header_json<'a, W: Write>(
+    out: &mut W,
     metadata: &[(&str, &str)],
-    tensors: impl Iterator<Item = TensorView<'a>> + Clone,
+    json_key: &str,
+    json_value: impl FnOnce(&mut InString<W>) -> io::Result<()>,
+    arrays: impl Iterator<Item = Array<'a>>,
 ) -> io::Result<()> {
     out.write_all(b"{")?;
     write_json(out, METADATA_KEY)?;
@@ -149,19 +155,20 @@ pub fn write_header_json<'a>(
         write_json(out, value)?;
         out.write_all(b",")?;
     }
-    out.write_all(b"\"odmoe.tensors\":\"")?;
-    write_sources(&mut InString(out), tensors.clone())?;
+    write_json(out, json_key)?;
+    out.write_all(b":\"")?;
+    json_value(&mut InString(out))?;
     out.write_all(b"\"}")?;
     let mut begin = 0u64;
-    for tensor in tensors {
+    for array in arrays {
         out.write_all(b",")?;
-        write_json(out, tensor.name)?;
+        write_json(out, &*array.name)?;
         out.write_all(b":{\"dtype\":")?;
-        write_json(out, Dtype::of(tensor.ggml_type).name())?;
+        write_json(out, array.dtype.name())?;
         out.write_all(b",\"shape\":")?;
-        tensor.shape.stored(tensor.ggml_type).write(out)?;
+        write_json(out, array.shape.dims())?;
         out.write_all(b",\"data_offsets\":")?;
-        let end = begin + tensor.bytes;
+        let end = begin + array.bytes;
         write_json(out, &[begin, end])?;
         out.write_all(b"}")?;
         begin = end;
@@ -169,41 +176,15 @@ pub fn write_header_json<'a>(
     out.write_all(b"}")
 }
 
-/// The JSON object of `odmoe.tensors`: what each tensor is in the model.
-fn write_sources<'a>(
-    out: &mut impl Write,
-    tensors: impl Iterator<Item = TensorView<'a>>,
-) -> io::Result<()> {
-    let mut comma = "{";
-    for tensor in tensors {
-        out.write_all(comma.as_bytes())?;
-        write_json(out, tensor.name)?;
-        out.write_all(b":{\"ggml_type\":")?;
-        write_json(out, tensor.ggml_type.name)?;
-        out.write_all(b",\"shape\":")?;
-        tensor.shape.write(out)?;
-        out.write_all(b",\"gguf_name\":")?;
-        write_json(out, tensor.gguf_name)?;
-        out.write_all(b",\"gguf_part\":")?;
-        write_json(out, &tensor.gguf_part)?;
-        out.write_all(b",\"gguf_offset\":")?;
-        write_json(out, &tensor.gguf_offset)?;
-        out.write_all(b"}")?;
-        comma = ",";
-    }
-    // A file without tensors does not exist, but its header would still be valid.
-    out.write_all(if comma == "{" { b"{}" } else { b"}" })
-}
-
 /// Writes one value. Not with `write!`, which is slower: a mount waits for the lengths of tens of
 /// thousands of headers.
-fn write_json<T: Serialize + ?Sized>(out: &mut impl Write, value: &T) -> io::Result<()> {
+pub(crate) fn write_json<T: Serialize + ?Sized>(out: &mut impl Write, value: &T) -> io::Result<()> {
     serde_json::to_writer(out, value).map_err(io::Error::from)
 }
 
 /// Passes JSON on as the inside of a JSON string. JSON itself holds no control characters, so
 /// quotes and backslashes are all that needs escaping.
-struct InString<'a, W>(&'a mut W);
+pub struct InString<'a, W>(&'a mut W);
 
 impl<W: Write> Write for InString<'_, W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
@@ -221,53 +202,5 @@ impl<W: Write> Write for InString<'_, W> {
 
     fn flush(&mut self) -> io::Result<()> {
         self.0.flush()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn view<'a>(name: &'a str, ne: &[u64], ggml_type: &str) -> TensorView<'a> {
-        let ggml_type = GgmlType::from_name(ggml_type).unwrap();
-        let mut whole = [1; 4];
-        whole[..ne.len()].copy_from_slice(ne);
-        TensorView {
-            name,
-            shape: Shape::of_dims(ne),
-            ggml_type,
-            bytes: ggml_type.tensor_bytes(whole).unwrap(),
-            gguf_name: name,
-            gguf_part: 0,
-            gguf_offset: 123,
-        }
-    }
-
-    #[test]
-    fn the_reference_crate_reads_a_header_with_hostile_names() {
-        let names = ["a\"b\\c", "../../x\n\u{1b}[31m", "", "模型"];
-        let tensors = names.map(|name| view(name, &[256, 3], "Q4_K"));
-        let mut json = Vec::new();
-        write_header_json(&mut json, &[("format", "pt")], tensors.into_iter()).unwrap();
-        let mut file = (json.len() as u64).to_le_bytes().to_vec();
-        file.extend(&json);
-        file.resize(file.len() + 4 * 3 * 144, 0);
-        let (_, metadata) = safetensors::SafeTensors::read_metadata(&file).unwrap();
-        let parsed = safetensors::SafeTensors::deserialize(&file).unwrap();
-        for name in names {
-            assert_eq!(parsed.tensor(name).unwrap().shape(), [3, 144]);
-        }
-        let sources = &metadata.metadata().as_ref().unwrap()["odmoe.tensors"];
-        let sources: serde_json::Value = serde_json::from_str(sources).unwrap();
-        assert_eq!(sources[names[0]]["shape"], serde_json::json!([3, 256]));
-        assert_eq!(sources[names[1]]["gguf_name"], names[1]);
-    }
-
-    #[test]
-    fn scalars_and_empty_tensors_keep_their_shape() {
-        assert_eq!(view("s", &[], "F32").shape.dims(), [0u64; 0]);
-        assert_eq!(view("e", &[0], "F32").bytes, 0);
-        let row = view("r", &[512], "IQ4_KS");
-        assert_eq!(row.shape.stored(row.ggml_type).dims(), [2 * 136 + 4]);
     }
 }

@@ -14,6 +14,7 @@ use std::time::{Instant, SystemTime};
 
 use parking_lot::Mutex;
 
+use crate::form::Form;
 use crate::model::Model;
 use crate::predictor::{self, Predictor, Reach};
 use crate::source::ReadError;
@@ -289,6 +290,8 @@ impl Served {
             id: file,
             header: header.map_or(0, |extent| extent.len),
             size: tree.size(file).unwrap_or(0),
+            source: self.model.source_bytes(file),
+            shares: matches!(self.model.layout().form(), Form::Mlx { .. }),
         }
     }
 

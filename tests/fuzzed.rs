@@ -16,6 +16,7 @@ mod seeds;
 #[global_allocator]
 static ALLOCATOR: checks::Counting = checks::Counting;
 
+static CODEC: LazyLock<Vec<Vec<u8>>> = LazyLock::new(seeds::codec);
 static GGUF: LazyLock<Vec<Vec<u8>>> = LazyLock::new(|| small(seeds::gguf()));
 static MODEL: LazyLock<Vec<Vec<u8>>> = LazyLock::new(|| small(seeds::model()));
 
@@ -66,6 +67,7 @@ fn every_seed_passes() {
     assert!(gguf.len() > 60 && model.len() > 60);
     gguf.iter().for_each(|seed| checks::gguf(seed));
     model.iter().for_each(|seed| checks::model(seed));
+    CODEC.iter().for_each(|seed| checks::codec(seed));
 }
 
 /// Inputs that broke something are kept, and must never do so again.
@@ -75,6 +77,7 @@ fn inputs_that_fuzzers_found_pass() {
         (checks::gguf as fn(&[u8]), "gguf"),
         (checks::model, "model"),
         (checks::slices, "slices"),
+        (checks::codec, "codec"),
     ] {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
             .join("tests/data/fuzzed")
@@ -101,5 +104,10 @@ proptest! {
     #[test]
     fn slices_are_what_a_walk_gives(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
         checks::slices(&bytes);
+    }
+
+    #[test]
+    fn damaged_blocks_are_computed(seed in any::<Index>(), damages in prop::collection::vec(damage(), 1..8)) {
+        checks::codec(&damaged(&CODEC[seed.index(CODEC.len())], &damages));
     }
 }

@@ -3,6 +3,7 @@
 use std::io::Cursor;
 
 use odmoe_fs::explain::Explain;
+use odmoe_fs::form::Form;
 use odmoe_fs::gguf::write::Writer;
 use odmoe_fs::gguf::{GgmlType, Header, ModelHeader, Value};
 use odmoe_fs::layout::{FileKind, Layout, LayoutError};
@@ -22,7 +23,7 @@ fn lay_out_of(architecture: &str, tensors: &[Tensor]) -> Result<Layout, LayoutEr
     let written = writer.header();
     let header = Header::read(Cursor::new(&written.bytes), written.file_bytes).unwrap();
     let model = ModelHeader::join(vec![(header, written.file_bytes)]).unwrap();
-    Layout::new(model).map(|(layout, _)| layout)
+    Layout::new(model, Form::Raw).map(|(layout, _)| layout)
 }
 
 /// `file: name [shape] at byte of its tensor`, for each tensor of each file.

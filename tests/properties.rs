@@ -4,10 +4,12 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 
+use odmoe_fs::codec::Float;
+use odmoe_fs::form::Form;
 use odmoe_fs::gguf::write::Writer;
 use odmoe_fs::gguf::{GgmlType, Value};
-use odmoe_fs::layout::{Doc, FileKind};
-use odmoe_fs::model::Model;
+use odmoe_fs::layout::{Doc, FileKind, LayoutError};
+use odmoe_fs::model::{Model, ModelError};
 use odmoe_fs::tree::Content;
 use proptest::prelude::*;
 use safetensors::SafeTensors;
@@ -257,6 +259,41 @@ proptest! {
         every_expert_has_a_file(&opened, &model);
         headers_parse_and_name_their_sources(&opened, &parts);
     }
+
+    #[test]
+    fn every_form_keeps_the_promises(
+        model in random_model(),
+        form in prop::sample::select(FORMS.to_vec()),
+        ranges in prop::collection::vec((any::<prop::sample::Index>(), 0..9000usize), 8),
+    ) {
+        let folder = TempDir::new().unwrap();
+        let (path, parts) = model.write(&folder);
+        let opened = match Model::open_as(&path, form) {
+            Err(ModelError::Layout { cause: LayoutError::UnknownTypes(types), .. }) => {
+                assert_eq!(types.to_string().split(' ').next(), Some("Q8_KV"));
+                return Ok(());
+            }
+            opened => opened.unwrap(),
+        };
+        rendered_lengths_are_sizes(&opened);
+        reads_equal_the_naive_file(&opened, &parts, &ranges);
+        every_expert_has_a_file(&opened, &model);
+        arrays_parse_and_feed_from_their_tensors(&opened, &parts);
+    }
+}
+
+const FORMS: [Form; 7] = [
+    Form::Numbers(Float::F32),
+    Form::Numbers(Float::F16),
+    Form::Numbers(Float::Bf16),
+    mlx(Float::F32, false),
+    mlx(Float::F16, false),
+    mlx(Float::Bf16, false),
+    mlx(Float::F16, true),
+];
+
+const fn mlx(scales: Float, requant: bool) -> Form {
+    Form::Mlx { scales, requant }
 }
 
 fn rendered_lengths_are_sizes(model: &Model) {
@@ -280,6 +317,14 @@ fn naive(model: &Model, ino: u64, parts: &[Vec<u8>]) -> Vec<u8> {
                 let offset = offset as usize;
                 let run = &parts[part as usize][offset..offset + extent.len as usize];
                 bytes.extend_from_slice(run);
+            }
+            Content::Computed(id) => {
+                let recipe = model.layout().recipe(id);
+                let offset = recipe.offset as usize;
+                let blocks = &parts[recipe.part as usize][offset..offset + recipe.len as usize];
+                let start = bytes.len();
+                bytes.resize(start + extent.len as usize, 0);
+                recipe.codec.compute(blocks, &mut bytes[start..]);
             }
         }
     }
@@ -365,4 +410,68 @@ fn headers_parse_and_name_their_sources(model: &Model, parts: &[Vec<u8>]) {
             assert_eq!(view.data(), run, "{name}");
         }
     }
+}
+
+/// What safetensors reads of each file, compared with what `odmoe.tensors` says of it.
+fn arrays_parse_and_feed_from_their_tensors(model: &Model, parts: &[Vec<u8>]) {
+    let tree = model.tree();
+    let mut fed = 0;
+    for file in model.layout().files() {
+        let bytes = model.read(tree.find(&file.kind.path()).unwrap()).unwrap();
+        let parsed = SafeTensors::deserialize(&bytes).unwrap();
+        let (_, metadata) = SafeTensors::read_metadata(&bytes).unwrap();
+        let map = metadata.metadata().as_ref().unwrap();
+        assert_eq!(map["odmoe.form"], model.layout().form().name());
+        let sources: serde_json::Value = serde_json::from_str(&map["odmoe.tensors"]).unwrap();
+        let mut arrays = 0;
+        for (name, source) in sources.as_object().unwrap() {
+            let shape = source["shape"].as_array().unwrap();
+            let shape: Vec<usize> = shape.iter().map(|n| n.as_u64().unwrap() as usize).collect();
+            let array = parsed.tensor(name).unwrap();
+            let ggml_type = GgmlType::from_name(source["ggml_type"].as_str().unwrap()).unwrap();
+            let mut ne = [1; 4];
+            ne.iter_mut()
+                .zip(shape.iter().rev())
+                .for_each(|(ne, dim)| *ne = *dim as u64);
+            let source_bytes = ggml_type.tensor_bytes(ne).unwrap() as usize;
+            fed += source_bytes;
+            arrays += 1;
+            let form = &source["form"];
+            if form.is_null() {
+                let part = source["gguf_part"].as_u64().unwrap() as usize;
+                let offset = source["gguf_offset"].as_u64().unwrap() as usize;
+                assert_eq!(array.data(), &parts[part][offset..offset + source_bytes]);
+                continue;
+            }
+            if let Some(dtype) = form["dtype"].as_str() {
+                assert_eq!(format!("{:?}", array.dtype()), dtype);
+                assert_eq!(array.shape(), shape);
+                continue;
+            }
+            let (rows, row) = shape.split_at(shape.len() - 1);
+            let whole = |last: usize| [rows, &[last]].concat();
+            let number = |key: &str| form[key].as_u64().unwrap() as usize;
+            assert_eq!(array.shape(), whole(row[0] * number("bits") / 32));
+            let is_affine = form["mode"] == "affine";
+            for suffix in ["scales", "biases"]
+                .into_iter()
+                .take(1 + usize::from(is_affine))
+            {
+                let name = name.replace(".weight", &format!(".{suffix}"));
+                let small = parsed.tensor(&name).unwrap();
+                assert_eq!(small.shape(), whole(row[0] / number("group_size")));
+                assert_eq!(
+                    format!("{:?}", small.dtype()),
+                    form["scales"].as_str().unwrap()
+                );
+                arrays += 1;
+            }
+        }
+        assert_eq!(arrays, parsed.len());
+    }
+    let tensors = &model.layout().model().tensors;
+    assert_eq!(
+        fed as u64,
+        tensors.iter().map(|t| t.info.bytes).sum::<u64>()
+    );
 }

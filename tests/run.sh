@@ -118,9 +118,9 @@ soak() { # soak SECONDS
 fuzz() { # fuzz SECONDS
     lacks fuzz "NOT FUZZED" && return
     step cargo run --quiet --example seeds -- fuzz/corpus
-    for name in gguf model slices; do
+    for name in gguf model slices codec; do
         # The coverage that fuzzers go by is an unstable option of a compiler that is otherwise the stable one.
-        # No sanitizer: there is no unsafe code on these ways.
+        # No sanitizer: there is no unsafe code on these ways but the choice of AVX2.
         RUSTC_BOOTSTRAP=1 step cargo fuzz run --sanitizer none "$name" -- -max_len=16384 -timeout=20 -verbosity=0 \
             -print_final_stats=1 -max_total_time="$1"
     done

@@ -3,6 +3,7 @@
 //! Each is a function that renders into a `Write`; its length is the same function into a
 //! counter. JSON has an indent of two spaces, as the reference converter writes it.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 
@@ -12,7 +13,10 @@ use serde_json::value::RawValue;
 
 use super::counting::CountingWriter;
 use super::{BASE_DIRECTORY, Component, EXPERTS_DIRECTORY, FileKind, Layout, TensorFile};
+use crate::codec::Mlx;
+use crate::form::{Form, Shown};
 use crate::gguf::{FIXED_HEADER_BYTES, KeyValue, MAGIC, Value};
+use crate::safetensors::Dtype;
 use crate::tree::{Content, DocId, NewFile};
 
 /// The path of the list of experts below the root.
@@ -177,7 +181,7 @@ struct RegistryEntry<'a> {
     size: u64,
     layer: u32,
     expert_id: u32,
-    tensors: Vec<&'a str>,
+    tensors: Vec<Cow<'a, str>>,
 }
 
 impl Serialize for Registry<'_> {
@@ -190,7 +194,8 @@ impl Serialize for Registry<'_> {
             if !(self.present)(file) {
                 continue;
             }
-            let mut tensors: Vec<&str> = self.layout.tensors(file).map(|t| t.name).collect();
+            let arrays = self.layout.arrays(file).into_iter();
+            let mut tensors: Vec<_> = arrays.map(|view| view.array.name).collect();
             tensors.sort_unstable();
             let entry = RegistryEntry {
                 path: file.kind.path(),
@@ -218,8 +223,73 @@ struct Metadata<'a> {
     moe_layers: Vec<u32>,
     ggml_types: Map<Vec<(&'static str, TypeUse)>>,
     parts: Vec<u64>,
-    weight_map: Map<Vec<(&'a str, String)>>,
+    weight_map: Map<Vec<(Cow<'a, str>, String)>>,
+    #[serde(flatten)]
+    form: Option<FormReport<'a>>,
     gguf: Map<Vec<(&'a str, Json<'a>)>>,
+}
+
+/// What quantised tensors are shown as, if not as their blocks.
+#[derive(Serialize)]
+struct FormReport<'a> {
+    form: &'static str,
+    #[serde(flatten)]
+    mlx: Option<MlxReport<'a>>,
+}
+
+/// What `mx.quantized_matmul` needs to know.
+#[derive(Serialize)]
+struct MlxReport<'a> {
+    /// The dtype of scales and biases in affine mode, and of what is not packed.
+    scales: &'static str,
+    /// Whether types without an exact map were quantised anew.
+    requant: bool,
+    /// By name in the model, of each tensor that is packed.
+    quantization: Map<Vec<(&'a str, Quantization)>>,
+}
+
+#[derive(Serialize)]
+struct Quantization {
+    mode: &'static str,
+    bits: u32,
+    group_size: u32,
+}
+
+impl<'a> FormReport<'a> {
+    fn of(layout: &'a Layout) -> Option<Self> {
+        let mlx = match layout.form {
+            Form::Raw => return None,
+            Form::Numbers(_) => None,
+            Form::Mlx { scales, requant } => Some(MlxReport {
+                scales: Dtype::from(scales).name(),
+                requant,
+                quantization: Map(quantized(layout)),
+            }),
+        };
+        Some(Self {
+            form: layout.form.name(),
+            mlx,
+        })
+    }
+}
+
+/// The tensors of the model that are shown packed; all views of one are shown alike.
+fn quantized(layout: &Layout) -> Vec<(&str, Quantization)> {
+    let packed = layout.views.iter().filter_map(|view| match view.shown {
+        Shown::Mlx { mlx, .. } => Some((view.tensor, mlx)),
+        _ => None,
+    });
+    let packed: BTreeMap<u32, Mlx> = packed.collect();
+    let entry = |(tensor, mlx): (u32, Mlx)| {
+        let name = layout.model.tensors[tensor as usize].info.name.as_str();
+        let quantization = Quantization {
+            mode: mlx.mode.name(),
+            bits: mlx.bits,
+            group_size: mlx.group_size,
+        };
+        (name, quantization)
+    };
+    packed.into_iter().map(entry).collect()
 }
 
 /// Number of tensors per base file.
@@ -246,15 +316,15 @@ impl<'a> Metadata<'a> {
         for file in layout.files.iter().filter(|file| present(file)) {
             match file.kind {
                 FileKind::Base(component) => {
-                    let tensors = layout.tensors(file);
                     *match component {
                         Component::Embeddings => &mut components.embeddings,
                         Component::AttentionLayers => &mut components.attention_layers,
                         Component::Norms => &mut components.norms,
                         Component::LmHead => &mut components.lm_head,
-                    } = tensors.len();
+                    } = layout.tensors(file).len();
                     let name = format!("{}.safetensors", file.kind.stem());
-                    weight_map.extend(tensors.map(|t| (t.name, name.clone())));
+                    let arrays = layout.arrays(file).into_iter();
+                    weight_map.extend(arrays.map(|view| (view.array.name, name.clone())));
                 }
                 FileKind::Expert { layer, .. } => {
                     if moe_layers.last() != Some(&layer) {
@@ -286,6 +356,7 @@ impl<'a> Metadata<'a> {
             ggml_types: Map(types.into_values().collect()),
             parts: model.parts.iter().map(|part| part.file_bytes).collect(),
             weight_map: Map(weight_map),
+            form: FormReport::of(layout),
             gguf: Map(model
                 .key_values
                 .iter()

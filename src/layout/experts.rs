@@ -7,6 +7,8 @@ use std::collections::BTreeMap;
 
 use super::names::{ExpertName, Holds, Matrix};
 use super::{LayoutError, View, described};
+
+use crate::form::Shown;
 use crate::gguf::{ModelHeader, OLLAMA_GPT_OSS, Tensor};
 use crate::safetensors::Shape;
 
@@ -271,6 +273,7 @@ fn stack(
         first: 0,
         bytes,
         stride: bytes,
+        shown: Shown::Stored,
     }))
 }
 
@@ -319,6 +322,7 @@ fn fused_stack(
         first,
         bytes: bytes / 2,
         stride: bytes,
+        shown: Shown::Stored,
     };
     Ok(vec![half(Matrix::Gate, 0), half(Matrix::Up, bytes / 2)])
 }

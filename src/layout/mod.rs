@@ -13,6 +13,7 @@ mod documents;
 mod experts;
 mod names;
 mod partition;
+mod view;
 
 use std::io::{self, Write};
 use std::ops::Range;
@@ -20,14 +21,19 @@ use std::ops::Range;
 pub use documents::{Doc, METADATA_GGUF_PATH, METADATA_PATH, Present, REGISTRY_PATH};
 pub use names::{Component, ExpertName, Holds, Matrix};
 pub use partition::PartitionError;
+pub use view::{ArrayView, TensorView};
 
 use self::counting::CountingWriter;
+use self::view::write_tensors;
+use crate::codec::{Codec, Float, Output};
+use crate::computed::{Job, Small};
 use crate::explain::{Explain, Hint};
+use crate::form::{Form, Shown, UnknownTypes};
 use crate::gguf::{LLAMA_CPP_GPT_OSS, ModelHeader, Tensor};
 use crate::safetensors::{
-    self, Dtype, LENGTH_WORD_BYTES, METADATA_KEY, Shape, TensorView, write_header_json,
+    self, Dtype, InString, LENGTH_WORD_BYTES, METADATA_KEY, Shape, write_header_json,
 };
-use crate::tree::{Content, NewFile, Tree};
+use crate::tree::{Content, NewFile, RecipeId, Tree};
 
 /// The version of the mapping from models to trees, `odmoe.layout`: the same parts give the same
 /// bytes under the same number.
@@ -42,6 +48,10 @@ const PAGE_BYTES: u64 = 4096;
 /// Tensors of all expert files together: 15 times those of Kimi-K2.5. Each costs memory and time,
 /// so a hostile model must not multiply experts and suffixes.
 const MAX_EXPERT_TENSORS: usize = 1 << 20;
+/// Offsets in files are signed 64-bit numbers; headers need some room.
+const MAX_PAYLOAD_BYTES: u64 = i64::MAX as u64 - (1 << 50);
+/// A tensor is shown as three arrays at most: weight, scales, biases.
+const MAX_ARRAYS: u32 = 4;
 /// Payloads start at multiples of this, the widest dtype.
 const PAYLOAD_ALIGNMENT: u64 = 8;
 
@@ -60,6 +70,8 @@ pub struct View {
     pub bytes: u64,
     /// From the start of one run to that of the next, in bytes; 0 if there is only one run.
     pub stride: u64,
+    /// What each run is shown as.
+    pub shown: Shown,
 }
 
 impl View {
@@ -71,8 +83,21 @@ impl View {
             first: 0,
             bytes: tensor.info.bytes,
             stride: 0,
+            shown: Shown::Stored,
         }
     }
+}
+
+/// How an array is computed: from which bytes of the model, and by what.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Recipe {
+    /// 0-based.
+    pub part: u32,
+    /// First byte of the blocks in the part's file.
+    pub offset: u64,
+    /// Bytes of blocks.
+    pub len: u64,
+    pub codec: Codec,
 }
 
 /// One run of a view.
@@ -115,6 +140,9 @@ impl FileKind {
 pub struct TensorFile {
     pub kind: FileKind,
     pieces: Range<u32>,
+    /// Whether arrays lie in the order of their widths, so that each is aligned to its own. Else they
+    /// lie in the order of the model.
+    widest_first: bool,
     /// Bytes in front of the payload: length word, JSON and padding.
     pub header_bytes: u64,
     /// Bytes of payload.
@@ -178,6 +206,16 @@ pub enum LayoutError {
         "the model has so many tensors that the header of {path} takes {bytes} bytes, but safetensors allows only 100000000"
     )]
     HeaderTooLarge { path: String, bytes: u64 },
+    #[error("the numbers of these types are not known: {0}")]
+    UnknownTypes(UnknownTypes),
+    #[error("{first} and {second} would both be shown as {name}")]
+    SameName {
+        name: String,
+        first: String,
+        second: String,
+    },
+    #[error("shown as {form}, {path} would be larger than any file system can hold")]
+    TooLarge { form: Form, path: String },
     #[error(transparent)]
     Partition(#[from] PartitionError),
 }
@@ -207,6 +245,9 @@ impl Explain for LayoutError {
             | Self::TooManyExpertTensors { .. }
             | Self::HeaderTooLarge { .. } => Some(REPORT.into()),
             Self::ReservedName => Some("rename it".into()),
+            Self::UnknownTypes(_) => Some("use --as raw, which shows their blocks".into()),
+            Self::SameName { .. } => Some("use another form, or --as raw".into()),
+            Self::TooLarge { .. } => Some("use --as raw".into()),
         }
     }
 }
@@ -222,24 +263,54 @@ fn described(tensor: &Tensor) -> String {
     )
 }
 
+/// Fails if a form needs numbers of types that nobody here knows.
+fn check_types(model: &ModelHeader, form: Form) -> Result<(), LayoutError> {
+    if form == Form::Raw {
+        return Ok(());
+    }
+    let mut unknown: Vec<(&'static str, usize)> = Vec::new();
+    for tensor in &model.tensors {
+        let ggml_type = tensor.info.ggml_type;
+        let is_known = Dtype::of(ggml_type) != Dtype::U8
+            || Codec::of(ggml_type, Output::Numbers(Float::F32)).is_some();
+        if is_known {
+            continue;
+        }
+        match unknown.iter_mut().find(|(name, _)| *name == ggml_type.name) {
+            Some((_, count)) => *count += 1,
+            None => unknown.push((ggml_type.name, 1)),
+        }
+    }
+    match unknown.is_empty() {
+        true => Ok(()),
+        false => Err(LayoutError::UnknownTypes(UnknownTypes(unknown))),
+    }
+}
+
 /// The whole layout of a model.
 #[derive(Debug)]
 pub struct Layout {
     model: ModelHeader,
+    form: Form,
     views: Vec<View>,
     pieces: Vec<Piece>,
     /// Base files in the order of [`Component::ALL`], then experts by layer and number.
     files: Vec<TensorFile>,
+    /// Payload bytes of all files.
+    total_bytes: u64,
 }
 
 impl Layout {
-    /// Lays a model out, and checks that every byte of every tensor is in one file, once.
-    pub fn new(model: ModelHeader) -> Result<(Self, Tree), LayoutError> {
+    /// Lays a model out in a form, and checks that every byte of every tensor is in one file, once.
+    pub fn new(model: ModelHeader, form: Form) -> Result<(Self, Tree), LayoutError> {
+        check_types(&model, form)?;
         let mut layout = Self {
             model,
+            form,
             views: Vec::new(),
             pieces: Vec::new(),
             files: Vec::new(),
+            total_bytes: 0,
         };
         let mut base = vec![true; layout.model.tensors.len()];
         let layers = experts::routed_experts(&layout.model, &mut base)?;
@@ -251,8 +322,13 @@ impl Layout {
         layout.pieces.shrink_to_fit();
         layout.files.shrink_to_fit();
         let tree = layout.tree();
-        partition::check(&layout.model, &tree)?;
+        partition::check(&layout, &tree)?;
         Ok((layout, tree))
+    }
+
+    /// What quantised tensors are shown as.
+    pub fn form(&self) -> Form {
+        self.form
     }
 
     /// What the model's headers say.
@@ -317,6 +393,69 @@ impl Layout {
             .map(|piece| self.view(*piece))
     }
 
+    /// The arrays of a file, in payload order.
+    pub fn arrays<'a>(&'a self, file: &TensorFile) -> Vec<ArrayView<'a>> {
+        let mut arrays = Vec::with_capacity(3 * file.pieces.len());
+        for (piece, tensor) in file.pieces.clone().zip(self.tensors(file)) {
+            arrays.extend((0..tensor.shown.arrays()).map(|n| ArrayView {
+                array: tensor.array(n),
+                tensor,
+                n,
+                piece,
+            }));
+        }
+        if file.widest_first {
+            arrays.sort_by_key(|view| std::cmp::Reverse(view.array.dtype.width()));
+        }
+        arrays
+    }
+
+    /// How an array of the tree is computed.
+    pub fn recipe(&self, id: RecipeId) -> Recipe {
+        let (piece, n) = (id.0 / MAX_ARRAYS, id.0 % MAX_ARRAYS);
+        let tensor = self.view(self.pieces[piece as usize]);
+        let codec = tensor.shown.codec(n as usize, tensor.ggml_type);
+        Recipe {
+            part: tensor.gguf_part,
+            offset: tensor.gguf_offset,
+            len: tensor.bytes,
+            codec: codec.expect("only computed arrays have recipes"),
+        }
+    }
+
+    /// What the computation of an array needs to know.
+    pub(crate) fn job(&self, id: RecipeId) -> Job {
+        let (piece, array) = (id.0 / MAX_ARRAYS, (id.0 % MAX_ARRAYS) as usize);
+        let tensor = self.view(self.pieces[piece as usize]);
+        let codec = |n| tensor.shown.codec(n, tensor.ggml_type);
+        let small = |n| {
+            let codec = (n < tensor.shown.arrays()).then(|| codec(n))??;
+            let unit = codec.unit();
+            let bytes = tensor.bytes / unit.blocks as u64 * unit.out as u64;
+            Some(Small { codec, bytes })
+        };
+        Job {
+            tensor: piece,
+            array,
+            codec: codec(array).expect("only computed arrays have recipes"),
+            small: [small(1), small(2)],
+        }
+    }
+
+    /// Bytes of the model that are read for an array and for no array before it.
+    pub(crate) fn source_bytes(&self, id: RecipeId) -> u64 {
+        match self.array_of(id) {
+            (0, _) => self.recipe(id).len,
+            _ => 0,
+        }
+    }
+
+    /// Which of its tensor's arrays a computed array is, and how many there are.
+    fn array_of(&self, id: RecipeId) -> (usize, usize) {
+        let tensor = self.view(self.pieces[(id.0 / MAX_ARRAYS) as usize]);
+        ((id.0 % MAX_ARRAYS) as usize, tensor.shown.arrays())
+    }
+
     fn view(&self, piece: Piece) -> TensorView<'_> {
         let view = &self.views[piece.view as usize];
         let tensor = &self.model.tensors[view.tensor as usize];
@@ -329,10 +468,15 @@ impl Layout {
             gguf_part: tensor.part,
             // The run lies inside the tensor, whose end fits into 64 bits.
             gguf_offset: tensor.info.offset + view.first + u64::from(piece.run) * view.stride,
+            shown: view.shown,
         }
     }
 
-    fn add_view(&mut self, view: View) -> u32 {
+    fn add_view(&mut self, mut view: View) -> u32 {
+        let info = &self.model.tensors[view.tensor as usize].info;
+        let name = view.name.as_deref().unwrap_or(&info.name);
+        let shown = Shown::of(self.form, info.ggml_type, name, &view.shape);
+        view.shown = shown.expect("types without numbers are refused before");
         self.views.push(view);
         self.views.len() as u32 - 1
     }
@@ -340,19 +484,18 @@ impl Layout {
     fn add_base_files(&mut self, base: &[bool]) -> Result<(), LayoutError> {
         for component in Component::ALL {
             let first = self.pieces.len() as u32;
-            for (index, tensor) in self.model.tensors.iter().enumerate() {
+            for (index, is_base) in base.iter().enumerate() {
+                let tensor = &self.model.tensors[index];
                 let name = &tensor.info.name;
-                if !base[index] || Component::of(name) != component {
+                if !is_base || Component::of(name) != component {
                     continue;
                 }
                 if name == METADATA_KEY {
                     return Err(LayoutError::ReservedName);
                 }
-                self.pieces.push(Piece {
-                    view: self.views.len() as u32,
-                    run: 0,
-                });
-                self.views.push(View::whole(index as u32, tensor, None));
+                let whole = View::whole(index as u32, tensor, None);
+                let view = self.add_view(whole);
+                self.pieces.push(Piece { view, run: 0 });
             }
             self.add_file(FileKind::Base(component), first)?;
         }
@@ -361,7 +504,9 @@ impl Layout {
 
     fn add_experts(&mut self, layer: u32, mut content: experts::Layer) -> Result<(), LayoutError> {
         let first_stack = self.views.len() as u32;
-        self.views.append(&mut content.stacks);
+        for stack in std::mem::take(&mut content.stacks) {
+            self.add_view(stack);
+        }
         let stacks = first_stack..self.views.len() as u32;
         let numbers: Vec<u32> = content.experts().collect();
         let tensors = self.pieces.len() + stacks.len() * content.stacked as usize;
@@ -390,24 +535,35 @@ impl Layout {
             return Ok(());
         }
         let mut pieces = self.pieces.split_off(range.start);
-        self.order(&mut pieces);
+        let widest_first = !self.order(&mut pieces);
         self.pieces.append(&mut pieces);
 
         let mut file = TensorFile {
             kind,
             pieces: first..self.pieces.len() as u32,
+            widest_first,
             header_bytes: 0,
-            payload_bytes: self.pieces[range]
-                .iter()
-                .map(|piece| self.views[piece.view as usize].bytes)
-                .sum(),
+            payload_bytes: 0,
             incongruent_bytes: 0,
         };
+        self.check_names(&file)?;
+        let too_large = || LayoutError::TooLarge {
+            form: self.form,
+            path: kind.path(),
+        };
+        let arrays = self.arrays(&file);
+        let bytes = arrays.iter().map(|view| u128::from(view.array.bytes));
+        let bytes: u128 = bytes.sum();
+        let total = bytes + u128::from(self.total_bytes);
+        if total > u128::from(MAX_PAYLOAD_BYTES) {
+            return Err(too_large());
+        }
+        file.payload_bytes = bytes as u64;
         let mut json = CountingWriter::new(io::sink());
         self.write_json(&file, &mut json)
             .expect("counting bytes cannot fail");
         let (header_bytes, congruent_bytes) =
-            self.choose_padding(&file, LENGTH_WORD_BYTES + json.bytes);
+            self.choose_padding(&arrays, LENGTH_WORD_BYTES + json.bytes);
         if header_bytes - LENGTH_WORD_BYTES > safetensors::MAX_HEADER_BYTES {
             return Err(LayoutError::HeaderTooLarge {
                 path: kind.path(),
@@ -416,44 +572,78 @@ impl Layout {
         }
         file.header_bytes = header_bytes;
         file.incongruent_bytes = file.payload_bytes - congruent_bytes;
+        self.total_bytes = total as u64;
         self.files.push(file);
         Ok(())
     }
 
-    /// The order of the model, unless that would leave a tensor unaligned to its own dtype: then
-    /// by dtype width, widest first, which aligns all of them.
-    fn order(&self, pieces: &mut [Piece]) {
+    /// Puts pieces into the order of the model. If that would leave an array unaligned to its own
+    /// dtype, puts them by the width of their arrays, widest first, and returns false: then arrays
+    /// are to be ordered so, too, which aligns all of them.
+    fn order(&self, pieces: &mut [Piece]) -> bool {
         pieces.sort_by_cached_key(|piece| {
             let view = self.view(*piece);
             let table_place = self.views[piece.view as usize].tensor;
             (view.gguf_part, view.gguf_offset, table_place, piece.view)
         });
-        let width = |piece: &Piece| Dtype::of(self.view(*piece).ggml_type).width();
-        let mut offset = 0;
+        let mut offset = 0_u64;
         let aligned = pieces.iter().all(|piece| {
-            let start = offset;
-            offset += self.views[piece.view as usize].bytes;
-            start % width(piece) == 0
+            self.view(*piece).arrays().all(|array| {
+                let start = offset;
+                offset = offset.saturating_add(array.bytes);
+                start.is_multiple_of(array.dtype.width())
+            })
         });
         if !aligned {
-            pieces.sort_by_key(|piece| std::cmp::Reverse(width(piece)));
+            pieces.sort_by_key(|piece| std::cmp::Reverse(self.view(*piece).width()));
+        }
+        aligned
+    }
+
+    /// Fails if two arrays of a file would have one name: a tensor of the model, and an array of
+    /// another one.
+    fn check_names(&self, file: &TensorFile) -> Result<(), LayoutError> {
+        let has_suffix = |name: &str| name.ends_with(".scales") || name.ends_with(".biases");
+        if self.form == Form::Raw || !self.tensors(file).any(|tensor| has_suffix(tensor.name)) {
+            return Ok(());
+        }
+        let mut arrays = self.arrays(file);
+        arrays.sort_by(|a, b| a.array.name.cmp(&b.array.name));
+        let same = |pair: &&[ArrayView]| pair[0].array.name == pair[1].array.name;
+        match arrays.windows(2).find(same) {
+            None => Ok(()),
+            Some(pair) => Err(LayoutError::SameName {
+                name: pair[0].array.name.to_string(),
+                first: format!("{:?}", pair[0].tensor.gguf_name),
+                second: format!("{:?}", pair[1].tensor.gguf_name),
+            }),
         }
     }
 
-    /// Of the paddings below a page that align the payload start, the one that makes the most
-    /// payload bytes congruent with their place in the model, so that whole pages of the file are
-    /// whole pages of the model; the smallest of equals. Returns the payload's start and the
-    /// congruent bytes.
-    fn choose_padding(&self, file: &TensorFile, unpadded: u64) -> (u64, u64) {
+    /// Where the payload starts, and how many of its bytes are congruent with their place in the
+    /// model, so that whole pages of the file are whole pages of the model.
+    ///
+    /// With computed arrays that is a page boundary. Else, of the paddings below a page that align
+    /// the payload start, it is the one that makes the most bytes congruent; the smallest of equals.
+    fn choose_padding(&self, arrays: &[ArrayView], unpadded: u64) -> (u64, u64) {
         // The payload start modulo a page at which each tensor becomes congruent, and its bytes.
-        let mut wishes: Vec<(u64, u64)> = Vec::with_capacity(file.pieces.len());
+        let mut wishes: Vec<(u64, u64)> = Vec::with_capacity(arrays.len());
         let mut payload_offset = 0u64;
-        for tensor in self.tensors(file) {
-            let residue = tensor.gguf_offset.wrapping_sub(payload_offset) % PAGE_BYTES;
-            if tensor.bytes > 0 && residue.is_multiple_of(PAYLOAD_ALIGNMENT) {
-                wishes.push((residue, tensor.bytes));
+        let mut is_computed = false;
+        for view in arrays {
+            let bytes = view.array.bytes;
+            let residue = view.tensor.gguf_offset.wrapping_sub(payload_offset) % PAGE_BYTES;
+            if view.tensor.shown.is_computed() {
+                is_computed = true;
+            } else if bytes > 0 && residue.is_multiple_of(PAYLOAD_ALIGNMENT) {
+                wishes.push((residue, bytes));
             }
-            payload_offset += tensor.bytes;
+            payload_offset += bytes;
+        }
+        if is_computed {
+            let start = unpadded.next_multiple_of(PAGE_BYTES);
+            let congruent = wishes.iter().filter(|(residue, _)| *residue == 0);
+            return (start, congruent.map(|(_, bytes)| bytes).sum());
         }
         wishes.sort_unstable();
         let smallest = unpadded.next_multiple_of(PAYLOAD_ALIGNMENT);
@@ -468,8 +658,11 @@ impl Layout {
         best
     }
 
-    fn write_json(&self, file: &TensorFile, out: &mut impl Write) -> io::Result<()> {
+    fn write_json<W: Write>(&self, file: &TensorFile, out: &mut W) -> io::Result<()> {
         let mut metadata = vec![("format", "pt"), ("odmoe.layout", LAYOUT_VERSION)];
+        if self.form != Form::Raw {
+            metadata.push(("odmoe.form", self.form.name()));
+        }
         if let Some(architecture) = self.model.architecture() {
             metadata.push(("general.architecture", architecture));
         }
@@ -479,7 +672,9 @@ impl Layout {
             metadata.push(("layer", &numbers.0));
             metadata.push(("expert", &numbers.1));
         }
-        write_header_json(out, &metadata, self.tensors(file))
+        let tensors = |out: &mut InString<'_, W>| write_tensors(out, self.tensors(file));
+        let arrays = self.arrays(file).into_iter().map(|view| view.array);
+        write_header_json(out, &metadata, "odmoe.tensors", tensors, arrays)
     }
 
     /// Writes everything in front of a file's payload.
@@ -498,14 +693,18 @@ impl Layout {
         let mut experts = vec![self.registry_file()];
         for (index, file) in self.files.iter().enumerate() {
             let header = Content::Made(Doc::Header(index as u32).id());
-            let mut runs = Vec::with_capacity(1 + file.pieces.len());
+            let arrays = self.arrays(file);
+            let mut runs = Vec::with_capacity(1 + arrays.len());
             runs.push((file.header_bytes, header));
-            runs.extend(self.tensors(file).map(|tensor| {
-                let content = Content::Model {
-                    part: tensor.gguf_part,
-                    offset: tensor.gguf_offset,
+            runs.extend(arrays.iter().map(|view| {
+                let content = match view.tensor.shown {
+                    Shown::Stored => Content::Model {
+                        part: view.tensor.gguf_part,
+                        offset: view.tensor.gguf_offset,
+                    },
+                    _ => Content::Computed(RecipeId(view.piece * MAX_ARRAYS + view.n as u32)),
                 };
-                (tensor.bytes, content)
+                (view.array.bytes, content)
             }));
             let new = NewFile {
                 name: format!("{}.safetensors", file.kind.stem()),

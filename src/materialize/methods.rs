@@ -189,7 +189,7 @@ impl Methods {
         let mut cut = Cut(Vec::new());
         for extent in model.tree().extents(ino) {
             match extent.content {
-                Content::Made(_) => cut.push(extent.len, Method::Copy),
+                Content::Made(_) | Content::Computed(_) => cut.push(extent.len, Method::Copy),
                 Content::Model { part, offset } => {
                     let mut place = offset;
                     for run in model.source().data(part, offset..offset + extent.len)? {

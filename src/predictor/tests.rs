@@ -13,11 +13,15 @@ const EXPERT: File = File {
     id: 7,
     header: 1000,
     size: 24 * MIB + 1000,
+    source: 24 * MIB,
+    shares: false,
 };
 const LARGE: File = File {
     id: 8,
     header: 1000,
     size: 48 * MIB,
+    source: 48 * MIB - 1000,
+    shares: false,
 };
 
 struct Asked(Predictor);
@@ -150,6 +154,7 @@ fn predictions_end_with_the_file_and_then_nothing_is_wanted() {
     // Shorter than the reach.
     let small = File {
         size: 3 * REQUEST_BYTES,
+        source: 3 * REQUEST_BYTES - EXPERT.header,
         ..file(9)
     };
     asked.next(small, 0);
@@ -276,6 +281,8 @@ fn odd_requests_predict_nothing_odd() {
         id: 1,
         header: 0,
         size: 0,
+        source: 0,
+        shares: false,
     };
     for file in [empty, EXPERT, LARGE] {
         for n in 0..2000 {
@@ -284,6 +291,66 @@ fn odd_requests_predict_nothing_odd() {
             if let Some(range) = asked.ask(file, offset, len) {
                 assert!(range.start <= range.end && range.end <= file.size);
                 assert!(range.end - range.start <= REACH.whole);
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_fetched_counts_in_bytes_of_the_model() {
+    // Numbers of two bytes, made from blocks that are a quarter of them.
+    let numbers = File {
+        size: 4 * EXPERT.source + EXPERT.header,
+        ..EXPERT
+    };
+    let mut asked = Predictor::new(REACH);
+    for n in 0..numbers.size.div_ceil(REQUEST_BYTES) {
+        let range = n * REQUEST_BYTES..((n + 1) * REQUEST_BYTES).min(numbers.size);
+        asked.note(numbers, &range);
+        let Some(wanted) = asked.wanted(numbers, range.end) else {
+            assert!(n < 2);
+            continue;
+        };
+        assert_eq!(wanted.range.start, range.end);
+        let read = (n + 1) * REQUEST_BYTES / 4;
+        assert!(wanted.near.abs_diff((GROWTH * read).min(REACH.ahead)) <= GROWTH);
+        let ahead = wanted.range.end - wanted.range.start;
+        let left = numbers.size - wanted.range.start;
+        let all = 4 * (wanted.near + REACH.beyond);
+        assert!(ahead <= all && all.min(left) <= ahead + 4, "{n}");
+    }
+    // A small part of the model, though a large file.
+    let mut scattered = Predictor::new(REACH);
+    for n in (0..20).rev() {
+        let start = n * (4 * MIB);
+        scattered.note(numbers, &(start..start + 4096));
+    }
+    let wanted = scattered.wanted(numbers, 4096).unwrap();
+    assert_eq!(wanted.range, numbers.header..numbers.size);
+    assert!(wanted.near.abs_diff(numbers.source) < 4);
+}
+
+#[test]
+fn arrays_of_the_same_blocks_that_are_read_side_by_side_are_wanted_whole() {
+    let mlx = File {
+        shares: true,
+        ..EXPERT
+    };
+    let thirds = [0, 1, 2].map(|n| mlx.header + n * (8 * MIB));
+    for file in [EXPERT, mlx] {
+        let mut asked = Asked::new();
+        assert_eq!(asked.ask(file, thirds[0], REQUEST_BYTES), None);
+        let wanted = asked.ask(file, thirds[1], REQUEST_BYTES);
+        assert_eq!(wanted, file.shares.then_some(file.header..file.size));
+        // The first bytes again, and all others, from three sides.
+        let mut asked_for = 2 * REQUEST_BYTES;
+        for n in 0..8 * MIB / REQUEST_BYTES {
+            for start in thirds {
+                let wanted = asked.ask(file, start + n * REQUEST_BYTES, REQUEST_BYTES);
+                asked_for += REQUEST_BYTES;
+                if file.shares && asked_for < file.source {
+                    assert_eq!(wanted, Some(file.header..file.size));
+                }
             }
         }
     }

@@ -151,10 +151,24 @@ impl Source {
 
     /// Fills the whole buffer from `offset` of a part (0-based), or fails.
     pub fn read_at(&self, part: u32, offset: u64, buffer: &mut [u8]) -> Result<(), ReadError> {
-        let file = self.part(part);
-        let range = offset..offset + buffer.len() as u64;
-        let (mut rest, mut place) = (buffer, offset);
-        for chunk in self.holding(part, &range) {
+        let run = Run {
+            part,
+            offset,
+            len: buffer.len() as u64,
+        };
+        self.fill(run, buffer, Held::give_up)
+    }
+
+    /// Fills a buffer with a run, or fails. What was fetched of it stays, since it is needed again.
+    pub(crate) fn look_at(&self, run: Run, buffer: &mut [u8]) -> Result<(), ReadError> {
+        self.fill(run, buffer, |_| {})
+    }
+
+    fn fill(&self, run: Run, buffer: &mut [u8], used: fn(&Held)) -> Result<(), ReadError> {
+        let file = self.part(run.part);
+        let range = run.range();
+        let (mut rest, mut place) = (buffer, run.offset);
+        for chunk in self.holding(run.part, &range) {
             let piece = chunk.range().start.max(place)..chunk.range().end.min(range.end);
             if piece.is_empty() {
                 continue;
@@ -168,12 +182,20 @@ impl Source {
             }
             let (here, after) = after.split_at_mut(held.len());
             here.copy_from_slice(&held);
+            used(&held);
             (rest, place) = (after, piece.end);
         }
         if !rest.is_empty() {
             file.read(place, rest)?;
         }
         Ok(())
+    }
+
+    /// Notes that nobody needs what was fetched of a run any more, as far as is known.
+    pub(crate) fn give_up(&self, run: Run) {
+        for chunk in self.holding(run.part, &run.range()) {
+            chunk.give_up(&run.range());
+        }
     }
 
     /// How far to read ahead of readers of this source; `None` if that is of no use.
@@ -203,7 +225,14 @@ impl Source {
     /// The bytes of a run, in the memory they were fetched into; `None` unless one chunk holds them
     /// all.
     pub(crate) fn held(&self, run: Run) -> Option<Held> {
-        let range = run.offset..run.offset + run.len;
+        let held = self.borrow(run)?;
+        held.give_up();
+        Some(held)
+    }
+
+    /// The same. What was fetched stays, since it is needed again.
+    pub(crate) fn borrow(&self, run: Run) -> Option<Held> {
+        let range = run.range();
         let whole = |chunk: &Arc<Chunk>| {
             let held = chunk.range();
             held.start <= range.start && range.end <= held.end

@@ -9,6 +9,7 @@ pub mod privileges;
 pub mod probe;
 pub mod process;
 pub mod read;
+pub mod simd;
 
 use std::ffi::CString;
 use std::fs::File;

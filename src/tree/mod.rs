@@ -19,6 +19,10 @@ pub const ROOT: Ino = 1;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct DocId(pub u32);
 
+/// An array that is computed when it is read; what the number means is for the layout to say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RecipeId(pub u32);
+
 /// Where the bytes of an extent come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Content {
@@ -31,6 +35,8 @@ pub enum Content {
         /// First byte in the part's file.
         offset: u64,
     },
+    /// An array that is computed, whole.
+    Computed(RecipeId),
 }
 
 /// A run of bytes of a file.
@@ -47,7 +53,7 @@ pub struct Extent {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Slice {
     pub len: u64,
-    /// First byte within the document, or in the part's file.
+    /// First byte within the document or the array, or in the part's file.
     pub offset: u64,
     pub origin: Origin,
 }
@@ -58,6 +64,7 @@ pub enum Origin {
     Made(DocId),
     /// The 0-based part of the model.
     Part(u32),
+    Computed(RecipeId),
 }
 
 /// What a node is.
@@ -274,6 +281,7 @@ impl Tree {
                 let (origin, base) = match extent.content {
                     Content::Made(doc) => (Origin::Made(doc), 0),
                     Content::Model { part, offset } => (Origin::Part(part), offset),
+                    Content::Computed(recipe) => (Origin::Computed(recipe), 0),
                 };
                 Slice {
                     len: stop - skip,

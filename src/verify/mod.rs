@@ -336,25 +336,26 @@ impl<'a> Comparison<'a> {
         let mut left = header.map(|header| header.tensors);
         let mut end = file.header_bytes;
         let mut regions = Vec::new();
-        for tensor in self.model.layout().tensors(file) {
+        for view in self.model.layout().arrays(file) {
+            let array = view.array;
             let start = end;
-            end += tensor.bytes;
+            end += array.bytes;
             let names = Some(TensorNames {
-                name: tensor.name.to_owned(),
-                gguf_name: Some(tensor.gguf_name.to_owned()),
+                name: array.name.to_string(),
+                gguf_name: Some(view.tensor.gguf_name.to_owned()),
             });
             let found = match &mut left {
                 None => Some(start..end),
-                Some(left) => left.remove(tensor.name),
+                Some(left) => left.remove(&*array.name),
             };
             let Some(found) = found else {
                 self.add(against.ino, None, names, DifferenceKind::TensorMissing);
                 continue;
             };
             let bytes = found.end - found.start;
-            if bytes != tensor.bytes {
+            if bytes != array.bytes {
                 let kind = DifferenceKind::TensorSize {
-                    expected: tensor.bytes,
+                    expected: array.bytes,
                     found: bytes,
                 };
                 self.add(against.ino, Some(found.start), names, kind);

@@ -1,20 +1,28 @@
-//! Seeds for the fuzzers: the malformed files, small models of every naming, and the headers of real
-//! models. `cargo run --example seeds -- FOLDER` writes one corpus per target.
+//! Seeds for the fuzzers: the malformed files, small models of every naming, the headers of real
+//! models, and blocks of every type. `cargo run --example seeds -- FOLDER` writes them as one
+//! corpus per target.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Cursor;
 use std::path::{Path, PathBuf};
 
+use odmoe_fs::codec::{Codec, Float, Output};
 use odmoe_fs::gguf::write::Writer;
-use odmoe_fs::gguf::{GgmlType, Header, Value, ValueType};
+use odmoe_fs::gguf::{GGML_TYPES, GgmlType, Header, Value, ValueType};
 
 #[allow(dead_code)] // for the example, not where this is a module
 fn main() -> std::io::Result<()> {
     let folder = std::env::args_os().nth(1).map(PathBuf::from);
     let folder = folder.expect("usage: seeds FOLDER");
     let slices = vec![vec![3, 10, 0, 7, 20, 1, 3, 5, 2, 50, 0, 255, 9, 40]];
-    for (target, seeds) in [("gguf", gguf()), ("model", model()), ("slices", slices)] {
+    let targets = [
+        ("gguf", gguf()),
+        ("model", model()),
+        ("slices", slices),
+        ("codec", codec()),
+    ];
+    for (target, seeds) in targets {
         let corpus = folder.join(target);
         fs::create_dir_all(&corpus)?;
         for (number, seed) in seeds.iter().enumerate() {
@@ -75,6 +83,23 @@ pub fn model() -> Vec<Vec<u8>> {
     let made = made().into_iter().map(|parts| packed(&parts, 20));
     let real = real().into_iter().map(|bytes| packed(&[bytes], 43));
     single.chain(made).chain(real).collect()
+}
+
+/// Three blocks of each type that has numbers, for each output, in the form that the target takes.
+/// Their bytes count up, so that scales are finite and codes differ.
+pub fn codec() -> Vec<Vec<u8>> {
+    let seed = |(ggml_type, output): (usize, u8)| {
+        let bytes = 3 * GGML_TYPES[ggml_type].block_bytes as usize;
+        let mut seed = vec![ggml_type as u8, output, 1, 2];
+        seed.extend((0..bytes).map(|at| (at % 120) as u8));
+        seed
+    };
+    let numbers = Output::Numbers(Float::F32);
+    (0..GGML_TYPES.len())
+        .filter(|ggml_type| Codec::of(&GGML_TYPES[*ggml_type], numbers).is_some())
+        .flat_map(|ggml_type| (0..24).map(move |output| (ggml_type, output)))
+        .map(seed)
+        .collect()
 }
 
 /// Puts parts together as `checks::model` takes them apart.

@@ -79,7 +79,8 @@ impl Run {
         self.part == other.part && self.offset + self.len == other.offset
     }
 
-    fn range(&self) -> Range<u64> {
+    /// Its bytes in the part's file.
+    pub fn range(&self) -> Range<u64> {
         self.offset..self.offset + self.len
     }
 }
@@ -141,8 +142,8 @@ pub struct Chunk {
     empty: Mutex<Option<Buffer>>,
     /// `None` if it could not be read; each request for it then finds out why.
     read: OnceLock<Option<Buffer>>,
-    /// Bytes that were given out. The kernel asks for each byte once, unless it has dropped the
-    /// page.
+    /// Bytes that are not needed any more. The kernel asks for each byte once, unless it has dropped
+    /// the page.
     used: AtomicU64,
 }
 
@@ -152,6 +153,14 @@ pub struct Held {
     chunk: Arc<Chunk>,
     /// Within the buffer.
     range: Range<usize>,
+}
+
+impl Held {
+    /// Notes that the bytes are not needed again.
+    pub fn give_up(&self) {
+        let bytes = self.range.end - self.range.start;
+        self.chunk.used.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
 }
 
 impl std::ops::Deref for Held {
@@ -198,11 +207,19 @@ impl Chunk {
     /// Borrows a range that lies in this chunk.
     pub fn hold(self: Arc<Self>, parts: &[PartFile], range: Range<u64>) -> Option<Held> {
         self.read(&parts[self.part as usize])?;
-        self.used
-            .fetch_add(range.end - range.start, Ordering::Relaxed);
         let first = self.first();
         let range = (range.start - first) as usize..(range.end - first) as usize;
         Some(Held { chunk: self, range })
+    }
+
+    /// Notes that a range of the part is not needed any more.
+    pub fn give_up(&self, range: &Range<u64>) {
+        let (start, end) = (
+            range.start.max(self.range.start),
+            range.end.min(self.range.end),
+        );
+        let bytes = end.saturating_sub(start);
+        self.used.fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// The range of the part that it holds or will hold.
@@ -210,7 +227,7 @@ impl Chunk {
         self.range.clone()
     }
 
-    /// Whether all of it was given out.
+    /// Whether nothing of it is needed any more.
     fn is_used_up(&self) -> bool {
         self.used.load(Ordering::Relaxed) >= self.range.end - self.range.start
     }

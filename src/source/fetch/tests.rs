@@ -118,7 +118,8 @@ impl Sample {
         let shared = &self.source.shared;
         let chunks = shared.fetch.holding(0, &range);
         assert_eq!(chunks.len(), 1);
-        chunks[0].clone().hold(&shared.parts, range).unwrap();
+        let held = chunks[0].clone().hold(&shared.parts, range).unwrap();
+        held.give_up();
     }
 }
 
