@@ -82,6 +82,7 @@ mod predictor;
 pub mod process;
 pub mod safetensors;
 pub mod served;
+pub mod show;
 pub mod source;
 pub mod stats;
 mod sys;

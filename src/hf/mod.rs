@@ -18,8 +18,10 @@ mod keys;
 mod partition;
 mod rope;
 mod tensors;
+mod tokenizer;
 mod values;
 
+use std::collections::HashMap;
 use std::ops::Range;
 
 use serde_json::{Map, Value as Json};
@@ -30,7 +32,34 @@ use self::facts::Facts;
 pub use self::rope::factors as rope_factors;
 use self::tensors::{Entry, Place};
 pub use self::tensors::{HfTensor, Naming, Piece, Rows};
-use crate::gguf::ModelHeader;
+use crate::gguf::{ModelHeader, Value};
+
+/// What a directory needs of a model beyond its header.
+#[derive(Debug, Default)]
+pub struct Inputs {
+    /// The numbers of the tensor that [`rope_factors`] names, if there is one.
+    pub rope_factors: Option<Vec<f32>>,
+    /// The whole values of the keys that [`LONG_KEYS`] lists, where a header does not keep them.
+    pub values: HashMap<&'static str, Value>,
+}
+
+/// Keys whose values may be too long to be kept in a header, but which a directory needs whole.
+pub const LONG_KEYS: [&str; 5] = [
+    tokenizer::TOKENS,
+    tokenizer::SCORES,
+    tokenizer::KINDS,
+    tokenizer::MERGES,
+    tokenizer::TEMPLATE,
+];
+
+impl Inputs {
+    /// The whole value of a key, if it is known.
+    fn value<'a>(&'a self, model: &'a ModelHeader, key: &str) -> Option<&'a Value> {
+        self.values
+            .get(key)
+            .or_else(|| Some(&model.get(key)?.value))
+    }
+}
 
 /// A model directory, as far as it does not depend on the form of the tensors.
 #[derive(Debug)]
@@ -38,8 +67,9 @@ pub struct Directory {
     entries: Vec<Entry>,
     files: Vec<WeightFile>,
     config: Map<String, Json>,
+    documents: Vec<(&'static str, Box<[u8]>)>,
     left_out: Vec<(u32, &'static str)>,
-    unexpressed: Vec<String>,
+    warnings: Vec<String>,
 }
 
 /// A safetensors file of a directory.
@@ -50,19 +80,22 @@ pub struct WeightFile {
 }
 
 impl Directory {
-    /// Plans the directory of a model. `rope_factors` are the numbers of its tensor
-    /// `rope_freqs.weight`, if it has one.
-    pub fn new(
-        model: &ModelHeader,
-        naming: Naming,
-        rope_factors: Option<&[f32]>,
-    ) -> Result<Self, HfError> {
-        let facts = Facts::new(model, rope_factors)?;
+    /// Plans the directory of a model.
+    pub fn new(model: &ModelHeader, naming: Naming, inputs: &Inputs) -> Result<Self, HfError> {
+        let facts = Facts::new(model, inputs.rope_factors.as_deref())?;
         let architecture = architectures::of(&facts)
             .ok_or_else(|| HfError::Architecture(model.architecture().map(str::to_owned)))?;
         let tensors = tensors::list(&facts, architecture, naming)?;
-        let config = config::of(&facts, architecture)?;
+        let mut config = config::of(&facts, architecture)?;
         partition::check(model, &tensors)?;
+        let tokenizer = tokenizer::files(model, inputs);
+        config.extend(tokenizer.ids);
+        let mut warnings = tokenizer.warnings;
+        let unread = facts.keys.unread();
+        if !unread.is_empty() {
+            let unread = unread.join(", ");
+            warnings.push(format!("config.json has no place for {unread}"));
+        }
         let places: Vec<Place> = tensors.entries.iter().map(|(place, _)| *place).collect();
         Ok(Self {
             files: files(&places),
@@ -72,8 +105,9 @@ impl Directory {
                 .map(|(_, entry)| entry)
                 .collect(),
             config,
+            documents: tokenizer.files,
             left_out: tensors.left_out,
-            unexpressed: facts.keys.unread().into_iter().map(str::to_owned).collect(),
+            warnings,
         })
     }
 
@@ -100,9 +134,14 @@ impl Directory {
         &self.left_out
     }
 
-    /// Keys of the architecture that config.json has no place for.
-    pub fn unexpressed(&self) -> &[String] {
-        &self.unexpressed
+    /// The files of the tokenizer, and what else does not depend on the form: names and bytes.
+    pub fn documents(&self) -> &[(&'static str, Box<[u8]>)] {
+        &self.documents
+    }
+
+    /// What the directory cannot express.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
     }
 }
 

@@ -96,6 +96,7 @@ pub(super) struct Entry {
     /// If there are several: how many, and from the rows of one to those of the next.
     experts: Option<(u32, u64)>,
     precise: bool,
+    is_layer: bool,
 }
 
 /// A tensor of the directory.
@@ -108,6 +109,9 @@ pub struct HfTensor {
     pub pieces: Vec<Piece>,
     /// Whether it stays in F32 whatever the others become.
     pub precise: bool,
+    /// Whether it is the weight of a module that loaders can quantise: a linear layer, an embedding
+    /// or a stack of experts.
+    pub is_layer: bool,
 }
 
 impl Entry {
@@ -128,6 +132,7 @@ impl Entry {
                 shape: self.shape.to_vec(),
                 pieces: self.pieces.iter().map(|piece| piece.moved(moved)).collect(),
                 precise: self.precise,
+                is_layer: self.is_layer,
             }
         })
     }
@@ -250,7 +255,11 @@ impl<'a> List<'a> {
             {
                 Ok(())
             }
-            Row::Linear(gguf, _) if !required && !is_there(&format!("{gguf}.weight")) => Ok(()),
+            Row::Linear(gguf, _) | Row::Router(gguf, _)
+                if !required && !is_there(&format!("{gguf}.weight")) =>
+            {
+                Ok(())
+            }
             Row::Vector(gguf, _) | Row::Precise(gguf, _) if !required && !is_there(gguf) => Ok(()),
             Row::Norm(gguf, hf) => self.norm_at(place, &from(gguf), &to(hf)),
             Row::SingleLine(gguf, hf) => {
@@ -258,6 +267,13 @@ impl<'a> List<'a> {
                 let columns = self.vector(found)?;
                 let rows = self.all(found, columns);
                 self.add(place, &format!("{}.weight", to(hf)), &[1, columns], rows)
+            }
+            Row::Router(gguf, hf) => {
+                self.linear_at(place, &from(gguf), &to(hf))?;
+                if let Some((_, entry)) = self.tensors.entries.last_mut() {
+                    entry.is_layer = false;
+                }
+                Ok(())
             }
             Row::Linear(gguf, hf) => match attention_share(gguf) {
                 Some(share) => self.attention(layer, gguf, share, &to(hf), false),
@@ -513,6 +529,7 @@ impl<'a> List<'a> {
                     self.count += experts - 1;
                     let (_, entry) = self.tensors.entries.last_mut().expect("it was just added");
                     entry.name.1 = after.into();
+                    entry.is_layer = true;
                     entry.experts = Some((experts as u32, *stride));
                 }
                 Stack::Apart(_) => {
@@ -732,6 +749,7 @@ impl<'a> List<'a> {
             pieces: joined(pieces).into(),
             experts: None,
             precise: false,
+            is_layer: shape.len() > 1 && name.ends_with(".weight"),
         };
         self.tensors.entries.push((place, entry));
         Ok(())

@@ -9,6 +9,7 @@
 //! padding, and proves on the finished [`Tree`] that every tensor byte is in one file, once.
 
 mod counting;
+mod directory;
 mod documents;
 mod experts;
 mod names;
@@ -18,21 +19,27 @@ mod view;
 use std::io::{self, Write};
 use std::ops::Range;
 
+pub(crate) use directory::Arranged;
+pub use directory::HF_DIRECTORY;
 pub use documents::{Doc, METADATA_GGUF_PATH, METADATA_PATH, Present, REGISTRY_PATH};
 pub use names::{Component, ExpertName, Holds, Matrix};
 pub use partition::PartitionError;
 pub use view::{ArrayView, TensorView};
 
 use self::counting::CountingWriter;
+use self::directory::Directory;
 use self::view::write_tensors;
 use crate::codec::{Codec, Float, Output};
 use crate::computed::{Job, Small};
 use crate::explain::{Explain, Hint};
 use crate::form::{Form, Shown, UnknownTypes};
+use crate::gguf::merged::{Merged, Origin};
 use crate::gguf::{LLAMA_CPP_GPT_OSS, ModelHeader, Tensor};
+use crate::hf::{HfError, Inputs};
 use crate::safetensors::{
     self, Dtype, InString, LENGTH_WORD_BYTES, METADATA_KEY, Shape, write_header_json,
 };
+use crate::show::Show;
 use crate::tree::{Content, NewFile, RecipeId, Tree};
 
 /// The version of the mapping from models to trees, `odmoe.layout`: the same parts give the same
@@ -42,6 +49,11 @@ pub const LAYOUT_VERSION: &str = "2";
 pub const BASE_DIRECTORY: &str = "base_model";
 /// The folder of the routed experts.
 pub const EXPERTS_DIRECTORY: &str = "experts";
+/// All parts of the model in one file, below the root.
+pub const JOINED_PATH: &str = "model.gguf";
+/// With larger gaps between tensors, several parts are not shown as one file: no program writes
+/// such files.
+const MAX_JOINED_ALIGNMENT: u32 = 1 << 20;
 
 /// The page size that payloads are aligned to: the block size of file systems that share blocks.
 const PAGE_BYTES: u64 = 4096;
@@ -216,6 +228,12 @@ pub enum LayoutError {
     },
     #[error("shown as {form}, {path} would be larger than any file system can hold")]
     TooLarge { form: Form, path: String },
+    #[error(
+        "tensors are aligned to {0} bytes, which is too much for {JOINED_PATH} (at most {MAX_JOINED_ALIGNMENT})"
+    )]
+    JoinedAlignment(u32),
+    #[error("no model directory (hf) can be shown: {0}")]
+    Hf(#[from] HfError),
     #[error(transparent)]
     Partition(#[from] PartitionError),
 }
@@ -233,6 +251,8 @@ impl Explain for LayoutError {
     fn hint(&self) -> Option<Hint> {
         match self {
             Self::Partition(cause) => cause.hint(),
+            Self::Hf(cause) => cause.hint(),
+            Self::JoinedAlignment(_) => Some("leave joined out of --show".into()),
             Self::ExpertCounts { .. }
             | Self::TwoSources { .. }
             | Self::FourthDimension(_)
@@ -292,21 +312,37 @@ fn check_types(model: &ModelHeader, form: Form) -> Result<(), LayoutError> {
 pub struct Layout {
     model: ModelHeader,
     form: Form,
+    show: Show,
     views: Vec<View>,
     pieces: Vec<Piece>,
     /// Base files in the order of [`Component::ALL`], then experts by layer and number.
     files: Vec<TensorFile>,
     /// Payload bytes of all files.
     total_bytes: u64,
+    /// `hf/`, if it is shown.
+    directory: Option<Directory>,
 }
 
 impl Layout {
     /// Lays a model out in a form, and checks that every byte of every tensor is in one file, once.
     pub fn new(model: ModelHeader, form: Form) -> Result<(Self, Tree), LayoutError> {
+        Self::shown(model, form, Show::default(), &Inputs::default())
+    }
+
+    /// The same, with the choice of what the tree shows. What a model directory needs of the model
+    /// beyond its header is in `inputs`.
+    pub fn shown(
+        model: ModelHeader,
+        form: Form,
+        show: Show,
+        inputs: &Inputs,
+    ) -> Result<(Self, Tree), LayoutError> {
         check_types(&model, form)?;
         let mut layout = Self {
             model,
             form,
+            show,
+            directory: None,
             views: Vec::new(),
             pieces: Vec::new(),
             files: Vec::new(),
@@ -321,7 +357,13 @@ impl Layout {
         layout.views.shrink_to_fit();
         layout.pieces.shrink_to_fit();
         layout.files.shrink_to_fit();
-        let tree = layout.tree();
+        let mut directory = match show.hf {
+            true => Some(Directory::new(&layout.model, form, inputs)?),
+            false => None,
+        };
+        let files = directory.as_mut().map(|hf| hf.new_files(&layout));
+        layout.directory = directory;
+        let tree = layout.tree(files)?;
         partition::check(&layout, &tree)?;
         Ok((layout, tree))
     }
@@ -329,6 +371,34 @@ impl Layout {
     /// What quantised tensors are shown as.
     pub fn form(&self) -> Form {
         self.form
+    }
+
+    /// What the tree shows.
+    pub fn show(&self) -> Show {
+        self.show
+    }
+
+    /// Whether the tree shows files of this kind.
+    pub fn shows(&self, kind: FileKind) -> bool {
+        match kind {
+            FileKind::Base(_) => self.show.base,
+            FileKind::Expert { .. } => self.show.experts,
+        }
+    }
+
+    /// The plan of the model directory, if one is shown.
+    pub fn hf(&self) -> Option<&crate::hf::Directory> {
+        self.directory.as_ref().map(Directory::plan)
+    }
+
+    fn directory(&self) -> &Directory {
+        let directory = self.directory.as_ref();
+        directory.expect("only a directory that is shown has documents")
+    }
+
+    /// How an array is made that does not have the order of the model.
+    pub(crate) fn arranged(&self, id: RecipeId) -> Option<Arranged> {
+        self.directory.as_ref()?.arranged(id, &self.model)
     }
 
     /// What the model's headers say.
@@ -412,6 +482,10 @@ impl Layout {
 
     /// How an array of the tree is computed.
     pub fn recipe(&self, id: RecipeId) -> Recipe {
+        let of_directory = self.directory.as_ref();
+        if let Some(recipe) = of_directory.and_then(|hf| hf.recipe(id, &self.model)) {
+            return recipe;
+        }
         let (piece, n) = (id.0 / MAX_ARRAYS, id.0 % MAX_ARRAYS);
         let tensor = self.view(self.pieces[piece as usize]);
         let codec = tensor.shown.codec(n as usize, tensor.ggml_type);
@@ -425,6 +499,10 @@ impl Layout {
 
     /// What the computation of an array needs to know.
     pub(crate) fn job(&self, id: RecipeId) -> Job {
+        let of_directory = self.directory.as_ref();
+        if let Some(job) = of_directory.and_then(|hf| hf.job(id, &self.model)) {
+            return job;
+        }
         let (piece, array) = (id.0 / MAX_ARRAYS, (id.0 % MAX_ARRAYS) as usize);
         let tensor = self.view(self.pieces[piece as usize]);
         let codec = |n| tensor.shown.codec(n, tensor.ggml_type);
@@ -444,6 +522,10 @@ impl Layout {
 
     /// Bytes of the model that are read for an array and for no array before it.
     pub(crate) fn source_bytes(&self, id: RecipeId) -> u64 {
+        let of_directory = self.directory.as_ref();
+        if let Some(bytes) = of_directory.and_then(|hf| hf.source_bytes(id, &self.model)) {
+            return bytes;
+        }
         match self.array_of(id) {
             (0, _) => self.recipe(id).len,
             _ => 0,
@@ -688,10 +770,12 @@ impl Layout {
         out.write_all(padding)
     }
 
-    fn tree(&self) -> Tree {
+    /// The tree; `directory` are the files of `hf/`.
+    fn tree(&self, directory: Option<Vec<NewFile>>) -> Result<Tree, LayoutError> {
         let mut base = self.document_files();
         let mut experts = vec![self.registry_file()];
-        for (index, file) in self.files.iter().enumerate() {
+        let shown = self.files.iter().enumerate();
+        for (index, file) in shown.filter(|(_, file)| self.shows(file.kind)) {
             let header = Content::Made(Doc::Header(index as u32).id());
             let arrays = self.arrays(file);
             let mut runs = Vec::with_capacity(1 + arrays.len());
@@ -715,6 +799,40 @@ impl Layout {
                 FileKind::Expert { .. } => experts.push(new),
             }
         }
-        Tree::new(vec![(BASE_DIRECTORY, base), (EXPERTS_DIRECTORY, experts)])
+        let mut directories = Vec::new();
+        if self.show.base {
+            directories.push((BASE_DIRECTORY, base));
+        }
+        if self.show.experts {
+            directories.push((EXPERTS_DIRECTORY, experts));
+        }
+        if let Some(files) = directory {
+            directories.push((HF_DIRECTORY, files));
+        }
+        let mut beside = Vec::new();
+        if self.show.joined {
+            beside.push(self.joined()?);
+        }
+        Ok(Tree::with_files(directories, beside))
+    }
+
+    /// All parts as one file.
+    fn joined(&self) -> Result<NewFile, LayoutError> {
+        let alignment = self.model.parts[0].alignment;
+        if self.model.parts.len() > 1 && alignment > MAX_JOINED_ALIGNMENT {
+            return Err(LayoutError::JoinedAlignment(alignment));
+        }
+        let runs = Merged::new(&self.model).runs.into_iter();
+        let runs = runs.map(|(bytes, origin)| {
+            let content = match origin {
+                Origin::Made(made) => Content::Made(Doc::Joined(made).id()),
+                Origin::Part { part, offset } => Content::Model { part, offset },
+            };
+            (bytes, content)
+        });
+        Ok(NewFile {
+            name: JOINED_PATH.to_owned(),
+            runs: runs.collect(),
+        })
     }
 }

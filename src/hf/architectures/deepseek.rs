@@ -2,7 +2,7 @@
 //! values (MLA).
 
 use super::Constant::{Number, Text};
-use super::Row::{Experts, KeyValueUp, Linear, Maybe, Norm, Precise};
+use super::Row::{Experts, KeyValueUp, Linear, Maybe, Norm, Precise, Router};
 use super::Setting::{Count, CountOr, FlagOr, FloatOr, Found, HasTensor, Is};
 use super::{Architecture, EXPERTS, InMlx, MLP, Row, values};
 
@@ -26,7 +26,7 @@ const fn layer(in_mlx: InMlx) -> [Row; 10] {
 }
 
 const MOE_LAYER: &[Row] = &[
-    Linear("ffn_gate_inp", "mlp.gate"),
+    Router("ffn_gate_inp", "mlp.gate"),
     Maybe(&Precise(
         "exp_probs_b.bias",
         "mlp.gate.e_score_correction_bias",

@@ -1,7 +1,7 @@
 //! GLM-4.5 and its successors of the same shape.
 
 use super::Constant::Text;
-use super::Row::{Experts, Linear, Maybe, Norm, Precise};
+use super::Row::{Experts, Linear, Maybe, Norm, Precise, Router};
 use super::Setting::{Count, CountOr, FlagOr, FloatOr, Found, HasTensor, Is};
 use super::{Architecture, EXPERTS, MLP, Row, values};
 
@@ -32,7 +32,7 @@ pub static GLM4_MOE: Architecture = Architecture {
     ],
     dense_layer: MLP,
     moe_layer: &[
-        Linear("ffn_gate_inp", "mlp.gate"),
+        Router("ffn_gate_inp", "mlp.gate"),
         Precise("exp_probs_b.bias", "mlp.gate.e_score_correction_bias"),
         Experts(EXPERTS),
         Maybe(&Linear("ffn_gate_shexp", "mlp.shared_experts.gate_proj")),

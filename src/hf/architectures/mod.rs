@@ -51,6 +51,9 @@ pub(super) enum Row {
     /// A matrix of queries or keys, and its bias, whose rows llama.cpp has put into another order:
     /// within each head, halves became alternating rows.
     Rotary(&'static str, &'static str, Heads),
+    /// A matrix that loaders have as a parameter of their own rather than as a linear layer, so that
+    /// it is never quantised.
+    Router(&'static str, &'static str),
     /// A tensor of one dimension under exactly these names.
     Vector(&'static str, &'static str),
     /// The same, kept in F32 in every form, as the original has it.
