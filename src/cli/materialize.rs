@@ -13,6 +13,7 @@ use odmoe_fs::verify::{Comparison, Depth, DifferenceKind};
 use odmoe_fs::work::default_jobs;
 
 use super::failure::{Failure, Result};
+use super::form::FormArgs;
 use super::progress::Meter;
 use super::screen::Screen;
 use super::verify::warn_of_unfinished;
@@ -29,6 +30,8 @@ pub struct MaterializeArgs {
     /// The directory to write base_model/ and experts/ into; created if missing
     #[arg(value_name = "DIR")]
     directory: PathBuf,
+    #[command(flatten)]
+    form: FormArgs,
     /// Write only base_model/
     #[arg(long, conflicts_with_all = ["experts_only", "layers", "experts"])]
     base_only: bool,
@@ -82,7 +85,7 @@ impl From<When> for Reflink {
 pub fn run(args: &MaterializeArgs, quiet: bool) -> Result<()> {
     // Writing beyond `ulimit -f` must be an error, not the end of the process.
     ignore_file_size_signal();
-    let mut model = Model::open(&args.model.model)?;
+    let mut model = Model::open_as(&args.model.model, args.form.form()?)?;
     warn_of_unfinished(&model)?;
     // Each byte is read once, and 578 GiB must not push out what other programs have cached.
     model.set_page_cache(PageCache::Unchanged);

@@ -5,6 +5,7 @@ mod diagnostics;
 mod docs;
 mod doctor;
 mod failure;
+mod form;
 mod fstab;
 mod inspect;
 mod materialize;

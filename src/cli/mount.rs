@@ -16,6 +16,7 @@ use odmoe_fs::process::leave_caller;
 use super::diagnostics::{self, LogFormat};
 use super::doctor::complaints;
 use super::failure::{Failure, Result};
+use super::form::FormArgs;
 use super::verify::warn_of_unfinished;
 use super::{ModelArg, say, text};
 
@@ -30,6 +31,8 @@ pub struct MountArgs {
     /// The directory to mount on: it must exist and be empty
     #[arg(value_name = "DIR")]
     directory: PathBuf,
+    #[command(flatten)]
+    form: FormArgs,
     /// Stay in the foreground; Ctrl-C (SIGINT) or SIGTERM unmounts
     #[arg(short, long)]
     foreground: bool,
@@ -250,7 +253,7 @@ fn complain() {
 }
 
 fn open_model(args: &MountArgs) -> Result<Model> {
-    let model = Model::open(&args.model.model)?;
+    let model = Model::open_as(&args.model.model, args.form.form()?)?;
     if model.layout().experts().is_empty() {
         tracing::warn!(
             "{:?} has no routed experts: experts/ will hold an empty registry.json only",

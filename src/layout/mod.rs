@@ -8,6 +8,7 @@
 //! [`Layout::new`] sorts tensors into files (`names`, `experts`), chooses each header's
 //! padding, and proves on the finished [`Tree`] that every tensor byte is in one file, once.
 
+mod costs;
 mod counting;
 mod directory;
 mod documents;
@@ -34,7 +35,7 @@ use crate::computed::{Job, Small};
 use crate::explain::{Explain, Hint};
 use crate::form::{Form, Shown, UnknownTypes};
 use crate::gguf::merged::{Merged, Origin};
-use crate::gguf::{LLAMA_CPP_GPT_OSS, ModelHeader, Tensor};
+use crate::gguf::{GgmlType, LLAMA_CPP_GPT_OSS, ModelHeader, Tensor};
 use crate::hf::{HfError, Inputs};
 use crate::safetensors::{
     self, Dtype, InString, LENGTH_WORD_BYTES, METADATA_KEY, Shape, write_header_json,
@@ -554,10 +555,16 @@ impl Layout {
         }
     }
 
-    fn add_view(&mut self, mut view: View) -> u32 {
+    /// The type of a view's tensor, and the name of the view in its file.
+    fn type_and_name<'a>(&'a self, view: &'a View) -> (&'static GgmlType, &'a str) {
         let info = &self.model.tensors[view.tensor as usize].info;
         let name = view.name.as_deref().unwrap_or(&info.name);
-        let shown = Shown::of(self.form, info.ggml_type, name, &view.shape);
+        (info.ggml_type, name)
+    }
+
+    fn add_view(&mut self, mut view: View) -> u32 {
+        let (ggml_type, name) = self.type_and_name(&view);
+        let shown = Shown::of(self.form, ggml_type, name, &view.shape);
         view.shown = shown.expect("types without numbers are refused before");
         self.views.push(view);
         self.views.len() as u32 - 1

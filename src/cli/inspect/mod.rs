@@ -12,6 +12,7 @@ use odmoe_fs::inspect::{ExpertReport, Report};
 use odmoe_fs::model::Model;
 
 use super::failure::{Failure, Result};
+use super::form::FormArgs;
 use super::screen::Screen;
 use super::{ModelArg, print, print_json, text};
 
@@ -22,6 +23,8 @@ use super::{ModelArg, print, print_json, text};
 pub struct InspectArgs {
     #[command(flatten)]
     model: ModelArg,
+    #[command(flatten)]
+    form: FormArgs,
     /// List every tensor
     #[arg(long)]
     tensors: bool,
@@ -56,7 +59,7 @@ impl FromStr for ExpertName {
 }
 
 pub fn run(args: &InspectArgs) -> Result<()> {
-    let model = Model::open(&args.model.model)?;
+    let model = Model::open_as(&args.model.model, args.form.form()?)?;
     let screen = Screen::of_stdout();
     if let Some(name) = args.expert {
         let report = expert(&model, name)?;
