@@ -8,7 +8,9 @@ use odmoe_fs::layout::{Layout, LayoutError};
 use odmoe_fs::model::{Model, ModelError};
 use odmoe_fs::mounts::{State, odmoe_mount_of, state_of};
 use odmoe_fs::source::PageCache;
-use odmoe_fs::verify::{Comparison, Depth, Difference, Report, Unfinished, VerifyError, form_of};
+use odmoe_fs::verify::{
+    Comparison, Depth, Difference, Report, Unfinished, VerifyError, form_of, shown_in,
+};
 use odmoe_fs::work::default_jobs;
 use serde::Serialize;
 
@@ -68,7 +70,11 @@ pub fn run(args: &VerifyArgs, quiet: bool) -> Result<bool> {
         ask(&mount.directory)?;
     }
     let form = form_of(directory)?;
-    let opened = Model::open_as(&args.model.model, form);
+    let opened = Model::open_shown(
+        &args.model.model,
+        form,
+        shown_in(directory, &args.model.model)?,
+    );
     let mut model = opened.map_err(|e| refused(e, directory, form))?;
     // Each byte is read once, and must not push out what other programs have cached.
     model.set_page_cache(PageCache::Unchanged);

@@ -401,6 +401,12 @@ impl Directory {
         if self.form != Form::Raw {
             metadata.push(("odmoe.form", self.form.name()));
         }
+        if let Form::Mlx { scales, requant } = self.form {
+            metadata.push(("odmoe.scales", Dtype::from(scales).name()));
+            if requant {
+                metadata.push(("odmoe.requant", "true"));
+            }
+        }
         if let Some(architecture) = model.architecture() {
             metadata.push(("general.architecture", architecture));
         }

@@ -392,6 +392,11 @@ impl Layout {
         self.directory.as_ref().map(Directory::plan)
     }
 
+    /// Bytes in front of the first tensor of `model.gguf`.
+    pub fn joined_header_bytes(&self) -> u64 {
+        Merged::new(&self.model).header_bytes
+    }
+
     fn directory(&self) -> &Directory {
         let directory = self.directory.as_ref();
         directory.expect("only a directory that is shown has documents")
