@@ -22,6 +22,9 @@ pub struct ToyArgs {
     /// The file to write; the parts of a split set get its name and their number
     #[arg(value_name = "OUT.gguf")]
     out: PathBuf,
+    /// The architecture
+    #[arg(long, value_enum, default_value_t)]
+    arch: Arch,
     /// Layers, each with experts
     #[arg(long, value_name = "N", default_value_t = Toy::default().layers)]
     #[arg(value_parser = within(toy::LAYERS))]
@@ -63,6 +66,26 @@ pub struct ToyArgs {
     seed: u64,
 }
 
+/// The architecture of a toy.
+#[derive(Debug, Clone, Copy, Default, clap::ValueEnum)]
+enum Arch {
+    /// One that no program computes, with names and shapes that many models have
+    #[default]
+    Toy,
+    /// Qwen3 with experts and a tokenizer, which programs load and generate tokens with
+    #[value(name = "qwen3moe")]
+    Qwen3Moe,
+}
+
+impl From<Arch> for toy::Arch {
+    fn from(arch: Arch) -> Self {
+        match arch {
+            Arch::Toy => Self::Toy,
+            Arch::Qwen3Moe => Self::Qwen3Moe,
+        }
+    }
+}
+
 /// How the tensors of experts are named.
 #[derive(Debug, Clone, Copy, Default, clap::ValueEnum)]
 enum Naming {
@@ -101,6 +124,7 @@ fn type_parser() -> impl TypedValueParser<Value = &'static GgmlType> {
 impl ToyArgs {
     fn toy(&self) -> Toy {
         Toy {
+            arch: self.arch.into(),
             layers: self.layers,
             experts: self.experts,
             dim: self.dim,

@@ -238,12 +238,18 @@ impl<'a> TreeReport<'a> {
         Self {
             identical: report.differences.is_empty(),
             quick: depth == Depth::Quick,
-            whole: report.experts + report.base_files == layout.files().len(),
+            whole: report.experts + report.base_files == shown_files(layout),
             files: report.files,
             bytes: report.bytes,
             differences: report.differences.iter().map(difference).collect(),
         }
     }
+}
+
+/// How many of the files that the documents list the tree shows.
+fn shown_files(layout: &Layout) -> usize {
+    let files = layout.files().iter();
+    files.filter(|file| layout.shows(file.kind)).count()
 }
 
 fn in_words(report: &Report, depth: Depth, layout: &Layout, directory: &Path) -> String {
@@ -267,12 +273,15 @@ fn in_words(report: &Report, depth: Depth, layout: &Layout, directory: &Path) ->
     if depth == Depth::Quick {
         said += ", tensors left out";
     }
+    let shown = |is_shown, files| if is_shown { files } else { 0 };
     let all_base = layout.files().len() - layout.experts().len();
-    if (report.experts, report.base_files) != (layout.experts().len(), all_base) {
+    let all_base = shown(layout.show().base, all_base);
+    let all_experts = shown(layout.show().experts, layout.experts().len());
+    if (report.experts, report.base_files) != (all_experts, all_base) {
         said += &format!(
             "; it lists {} of {}, {} of {}",
             text::count(report.experts),
-            text::counted(layout.experts().len(), "expert"),
+            text::counted(all_experts, "expert"),
             text::count(report.base_files),
             text::counted(all_base, "base file"),
         );

@@ -34,6 +34,9 @@ use self::tensors::{Entry, Place};
 pub use self::tensors::{HfTensor, Naming, Piece, Rows};
 use crate::gguf::{ModelHeader, Value};
 
+/// A file of a directory that holds no tensors: its name and its bytes.
+pub type Document = (&'static str, Box<[u8]>);
+
 /// What a directory needs of a model beyond its header.
 #[derive(Debug, Default)]
 pub struct Inputs {
@@ -67,7 +70,7 @@ pub struct Directory {
     entries: Vec<Entry>,
     files: Vec<WeightFile>,
     config: Map<String, Json>,
-    documents: Vec<(&'static str, Box<[u8]>)>,
+    documents: Vec<Document>,
     left_out: Vec<(u32, &'static str)>,
     warnings: Vec<String>,
 }
@@ -135,7 +138,7 @@ impl Directory {
     }
 
     /// The files of the tokenizer, and what else does not depend on the form: names and bytes.
-    pub fn documents(&self) -> &[(&'static str, Box<[u8]>)] {
+    pub fn documents(&self) -> &[Document] {
         &self.documents
     }
 

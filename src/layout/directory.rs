@@ -15,7 +15,7 @@ use crate::computed::arranged::{Apart, Transposed};
 use crate::computed::{Job, Small};
 use crate::form::{Form, Shown};
 use crate::gguf::{ModelHeader, Tensor};
-use crate::hf::{self, HfError, HfTensor, Inputs, Naming, Piece, Rows};
+use crate::hf::{self, Document, HfError, HfTensor, Inputs, Naming, Piece, Rows};
 use crate::safetensors::{
     Array, Dtype, InString, LENGTH_WORD_BYTES, MAX_HEADER_BYTES, Shape, write_header_json,
     write_json,
@@ -49,7 +49,7 @@ pub(super) struct Directory {
     /// Pieces that are not merely ranges of the model.
     segments: Vec<Segment>,
     /// Files that are neither weights nor the index.
-    documents: Vec<(&'static str, Box<[u8]>)>,
+    documents: Vec<Document>,
     total_bytes: u64,
 }
 
@@ -468,10 +468,7 @@ impl Directory {
         out.write_all(b"\n  }\n}\n")
     }
 
-    fn make_documents(
-        &self,
-        model: &ModelHeader,
-    ) -> Result<Vec<(&'static str, Box<[u8]>)>, HfError> {
+    fn make_documents(&self, model: &ModelHeader) -> Result<Vec<Document>, HfError> {
         let mut config = self.plan.config().clone();
         let dtype = match self.form {
             Form::Raw => None,

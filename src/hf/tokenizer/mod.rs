@@ -16,7 +16,7 @@ use std::collections::HashMap;
 use serde_json::{Map, Value as Json, json};
 
 use self::pre::Pre;
-use super::Inputs;
+use super::{Document, Inputs};
 use crate::gguf::{ModelHeader, Value};
 
 pub(super) const TOKENS: &str = "tokenizer.ggml.tokens";
@@ -41,7 +41,7 @@ const MAX_MERGED_CHARACTERS: usize = 256;
 /// The files of a tokenizer.
 #[derive(Debug, Default)]
 pub(super) struct Files {
-    pub files: Vec<(&'static str, Box<[u8]>)>,
+    pub files: Vec<Document>,
     pub warnings: Vec<String>,
     /// `bos_token_id` and `eos_token_id`.
     pub ids: Map<String, Json>,
