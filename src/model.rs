@@ -15,7 +15,7 @@ use crate::computed::{self, Blocks, Job, Stash};
 use crate::explain::{Explain, Hint};
 use crate::form::Form;
 use crate::gguf::{HeaderError, ModelHeader};
-use crate::hf::{self, Inputs};
+use crate::hf::{self, HfError, Inputs};
 use crate::layout::{Arranged, Doc, Layout, LayoutError, Recipe};
 use crate::show::Show;
 use crate::source::{self, Held, OpenError, PageCache, ReadError, Run, Source};
@@ -128,6 +128,17 @@ impl Model {
             transposed: Mutex::default(),
             source_bytes: (0..nodes).map(|_| AtomicU64::new(u64::MAX)).collect(),
         })
+    }
+
+    /// Why no model directory can be shown of the model; `None` if one can.
+    pub fn refuses_directory(&self) -> Result<Option<HfError>, ReadError> {
+        let header = self.layout.model();
+        let inputs = Inputs {
+            rope_factors: rope_factors(header, &self.source)?,
+            ..Inputs::default()
+        };
+        let refused = hf::Directory::new(header, hf::Naming::Checkpoint, &inputs);
+        Ok(refused.err())
     }
 
     /// What each file holds.
@@ -384,6 +395,18 @@ impl Model {
     }
 }
 
+/// The factors of rotary positions, if the model has some.
+fn rope_factors(header: &ModelHeader, source: &Source) -> Result<Option<Vec<f32>>, ReadError> {
+    let Some(tensor) = hf::rope_factors(header) else {
+        return Ok(None);
+    };
+    let mut bytes = vec![0; tensor.info.bytes as usize];
+    source.read_at(tensor.part, tensor.info.offset, &mut bytes)?;
+    let (factors, _) = bytes.as_chunks::<4>();
+    let factors = factors.iter().map(|bytes| f32::from_le_bytes(*bytes));
+    Ok(Some(factors.collect()))
+}
+
 /// Reads what a model directory needs of a model beyond its header.
 fn inputs(header: &ModelHeader, source: &Source, path: &Path) -> Result<Inputs, ModelError> {
     let mut inputs = Inputs::default();
@@ -401,13 +424,7 @@ fn inputs(header: &ModelHeader, source: &Source, path: &Path) -> Result<Inputs, 
             })?;
         inputs.values.insert(key, whole);
     }
-    if let Some(tensor) = hf::rope_factors(header) {
-        let mut bytes = vec![0; tensor.info.bytes as usize];
-        source.read_at(tensor.part, tensor.info.offset, &mut bytes)?;
-        let (factors, _) = bytes.as_chunks::<4>();
-        let factors = factors.iter().map(|bytes| f32::from_le_bytes(*bytes));
-        inputs.rope_factors = Some(factors.collect());
-    }
+    inputs.rope_factors = rope_factors(header, source)?;
     Ok(inputs)
 }
 

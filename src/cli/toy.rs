@@ -45,15 +45,15 @@ pub struct ToyArgs {
     #[arg(long, value_name = "N", default_value_t = Toy::default().vocab)]
     #[arg(value_parser = within(toy::VOCABULARIES))]
     vocab: u32,
-    /// GGML type of the matrices; norms and routers are always F32
+    /// GGML type of the matrices; norms and routers are always F32 [default: F32, or Q8_0 with --arch
+    /// qwen3moe]
     #[arg(
         long = "type",
         value_name = "TYPE",
-        default_value = Toy::default().ggml_type.name,
         value_parser = type_parser(),
         ignore_case = true
     )]
-    ggml_type: &'static GgmlType,
+    ggml_type: Option<&'static GgmlType>,
     /// How the experts' tensors are named and cut
     #[arg(long, value_enum, default_value_t)]
     naming: Naming,
@@ -123,6 +123,11 @@ fn type_parser() -> impl TypedValueParser<Value = &'static GgmlType> {
 
 impl ToyArgs {
     fn toy(&self) -> Toy {
+        let usual = match self.arch {
+            Arch::Toy => Toy::default().ggml_type,
+            // MLX on a processor multiplies experts that are packed, or in F32, but no others.
+            Arch::Qwen3Moe => GgmlType::from_name("Q8_0").expect("Q8_0 is a type"),
+        };
         Toy {
             arch: self.arch.into(),
             layers: self.layers,
@@ -130,7 +135,7 @@ impl ToyArgs {
             dim: self.dim,
             ffn_dim: self.ffn_dim,
             vocab: self.vocab,
-            ggml_type: self.ggml_type,
+            ggml_type: self.ggml_type.unwrap_or(usual),
             naming: self.naming.into(),
             parts: self.split,
             seed: self.seed,
