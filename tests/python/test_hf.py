@@ -1,6 +1,7 @@
 """hf/: what transformers and mlx-lm open, compared with the checkpoint that the GGUF was made from."""
 
 import json
+import re
 
 import ml_dtypes
 import mlx.core as mx
@@ -11,8 +12,9 @@ from mlx_lm import utils
 from safetensors import safe_open
 
 from hf_models import KINDS, LAYERS, VOCABULARY, weights, write_checkpoint, write_gguf
-from odmoe import succeed
+from odmoe import REPO, promises, succeed
 
+PAGE = (REPO / "docs/MODELS.md").read_text()
 PROMPT = mx.array([[5, 17, 3, 60, 41, 8, 2]])
 
 
@@ -52,6 +54,9 @@ def made(request, tmp_path_factory):
     return folder, kind, tensors
 
 
+@promises(
+    "Every row of every tensor of the model is in exactly one tensor of `hf/`, or its tensor is listed as left out with the reason."
+)
 @pytest.mark.parametrize("form", ["f32", "f16", "bf16"])
 def test_every_tensor_of_the_checkpoint_comes_back(made, form, tmp_path):
     folder, _, tensors = made
@@ -104,3 +109,21 @@ def test_mlx_computes_on_quantised_arrays_what_it_computes_on_their_numbers(made
     write_checkpoint(tmp_path / "again", json.loads((numbers / "config.json").read_text()), tensors_of(numbers))
     assert np.allclose(logits(tmp_path / "again"), logits(packed), rtol=1e-3, atol=1e-4)
     assert logits(packed).shape[-1] == VOCABULARY
+
+
+def test_every_architecture_of_the_page_is_tested_and_every_tested_one_is_there():
+    rows = set(re.findall(r"^\| `([\w-]+)` \| `(\w+)` \|", PAGE, re.MULTILINE))
+    kinds = [KINDS[name]() for name in KINDS]
+    tested = {(kind.arch, kind.config["model_type"].replace("minimax", "minimax_m2")) for kind in kinds}
+    assert rows == tested
+    code = "".join(path.read_text() for path in (REPO / "src/hf/architectures").glob("*.rs"))
+    known = set(zip(re.findall(r'gguf: "(.*)"', code), re.findall(r'model_type: "(.*)"', code), strict=True))
+    assert rows == known
+
+
+def test_every_pre_tokenizer_of_the_page_is_known_and_every_known_one_is_there():
+    code = (REPO / "src/hf/tokenizer/pre.rs").read_text()
+    table = code[code.index("static PRES") :]
+    names = set(re.findall(r'"([a-z0-9-]+)"', re.sub(r'r#*".*?"#*', "", table)))
+    (row,) = re.findall(r"^\| BPE \| (.*) \|$", PAGE, re.MULTILINE)
+    assert set(re.findall(r"`(.*?)`", row)) == names

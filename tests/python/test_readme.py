@@ -42,6 +42,23 @@ def beside_a_mount(tmp_path_factory):
         detach(folder / "mnt")
 
 
+def test_the_first_screen_generates_text_as_it_stands(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/odmoe-fs").symlink_to(BINARY)
+    (tmp_path / "bin/python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (tmp_path / "bin/python").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    (commands,) = COMMANDS["Try it"][1:]
+    try:
+        command = ["bash", "-euc", commands]  # loading mlx-lm takes its time
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        assert "Generation: " in done.stdout
+        assert mount_at(tmp_path / "qwen") is None
+    finally:
+        detach(tmp_path / "qwen")
+
+
 def test_the_readme_has_snippets():
     assert len(SNIPPETS) == 3
 
@@ -80,7 +97,7 @@ assert np.isclose(np.linalg.norm(x), expected, rtol=1e-5), (np.linalg.norm(x), e
 
 
 def test_the_two_commands_for_a_fresh_machine_are_there():
-    assert COMMANDS["Try it"] == ["cargo run --release -- demo\n"]
+    assert COMMANDS["Try it"][0] == "cargo run --release -- demo\n"
     (tests,) = COMMANDS["Run the tests"]
     assert tests.endswith("&& tests/run.sh\n")
     assert README.index("## Install") < README.index("## Run the tests")

@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType as Type
 
 import models
 from hf_models import KINDS, in_gguf, qwen3moe, value_type, weights, write_gguf
-from odmoe import REPO, fail, mounted, odmoe, succeed
+from odmoe import REPO, fail, mounted, odmoe, promises, succeed
 
 ALL = "base,experts,joined,hf"
 
@@ -38,6 +38,9 @@ def of_reader(path):
     return values, {t.name: (t.tensor_type, t.shape.tolist(), t.data.tobytes()) for t in reader.tensors}, reader
 
 
+@promises(
+    "`model.gguf` is, byte for byte, what `llama-gguf-split --merge` makes of the same parts; of a model of one part, it is that file."
+)
 def test_joined_parts_have_the_metadata_and_the_tensors_of_all(model, tmp_path):
     succeed("materialize", "--show", "joined", model[2], tmp_path / "out")
     assert top(tmp_path / "out") == ["model.gguf"]
@@ -116,11 +119,16 @@ def test_verify_finds_a_changed_byte_in_what_no_document_lists(model, name, tmp_
     assert done.returncode == 3 and f"{name} is missing" in done.stdout
 
 
+@promises("A tree shows what `--show` lists and nothing else; what is not listed does not change what is.")
 def test_without_show_nothing_changes(model, tmp_path):
     succeed("materialize", model[0], tmp_path / "usual")
     succeed("materialize", "--show", "base,experts", model[0], tmp_path / "asked")
     assert top(tmp_path / "usual") == ["base_model", "experts"]
     assert subprocess.run(["diff", "-r", tmp_path / "usual", tmp_path / "asked"], check=False).returncode == 0
+    succeed("materialize", "--show", ALL, model[0], tmp_path / "all")
+    for name in ("base_model", "experts"):
+        same = subprocess.run(["diff", "-r", tmp_path / "usual" / name, tmp_path / "all" / name], check=False)
+        assert same.returncode == 0
 
 
 def test_mount_options_show_too(model, tmp_path):
@@ -203,6 +211,9 @@ def test_hostile_numbers_are_refused_and_never_panic(kind, tmp_path):
             assert done.returncode in (0, 1), done.stderr
 
 
+@promises(
+    "Every row of every tensor of the model is in exactly one tensor of `hf/`, or its tensor is listed as left out with the reason."
+)
 def test_what_a_directory_leaves_out_is_listed_with_the_reason(tmp_path):
     kind = KINDS["llama-scaled"]()
     write_gguf(tmp_path / "m.gguf", kind, weights(kind))
