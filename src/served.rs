@@ -264,13 +264,16 @@ impl Served {
         }
         ANSWER.with_borrow_mut(|space| {
             let read = self.model.bytes(file, range.clone(), space);
-            let bytes = read.as_ref().ok().map(|bytes| bytes.len() as u64);
+            // Before the reply: what a program has got must be counted when it looks.
+            if let Some((stats, _)) = counted {
+                stats.read(file, read.as_ref().ok().map(|bytes| bytes.len() as u64));
+            }
             match read {
                 Ok(bytes) => reply(Ok(&bytes)),
                 Err(error) => reply(Err(Refusal::Io(error))),
             }
             if let Some((stats, began)) = counted {
-                stats.read(file, bytes, began.elapsed());
+                stats.took(began.elapsed());
             }
         });
         if let Some(predictor) = &self.predictor {

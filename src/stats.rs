@@ -174,10 +174,9 @@ impl Stats {
         }
     }
 
-    /// Counts a read that was answered; `bytes` is `None` if the answer was an error.
-    pub fn read(&self, file: Ino, bytes: Option<u64>, took: Duration) {
+    /// Counts a read; `bytes` is `None` if the answer is an error.
+    pub fn read(&self, file: Ino, bytes: Option<u64>) {
         self.count(Operation::Read);
-        self.latencies.add(took);
         let Some(bytes) = bytes else {
             self.errors.fetch_add(1, Release);
             return;
@@ -186,6 +185,11 @@ impl Stats {
             counter.reads.fetch_add(1, Release);
             counter.bytes.fetch_add(bytes, Relaxed);
         }
+    }
+
+    /// Notes how long a read took, from the request to the reply.
+    pub fn took(&self, time: Duration) {
+        self.latencies.add(time);
     }
 
     /// All counters except those of single experts.

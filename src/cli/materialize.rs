@@ -196,14 +196,14 @@ fn read_back(
         .iter()
         .filter(|d| d.kind != DifferenceKind::Extra);
     let lines: Vec<String> = differences
-        .map(|d| format!("\n  {} {d}", text::path(&directory.join(&d.path))))
+        .map(|d| format!("{} {d}\n", text::path(&directory.join(&d.path))))
         .collect();
     if !lines.is_empty() {
-        let message = format!(
-            "these files in {directory:?} are not what the model holds:{}",
-            lines.concat()
+        let _ = Diagnostics.write_all(lines.concat().as_bytes());
+        let message = format!("{directory:?} differs from the model where this says so");
+        return Err(
+            Failure::new(message).hint("remove these files, and run the same command again")
         );
-        return Err(Failure::new(message).hint("remove them, and run the same command again"));
     }
     let bytes = text::size(report.bytes);
     say(&format!("verified: {bytes} match the model\n"));

@@ -168,13 +168,14 @@ pub fn run(args: &MountArgs) -> Result<()> {
     let launched = launch(
         |caller| serve_in_background(args, caller),
         |_| answers(&args.directory),
+        |said| say(&String::from_utf8_lossy(said)),
     );
     if !matches!(launched, Ok(Launched::Ready(_))) {
         // What a daemon that died has mounted, if it came so far, nobody serves.
         let _ = unmount_stale(&args.directory);
     }
     match launched? {
-        Launched::Ready(said) => say(&String::from_utf8_lossy(&said)),
+        Launched::Ready(_) => {}
         Launched::Failed(said) => return Err(Failure::from_json(&said)),
         Launched::Died(fate) => {
             complain();

@@ -22,7 +22,8 @@ use rustix::process::Pid;
 use super::{MountError, odmoe_mount_of};
 use crate::layout::EXPERTS_DIRECTORY;
 use crate::sys::process::{
-    Ended, Forked, Signals, fork, reset_inherited_signals, terminate, wait_for,
+    Ended, FROM_PARENT, Forked, Signals, fork, reset_inherited_signals, stop_ignoring, terminate,
+    wait_for,
 };
 
 /// The result of launching a daemon.
@@ -72,13 +73,15 @@ impl Caller {
 }
 
 /// Runs `serve` in a process of its own, whose exit status is the result. When that process reports
-/// READY, `try_it` checks that the mount answers.
+/// READY, `try_it` checks that the mount answers, and `tell` tells the user. The mount stays only if
+/// this process lives until then: a mount that nobody was told of is unmounted.
 ///
 /// This process must have only one thread when it calls this. SIGINT, SIGTERM and SIGHUP end the
 /// child, and this returns when it has ended. A second signal ends this process at once.
 pub fn launch(
     serve: impl FnOnce(Caller) -> i32,
     try_it: impl FnOnce(&[u8]) -> Result<(), MountError>,
+    tell: impl FnOnce(&[u8]),
 ) -> Result<Launched, MountError> {
     let failed = MountError::Background;
     // Blocked before the fork, so that neither process loses a signal.
@@ -88,13 +91,14 @@ pub fn launch(
         Forked::Child => {
             drop(ours);
             // Until there is a mount, a signal ends this process at once.
+            stop_ignoring(&[FROM_PARENT]);
             let reset = reset_inherited_signals();
             let status = reset.map_or(1, |()| serve(Caller(theirs)));
             std::process::exit(status)
         }
         Forked::Parent { child } => {
             drop(theirs);
-            wait_for_daemon(child, ours, signals, try_it)
+            wait_for_daemon(child, ours, signals, try_it, tell)
         }
     }
 }
@@ -116,6 +120,7 @@ fn wait_for_daemon(
     mut socket: UnixStream,
     signals: Signals,
     try_it: impl FnOnce(&[u8]) -> Result<(), MountError>,
+    tell: impl FnOnce(&[u8]),
 ) -> Result<Launched, MountError> {
     let race = Arc::<Mutex<Race>>::default();
     let (watched, hung_up) = (race.clone(), socket.try_clone());
@@ -146,16 +151,19 @@ fn wait_for_daemon(
         Err(_) => Ok(None),
     };
     let mut race_now = race.lock();
-    if let (Ok(Some(Launched::Ready(_))), Race::Open) = (&result, &*race_now)
-        && socket.write_all(&[READY]).is_ok()
-    {
+    if let (Ok(Some(Launched::Ready(said))), Race::Open) = (&result, &*race_now) {
         *race_now = Race::Served;
-        // The daemon releases its locks before it closes its end. The next command meets none.
-        let _ = socket.set_read_timeout(Some(RELEASE));
-        let _ = socket.read(&mut [0]);
-        return result.map(|ready| ready.expect("it was just matched"));
+        drop(race_now);
+        tell(said);
+        if socket.write_all(&[READY]).is_ok() {
+            // The daemon releases its locks before it closes its end. The next command meets none.
+            let _ = socket.set_read_timeout(Some(RELEASE));
+            let _ = socket.read(&mut [0]);
+            return result.map(|ready| ready.expect("it was just matched"));
+        }
+    } else {
+        drop(race_now);
     }
-    drop(race_now);
     let _ = socket.shutdown(Shutdown::Both); // makes the daemon unmount, if it has mounted
     let fate = wait_for(child);
     if let Race::Interrupted(signal) = *race.lock() {

@@ -42,7 +42,8 @@ fn a_snapshot_that_is_taken_while_readers_count_is_never_more_than_they_counted(
         for n in (first..).take_while(|_| !is_over.load(Relaxed)) {
             stats.opened(file);
             let bytes = (n % 3 > 0).then_some(10);
-            stats.read(file, bytes, Duration::from_micros(n % 1000));
+            stats.read(file, bytes);
+            stats.took(Duration::from_micros(n % 1000));
         }
     };
     let base = model.tree().find("base_model/norms.safetensors").unwrap();

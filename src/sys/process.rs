@@ -46,15 +46,25 @@ pub fn ignore_file_size_signal() {
 }
 
 /// Undoes what a caller may have handed down through `exec`: an ignored SIGCHLD, with which the
-/// kernel reaps our children before we can wait for them, and blocked signals, with which Ctrl-C
-/// would do nothing. SIGHUP, SIGINT and SIGTERM stay *ignored* if they are, as under `nohup`.
+/// kernel reaps our children before we can wait for them; an ignored SIGTERM, with which service
+/// managers and users could not end us; and blocked signals, with which Ctrl-C would do nothing.
+///
+/// SIGHUP and SIGINT stay *ignored* if they are: `nohup` ignores the one, and a shell that runs a
+/// command of a script in the background ignores the other.
 ///
 /// For the start of a program: it changes the signal mask of the calling thread, and what the whole
-/// process does on SIGCHLD.
+/// process does on SIGCHLD and SIGTERM.
 pub fn reset_inherited_signals() -> io::Result<()> {
-    // SAFETY: SIG_DFL installs no handler, so no code of ours runs in signal context.
-    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
+    stop_ignoring(&[libc::SIGCHLD, libc::SIGTERM]);
     set_mask(libc::SIG_SETMASK, &empty_set()?)
+}
+
+/// Gives signals their default action.
+pub(crate) fn stop_ignoring(signals: &[i32]) {
+    for &signal in signals {
+        // SAFETY: SIG_DFL installs no handler, so no code of ours runs in signal context.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
 }
 
 /// Which of the two processes this is after a fork.
@@ -158,7 +168,8 @@ impl Watched {
 }
 
 /// Detaches this process from its caller: a session of its own, `/` as working directory, and
-/// `output` (or nothing) in place of the caller's stdin, stdout and stderr.
+/// `output` (or nothing) in place of the caller's stdin, stdout and stderr. SIGHUP and SIGINT are no
+/// longer ignored: they can no longer come from the caller's terminal.
 ///
 /// # Errors
 /// EPERM if the process leads a process group; a forked child does not.
@@ -170,6 +181,7 @@ pub fn leave_caller(output: Option<&File>) -> io::Result<()> {
     dup2_stdin(&null)?;
     dup2_stdout(output)?;
     dup2_stderr(output)?;
+    stop_ignoring(&[libc::SIGHUP, libc::SIGINT]);
     Ok(())
 }
 
@@ -206,15 +218,12 @@ impl Signals {
     /// The signals with which users and service managers ask a program to end.
     pub const STOPPING: &'static [i32] = &[libc::SIGINT, libc::SIGTERM, libc::SIGHUP];
 
-    /// Blocks signals in the calling thread and in the threads that it starts from now on. Signals
-    /// that are ignored, as under `nohup`, stay ignored.
+    /// Blocks signals in the calling thread and in the threads that it starts from now on.
     pub fn block(signals: &[i32]) -> io::Result<Self> {
         let mut set = empty_set()?;
         for &signal in signals {
-            if !is_ignored(signal)? {
-                // SAFETY: `set` is an initialised sigset_t.
-                check(unsafe { libc::sigaddset(&mut set, signal) })?;
-            }
+            // SAFETY: `set` is an initialised sigset_t.
+            check(unsafe { libc::sigaddset(&mut set, signal) })?;
         }
         set_mask(libc::SIG_BLOCK, &set)?;
         Ok(Self(set))
@@ -229,13 +238,17 @@ impl Signals {
         }
     }
 
-    /// Waits for one of the signals and takes it.
+    /// Waits for one of the signals and takes it. Those that are ignored when they come, as SIGHUP
+    /// is under `nohup`, are dropped: Linux keeps an ignored signal while it is blocked.
     pub fn wait(&self) -> io::Result<i32> {
-        let mut signal = 0;
-        // SAFETY: the pointers are to an initialised sigset_t and to an int.
-        match unsafe { libc::sigwait(&self.0, &mut signal) } {
-            0 => Ok(signal),
-            error => Err(io::Error::from_raw_os_error(error)),
+        loop {
+            let mut signal = 0;
+            // SAFETY: the pointers are to an initialised sigset_t and to an int.
+            match unsafe { libc::sigwait(&self.0, &mut signal) } {
+                0 if is_ignored(signal)? => {}
+                0 => return Ok(signal),
+                error => return Err(io::Error::from_raw_os_error(error)),
+            }
         }
     }
 }
