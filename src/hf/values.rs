@@ -88,6 +88,7 @@ pub fn dense_width(facts: &Facts) -> Result {
 }
 
 pub fn expert_width(facts: &Facts) -> Result {
+    facts.keys.has("feed_forward_length"); // where it is not of experts, it says nothing
     let down = match facts.first("ffn_down_exps.weight")? {
         None => facts.first("ffn_down.0.weight")?,
         found => found,

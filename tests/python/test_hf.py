@@ -3,6 +3,7 @@
 import json
 import re
 
+import gguf
 import ml_dtypes
 import mlx.core as mx
 import numpy as np
@@ -109,6 +110,28 @@ def test_mlx_computes_on_quantised_arrays_what_it_computes_on_their_numbers(made
     write_checkpoint(tmp_path / "again", json.loads((numbers / "config.json").read_text()), tensors_of(numbers))
     assert np.allclose(logits(tmp_path / "again"), logits(packed), rtol=1e-3, atol=1e-4)
     assert logits(packed).shape[-1] == VOCABULARY
+
+
+def test_raw_directories_hold_blocks_under_the_names_of_mlx(made, tmp_path):
+    _, kind, tensors = made
+    keeps = ("ffn_gate_inp", "k_b", "v_b", "exp_probs_b")
+    path = tmp_path / "q.gguf"
+    write_gguf(path, kind, tensors, lambda name: None if any(word in name for word in keeps) else Type.Q4_0)
+    raw = shown(path, tmp_path / "raw", "--as", "raw")
+    numbers = tensors_of(shown(path, tmp_path / "mlx", "--as", "mlx", "--scales", "f32"))
+    blocks = tensors_of(raw)
+    quantization = json.loads((raw / "config.json").read_text())["quantization"]
+    assert quantization["mode"] == "kquant" and set(quantization["per_tensor"].values()) == {"q4_0"}
+    for module in quantization["per_tensor"]:
+        codes, scales = numbers[f"{module}.weight"], numbers[f"{module}.scales"]
+        found = blocks[f"{module}.weight"]
+        assert blocks[f"{module}.scales"].shape == (1,)
+        # A block of Q4_0 is a scale and 16 bytes of codes.
+        assert found.dtype == np.uint8 and found.shape == (*codes.shape[:-1], codes.shape[-1] // 4 * 18)
+        dequantised = gguf.quants.dequantize(found, Type.Q4_0)
+        biases = mx.array(numbers[f"{module}.biases"])
+        again = mx.dequantize(mx.array(codes), mx.array(scales), biases, group_size=32, bits=4)
+        assert np.array_equal(dequantised, np.array(again))
 
 
 def test_every_architecture_of_the_page_is_tested_and_every_tested_one_is_there():

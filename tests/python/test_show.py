@@ -1,10 +1,12 @@
 """--show: model.gguf and hf/ beside base_model/ and experts/, in every combination, mounted and materialized."""
 
 import json
+import os
 import subprocess
 import sys
 
 import gguf
+import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
@@ -81,6 +83,30 @@ def test_a_model_of_one_part_is_shown_as_it_is(tmp_path):
         # It can be mounted in turn.
         with mounted(root / "model.gguf", tmp_path / "again") as again:
             assert top(again) == ["base_model", "experts"]
+
+
+@pytest.mark.parametrize("form", ["bf16", "mlx", "raw"])
+@pytest.mark.parametrize("kind", ["mixtral", "gpt-oss", "deepseek_v3", "deepseek_v2"])
+def test_any_range_of_a_file_that_is_not_in_the_order_of_the_model_is_that_of_the_whole(kind, form, tmp_path):
+    """Rows that were reordered, and matrices that were transposed."""
+    kind = KINDS[kind]()
+    parts = write_gguf(tmp_path / "m.gguf", kind, weights(kind), lambda name: Type.Q8_0, split_max_tensors=20)
+    succeed("materialize", "--show", "hf", "--as", form, parts[0], tmp_path / "out")
+    random = np.random.default_rng(3)
+    flags = ["--show", "hf", "--as", form, "--cache", "direct"]
+    with mounted(parts[0], tmp_path / "mnt", *flags) as root:
+        for path in sorted((tmp_path / "out/hf").glob("*.safetensors")):
+            whole = path.read_bytes()
+            file = os.open(root / "hf" / path.name, os.O_RDONLY)
+            try:
+                for step in (997, 4096, 70_001):
+                    read = [os.pread(file, step, at) for at in range(0, len(whole), step)]
+                    assert b"".join(read) == whole
+                for _ in range(100):
+                    at, size = int(random.integers(len(whole))), int(random.integers(1, 9000))
+                    assert os.pread(file, size, at) == whole[at : at + size]
+            finally:
+                os.close(file)
 
 
 # --- combinations ---------------------------------------------------------------------------------------------------
