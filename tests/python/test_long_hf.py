@@ -80,7 +80,8 @@ def test_transformers_computes_the_same(checkpoint, tmp_path):
         assert not info["missing_keys"], info
         return model(prompt).logits.detach().numpy()
 
-    assert np.array_equal(logits(folder), logits(tmp_path / "out/hf"))
+    # The same weights; sums of threads differ in their last bits from run to run.
+    assert np.allclose(logits(folder), logits(tmp_path / "out/hf"), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("flags", [["--split-max-tensors", "7"], ["--split-max-tensors", "20", "--no-tensor-first-split"]])

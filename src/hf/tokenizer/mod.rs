@@ -13,10 +13,11 @@ mod pre;
 
 use std::collections::HashMap;
 
+use serde::{Serialize, Serializer};
 use serde_json::{Map, Value as Json, json};
 
 use self::pre::Pre;
-use super::{Document, Inputs};
+use super::{Document as File, Inputs};
 use crate::gguf::{ModelHeader, Value};
 
 pub(super) const TOKENS: &str = "tokenizer.ggml.tokens";
@@ -41,7 +42,7 @@ const MAX_MERGED_CHARACTERS: usize = 256;
 /// The files of a tokenizer.
 #[derive(Debug, Default)]
 pub(super) struct Files {
-    pub files: Vec<Document>,
+    pub files: Vec<File>,
     pub warnings: Vec<String>,
     /// `bos_token_id` and `eos_token_id`.
     pub ids: Map<String, Json>,
@@ -65,7 +66,7 @@ pub(super) fn files(model: &ModelHeader, inputs: &Inputs) -> Files {
         made.ids = tokenizer.special_ids();
         let mut generation = made.ids.clone();
         generation.insert("_from_model_config".to_owned(), true.into());
-        made.add("generation_config.json", &generation.into());
+        made.add("generation_config.json", &generation);
     }
     if let Some(Value::String(template)) = inputs.value(model, TEMPLATE) {
         made.files
@@ -75,10 +76,56 @@ pub(super) fn files(model: &ModelHeader, inputs: &Inputs) -> Files {
 }
 
 impl Files {
-    fn add(&mut self, name: &'static str, json: &Json) {
+    fn add(&mut self, name: &'static str, json: &impl Serialize) {
         let bytes = serde_json::to_vec(json).expect("it is made of JSON's own values");
         self.files.push((name, bytes.into()));
     }
+}
+
+/// tokenizer.json.
+#[derive(Serialize)]
+struct Document<'a> {
+    version: &'static str,
+    truncation: (),
+    padding: (),
+    added_tokens: Vec<Json>,
+    normalizer: Json,
+    pre_tokenizer: Json,
+    post_processor: Json,
+    decoder: Json,
+    model: Bpe<'a>,
+}
+
+#[derive(Serialize)]
+struct Bpe<'a> {
+    #[serde(rename = "type")]
+    kind: &'static str,
+    dropout: (),
+    unk_token: Option<&'a str>,
+    continuing_subword_prefix: (),
+    end_of_word_suffix: (),
+    fuse_unk: bool,
+    byte_fallback: bool,
+    ignore_merges: bool,
+    vocab: Vocabulary<'a>,
+    merges: Vec<Merge<'a>>,
+}
+
+/// Numbers by tokens.
+struct Vocabulary<'a>(&'a [&'a str]);
+
+impl Serialize for Vocabulary<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().zip(0u64..))
+    }
+}
+
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Merge<'a> {
+    /// Two tokens with a space between them.
+    Text(&'a str),
+    Pair([&'a str; 2]),
 }
 
 struct Tokenizer<'a> {
@@ -223,10 +270,10 @@ impl<'a> Tokenizer<'a> {
         config.into()
     }
 
-    fn json(&self) -> Result<Json, String> {
+    fn json(&self) -> Result<Document<'_>, String> {
         match self.text("model") {
             Some("gpt2") => self.byte_level(),
-            Some("llama") => self.sentence_piece(),
+            Some("llama") => Ok(self.sentence_piece()),
             other => Err(format!(
                 "tokenizers of the kind {:?} are not known",
                 other.unwrap_or("")
@@ -234,15 +281,13 @@ impl<'a> Tokenizer<'a> {
         }
     }
 
-    fn byte_level(&self) -> Result<Json, String> {
+    fn byte_level(&self) -> Result<Document<'_>, String> {
         let name = self.text("pre").unwrap_or("");
         let pre = self
             .pre()
             .ok_or_else(|| format!("the pre-tokenizer {name:?} is not known"))?;
-        let merges = self
-            .merges
-            .as_ref()
-            .ok_or_else(|| format!("{MERGES} is missing"))?;
+        let merges = self.merges.as_ref();
+        let merges = merges.ok_or_else(|| format!("{MERGES} is missing"))?;
         let splits = pre.expressions.iter().map(|expression| {
             json!({
                 "type": "Split",
@@ -258,26 +303,19 @@ impl<'a> Tokenizer<'a> {
             "use_regex": false,
         });
         let steps: Vec<Json> = splits.chain([bytes.clone()]).collect();
-        Ok(self.document(
-            Json::Null,
-            json!({"type": "Sequence", "pretokenizers": steps}),
-            bytes,
-            json!({
-                "type": "BPE",
-                "dropout": null,
-                "unk_token": null,
-                "continuing_subword_prefix": null,
-                "end_of_word_suffix": null,
-                "fuse_unk": false,
-                "byte_fallback": false,
-                "ignore_merges": pre.ignores_merges,
-                "vocab": self.vocabulary(),
-                "merges": merges,
-            }),
-        ))
+        Ok(Document {
+            pre_tokenizer: json!({"type": "Sequence", "pretokenizers": steps}),
+            decoder: bytes,
+            model: Bpe {
+                ignore_merges: pre.ignores_merges,
+                merges: merges.iter().map(|merge| Merge::Text(merge)).collect(),
+                ..self.bpe()
+            },
+            ..self.document()
+        })
     }
 
-    fn sentence_piece(&self) -> Result<Json, String> {
+    fn sentence_piece(&self) -> Document<'_> {
         let prefix = self.flag("add_space_prefix").unwrap_or(true);
         let mut normal = Vec::new();
         let mut end = Vec::new();
@@ -293,28 +331,22 @@ impl<'a> Tokenizer<'a> {
         ];
         decoders.extend(end);
         let unknown = self.kinds.iter().position(|kind| *kind == UNKNOWN);
-        let merges: Vec<[&str; 2]> = self.merges_of_scores();
-        Ok(self.document(
-            json!({"type": "Sequence", "normalizers": normal}),
-            Json::Null,
-            json!({"type": "Sequence", "decoders": decoders}),
-            json!({
-                "type": "BPE",
-                "dropout": null,
-                "unk_token": unknown.map(|id| self.tokens[id]),
-                "continuing_subword_prefix": null,
-                "end_of_word_suffix": null,
-                "fuse_unk": true,
-                "byte_fallback": self.kinds.contains(&BYTE),
-                "ignore_merges": false,
-                "vocab": self.vocabulary(),
-                "merges": merges,
-            }),
-        ))
+        Document {
+            normalizer: json!({"type": "Sequence", "normalizers": normal}),
+            decoder: json!({"type": "Sequence", "decoders": decoders}),
+            model: Bpe {
+                unk_token: unknown.map(|id| self.tokens[id]),
+                fuse_unk: true,
+                byte_fallback: self.kinds.contains(&BYTE),
+                merges: self.merges_of_scores(),
+                ..self.bpe()
+            },
+            ..self.document()
+        }
     }
 
     /// Every way to put a token together from two others, the best score first.
-    fn merges_of_scores(&self) -> Vec<[&'a str; 2]> {
+    fn merges_of_scores(&self) -> Vec<Merge<'a>> {
         let is_piece = |id: usize| matches!(self.kinds[id], NORMAL | USER_DEFINED);
         let pieces = (0..self.tokens.len()).filter(|&id| is_piece(id));
         let ids: HashMap<&str, usize> = pieces.map(|id| (self.tokens[id], id)).collect();
@@ -332,29 +364,40 @@ impl<'a> Tokenizer<'a> {
             let by_length = length(b.1).cmp(&length(a.1));
             by_score.then(by_length).then(a.cmp(b))
         });
-        let texts =
-            |(_, left, right): (usize, usize, usize)| [self.tokens[left], self.tokens[right]];
+        let texts = |(_, left, right): (usize, usize, usize)| {
+            Merge::Pair([self.tokens[left], self.tokens[right]])
+        };
         merges.into_iter().map(texts).collect()
     }
 
-    fn vocabulary(&self) -> Json {
-        let pairs = (0u64..).zip(&self.tokens);
-        let pairs = pairs.map(|(id, token)| ((*token).to_owned(), Json::from(id)));
-        pairs.collect::<Map<String, Json>>().into()
+    /// A tokenizer without rules, to be filled in.
+    fn document(&self) -> Document<'_> {
+        Document {
+            version: "1.0",
+            truncation: (),
+            padding: (),
+            added_tokens: self.added_tokens(),
+            normalizer: Json::Null,
+            pre_tokenizer: Json::Null,
+            post_processor: self.post_processor(),
+            decoder: Json::Null,
+            model: self.bpe(),
+        }
     }
 
-    fn document(&self, normalizer: Json, pre: Json, decoder: Json, model: Json) -> Json {
-        json!({
-            "version": "1.0",
-            "truncation": null,
-            "padding": null,
-            "added_tokens": self.added_tokens(),
-            "normalizer": normalizer,
-            "pre_tokenizer": pre,
-            "post_processor": self.post_processor(),
-            "decoder": decoder,
-            "model": model,
-        })
+    fn bpe(&self) -> Bpe<'_> {
+        Bpe {
+            kind: "BPE",
+            dropout: (),
+            unk_token: None,
+            continuing_subword_prefix: (),
+            end_of_word_suffix: (),
+            fuse_unk: false,
+            byte_fallback: false,
+            ignore_merges: false,
+            vocab: Vocabulary(&self.tokens),
+            merges: Vec::new(),
+        }
     }
 
     /// Tokens that are found in a text before anything else.
