@@ -1,4 +1,4 @@
-//! `doctor`: whether mounts work on this machine, and what to do if not.
+//! `doctor`: whether mounts work on this machine, and what to do if not; and what a model would take.
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
@@ -6,13 +6,15 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use odmoe_fs::doctor::{Check, Verdict, examine};
+use odmoe_fs::inspect::{FormsReport, Memory};
+use odmoe_fs::model::Model;
 use odmoe_fs::toy::Toy;
 use serde::Serialize;
 
 use super::demo::{Mounted, temporary_folder};
 use super::failure::{Failure, Result};
 use super::screen::Screen;
-use super::{Stop, print, print_json, text};
+use super::{Stop, forms, print, print_json, text};
 
 /// Check whether this machine can mount, and name the cure of what is missing
 ///
@@ -21,6 +23,9 @@ use super::{Stop, print, print_json, text};
 /// that could not be found out.
 #[derive(clap::Args)]
 pub struct DoctorArgs {
+    /// Also say what this model takes in each form (--as), beside the memory that is free
+    #[arg(value_name = "MODEL.gguf")]
+    model: Option<PathBuf>,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
@@ -31,11 +36,33 @@ struct Report {
     /// Whether mounts work; `null` if that could not be found out.
     works: Option<bool>,
     checks: Vec<Check>,
+    /// If a model was given.
+    #[serde(flatten)]
+    model: Option<ModelReport>,
+}
+
+/// What a model takes here.
+#[derive(Serialize)]
+struct ModelReport {
+    #[serde(flatten)]
+    forms: FormsReport,
+    /// `None` where the system does not tell.
+    memory: Option<Memory>,
+}
+
+impl ModelReport {
+    fn new(path: &Path) -> Result<Self> {
+        Ok(Self {
+            forms: FormsReport::new(&Model::open(path)?),
+            memory: Memory::of_this_machine(),
+        })
+    }
 }
 
 /// Runs the command; says whether mounts work.
 pub fn run(args: &DoctorArgs) -> Result<bool> {
     let stop = Stop::on_signals()?;
+    let model = args.model.as_deref().map(ModelReport::new).transpose()?;
     let mut checks = examine();
     let trial = trial(&stop);
     stop.check()?;
@@ -51,7 +78,11 @@ pub fn run(args: &DoctorArgs) -> Result<bool> {
         failures.for_each(|check| check.verdict = Verdict::Note);
     }
     checks.push(trial);
-    let report = Report { works, checks };
+    let report = Report {
+        works,
+        checks,
+        model,
+    };
     if args.json {
         print_json(&report)?;
     } else {
@@ -178,10 +209,15 @@ impl Report {
                 let _ = writeln!(out, "      cure: {cure}");
             }
         }
-        out + match self.works {
+        out += match self.works {
             Some(true) => "\nmounts work here\n",
             Some(false) => "\nmounts do not work here\n",
             None => "\nwhether mounts work here could not be found out\n",
+        };
+        if let Some(model) = &self.model {
+            out += "\n";
+            out += &forms::table(&model.forms, model.memory, screen);
         }
+        out
     }
 }

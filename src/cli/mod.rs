@@ -6,6 +6,7 @@ mod docs;
 mod doctor;
 mod failure;
 mod form;
+mod forms;
 mod fstab;
 mod inspect;
 mod materialize;
@@ -161,6 +162,7 @@ fn help_mount(call: Result<HelperCall>) -> ExitCode {
             }
             match execute(&cli) {
                 ExitCode::SUCCESS => ExitCode::SUCCESS,
+                code if code == ExitCode::from(WRONG_USAGE) => ExitCode::from(WRONG_CALL),
                 _ => ExitCode::from(NOT_MOUNTED),
             }
         }

@@ -341,18 +341,22 @@ impl Directory {
         let (segment, array) = self.segment(id)?;
         let Segment { piece, shown } = self.segments[segment as usize];
         let (tensor, rows) = of_rows(&piece, model);
-        let codec = |n| shown.codec(n, tensor.info.ggml_type);
+        let codec = |n| (n < shown.arrays()).then(|| shown.codec(n, tensor.info.ggml_type))?;
         let len = range(&rows, model).2;
-        let small = |n| {
-            let codec = (n < shown.arrays()).then(|| codec(n))??;
+        let bytes = |codec: Codec| {
             let unit = codec.unit();
-            let bytes = len / unit.blocks as u64 * unit.out as u64;
+            len / unit.blocks as u64 * unit.out as u64
+        };
+        let small = |n| {
+            let codec = codec(n)?;
+            let bytes = bytes(codec);
             Some(Small { codec, bytes })
         };
         Some(Job {
             tensor: FIRST_JOB + segment,
             array,
             codec: codec(array)?,
+            largest: codec(0).map_or(0, bytes),
             small: [small(1), small(2)],
         })
     }

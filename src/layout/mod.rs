@@ -18,6 +18,7 @@ mod file;
 mod names;
 mod partition;
 mod quantization;
+mod recipes;
 mod shown;
 mod view;
 
@@ -37,7 +38,6 @@ use self::counting::CountingWriter;
 use self::directory::Directory;
 use self::error::check_types;
 use self::view::write_tensors;
-use crate::computed::{Job, Small};
 use crate::form::{Form, Shown};
 use crate::gguf::{GgmlType, ModelHeader};
 use crate::hf::Inputs;
@@ -209,64 +209,6 @@ impl Layout {
             arrays.sort_by_key(|view| std::cmp::Reverse(view.array.dtype.width()));
         }
         arrays
-    }
-
-    /// How an array of the tree is computed.
-    pub fn recipe(&self, id: RecipeId) -> Recipe {
-        let of_directory = self.directory.as_ref();
-        if let Some(recipe) = of_directory.and_then(|hf| hf.recipe(id, &self.model)) {
-            return recipe;
-        }
-        let (piece, n) = (id.0 / MAX_ARRAYS, id.0 % MAX_ARRAYS);
-        let tensor = self.view(self.pieces[piece as usize]);
-        let codec = tensor.shown.codec(n as usize, tensor.ggml_type);
-        Recipe {
-            part: tensor.gguf_part,
-            offset: tensor.gguf_offset,
-            len: tensor.bytes,
-            codec: codec.expect("only computed arrays have recipes"),
-        }
-    }
-
-    /// What the computation of an array needs to know.
-    pub(crate) fn job(&self, id: RecipeId) -> Job {
-        let of_directory = self.directory.as_ref();
-        if let Some(job) = of_directory.and_then(|hf| hf.job(id, &self.model)) {
-            return job;
-        }
-        let (piece, array) = (id.0 / MAX_ARRAYS, (id.0 % MAX_ARRAYS) as usize);
-        let tensor = self.view(self.pieces[piece as usize]);
-        let codec = |n| tensor.shown.codec(n, tensor.ggml_type);
-        let small = |n| {
-            let codec = (n < tensor.shown.arrays()).then(|| codec(n))??;
-            let unit = codec.unit();
-            let bytes = tensor.bytes / unit.blocks as u64 * unit.out as u64;
-            Some(Small { codec, bytes })
-        };
-        Job {
-            tensor: piece,
-            array,
-            codec: codec(array).expect("only computed arrays have recipes"),
-            small: [small(1), small(2)],
-        }
-    }
-
-    /// Bytes of the model that are read for an array and for no array before it.
-    pub(crate) fn source_bytes(&self, id: RecipeId) -> u64 {
-        let of_directory = self.directory.as_ref();
-        if let Some(bytes) = of_directory.and_then(|hf| hf.source_bytes(id, &self.model)) {
-            return bytes;
-        }
-        match self.array_of(id) {
-            (0, _) => self.recipe(id).len,
-            _ => 0,
-        }
-    }
-
-    /// Which of its tensor's arrays a computed array is, and how many there are.
-    fn array_of(&self, id: RecipeId) -> (usize, usize) {
-        let tensor = self.view(self.pieces[(id.0 / MAX_ARRAYS) as usize]);
-        ((id.0 % MAX_ARRAYS) as usize, tensor.shown.arrays())
     }
 
     fn view(&self, piece: Piece) -> TensorView<'_> {

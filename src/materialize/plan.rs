@@ -15,6 +15,7 @@ use crate::layout::{
 use crate::model::Model;
 use crate::on_disk::OnDisk;
 use crate::tree::Ino;
+use crate::verify::known_form_of;
 
 /// The files to write to a target, and those that are there already.
 #[derive(Debug)]
@@ -50,6 +51,9 @@ impl<'a> Plan<'a> {
         let selection = &options.selection;
         selection.check(layout)?;
         let target = Target::open(target, model.tree())?;
+        if !options.force {
+            check_form(model, target.path())?;
+        }
         let methods = Methods::probe(model, target.nearest(), options)?;
         let mut plan = Self {
             model,
@@ -325,4 +329,15 @@ fn others(model: &Model) -> impl Iterator<Item = Ino> + '_ {
         let path = tree.path(ino).unwrap_or_default();
         path == JOINED_PATH || Path::new(&path).starts_with(HF_DIRECTORY)
     })
+}
+
+/// Fails if the target holds a tree of another form: files of two forms would never be one tree.
+fn check_form(model: &Model, target: &Path) -> Result<(), MaterializeError> {
+    match known_form_of(target) {
+        Some(form) if form != model.layout().form() => Err(MaterializeError::OtherForm {
+            target: target.to_owned(),
+            form,
+        }),
+        _ => Ok(()),
+    }
 }
