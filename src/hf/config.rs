@@ -29,6 +29,7 @@ fn value(facts: &Facts, setting: &Setting) -> Result<Json, HfError> {
         Setting::FlagOr(key, default) => keys.flag(key)?.unwrap_or(default).into(),
         Setting::Is(Constant::Flag(flag)) => flag.into(),
         Setting::Is(Constant::Number(number)) => number.into(),
+        Setting::Is(Constant::Real(number)) => number.into(),
         Setting::Is(Constant::Text(text)) => text.into(),
         Setting::HasTensor(name) => facts.first(name)?.is_some().into(),
         Setting::Found(find) => find(facts)?,

@@ -247,7 +247,7 @@ def gpt_oss():
         return shapes | {f"{at}.down_proj": (EXPERTS, WIDTH, HIDDEN), f"{at}.down_proj_bias": (EXPERTS, HIDDEN)}
 
     config = common("gpt_oss", intermediate_size=WIDTH, num_local_experts=EXPERTS, num_experts_per_tok=USED)
-    config |= {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+    config |= {"sliding_window": 8, "swiglu_limit": 7.0, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
     config["rope_scaling"] = {
         "rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 128, "beta_fast": 32.0,
         "beta_slow": 1.0, "truncate": False,

@@ -82,7 +82,8 @@ def test_the_config_builds_the_same_model(made, tmp_path):
         elif name == "head_dim" and name not in config:
             assert value * config["num_attention_heads"] == config["hidden_size"]
         else:
-            assert config[name] == value, name
+            # transformers wants a float where it has one.
+            assert config[name] == value and isinstance(config[name], type(value)), name
     again = tmp_path / "again"
     write_checkpoint(again, config, tensors_of(directory))
     assert np.array_equal(logits(folder / "checkpoint"), logits(again))

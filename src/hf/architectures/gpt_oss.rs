@@ -1,6 +1,6 @@
 //! gpt-oss: sliding and full attention in turn, learned sinks, biases everywhere.
 
-use super::Constant::{Flag, Number};
+use super::Constant::{Flag, Real};
 use super::Row::{Experts, Linear, Norm, Vector};
 use super::Setting::{Count, Found, Is};
 use super::{Architecture, Experts as Names, InCheckpoint, values};
@@ -36,6 +36,6 @@ pub static GPT_OSS: Architecture = Architecture {
         ("layer_types", Found(values::alternating_layers)),
         ("num_local_experts", Count("expert_count")),
         ("num_experts_per_tok", Count("expert_used_count")),
-        ("swiglu_limit", Is(Number(7))),
+        ("swiglu_limit", Is(Real(7.0))),
     ],
 };

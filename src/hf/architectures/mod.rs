@@ -115,6 +115,7 @@ pub(super) enum Setting {
 pub(super) enum Constant {
     Flag(bool),
     Number(u64),
+    Real(f64),
     Text(&'static str),
 }
 
