@@ -13,6 +13,7 @@ use std::os::unix::ffi::OsStrExt;
 use odmoe_fs::codec::{Codec, Float, Map, Output};
 use odmoe_fs::form::Form;
 use odmoe_fs::gguf::{GGML_TYPES, Header, Joined, ModelHeader, PartName, looks_like_raw_cut};
+use odmoe_fs::hf::{Directory, Inputs, Naming};
 use odmoe_fs::layout::{Doc, Layout};
 use odmoe_fs::tree::{Content, DocId, Kind, NewFile, Origin, ROOT, RecipeId, Tree};
 
@@ -240,10 +241,31 @@ pub fn model(data: &[u8]) {
         data.len()
     );
     match laid_out {
-        Ok((layout, tree)) => check_tree(&layout, &tree),
+        Ok((layout, tree)) => {
+            check_tree(&layout, &tree);
+            check_directory(layout.model());
+        }
         Err(said) => {
             assert_is_one_line(&said);
             assert!(!said.contains("this is a bug"), "{said}");
+        }
+    }
+}
+
+/// A model has a directory, or there is a reason why not.
+fn check_directory(model: &ModelHeader) {
+    for naming in [Naming::Checkpoint, Naming::Mlx] {
+        match Directory::new(model, naming, &Inputs::default()) {
+            Ok(directory) => {
+                let tensors = directory.files().iter();
+                let tensors = tensors.flat_map(|file| directory.tensors(file));
+                assert!(tensors.count() > 0);
+            }
+            Err(cause) => {
+                let said = cause.to_string();
+                assert_is_one_line(&said);
+                assert!(!said.contains("this is a bug"), "{said}");
+            }
         }
     }
 }

@@ -2,16 +2,22 @@
 //!
 //! Serving, writing, comparing and describing a model all start here.
 
-use std::io::{self, Write};
+use std::collections::VecDeque;
+use std::io::{self, BufReader, Write};
 use std::ops::{Deref, Range};
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use parking_lot::Mutex;
 
 use crate::computed::{self, Blocks, Job, Stash};
 use crate::explain::{Explain, Hint};
 use crate::form::Form;
-use crate::layout::{Doc, Layout, LayoutError, Recipe};
+use crate::gguf::{HeaderError, ModelHeader};
+use crate::hf::{self, HfError, Inputs};
+use crate::layout::{Arranged, Doc, Layout, LayoutError, Recipe};
+use crate::show::Show;
 use crate::source::{self, Held, OpenError, PageCache, ReadError, Run, Source};
 use crate::tree::{Content, DocId, Ino, Origin, RecipeId, Slice, Tree};
 
@@ -19,11 +25,19 @@ use crate::tree::{Content, DocId, Ino, Origin, RecipeId, Slice, Tree};
 /// rendering one again costs less than keeping 23,040 of them.
 const KEPT_DOCUMENT_BYTES: u64 = 64 << 10;
 
+/// Matrices that were transposed for a reader are kept until it has read them, but no more than this
+/// of all of them: those of two experts of the largest gpt-oss as F16.
+const KEPT_TRANSPOSED_BYTES: usize = 64 << 20;
+
 /// Why a model cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
     #[error(transparent)]
     Open(#[from] OpenError),
+    #[error("{path:?}: {cause}")]
+    Header { path: PathBuf, cause: HeaderError },
+    #[error(transparent)]
+    Read(#[from] ReadError),
     #[error("{path:?}: {cause}")]
     Layout { path: PathBuf, cause: LayoutError },
 }
@@ -32,6 +46,8 @@ impl Explain for ModelError {
     fn code(&self) -> &'static str {
         match self {
             Self::Open(cause) => cause.code(),
+            Self::Header { cause, .. } => cause.code(),
+            Self::Read(cause) => cause.code(),
             Self::Layout { cause, .. } => cause.code(),
         }
     }
@@ -39,6 +55,8 @@ impl Explain for ModelError {
     fn hint(&self) -> Option<Hint> {
         match self {
             Self::Open(cause) => cause.hint(),
+            Self::Header { cause, .. } => cause.hint(),
+            Self::Read(cause) => cause.hint(),
             Self::Layout { cause, .. } => cause.hint(),
         }
     }
@@ -52,6 +70,8 @@ pub struct Model {
     source: Source,
     kept: Kept,
     stash: Stash,
+    /// Matrices that were transposed for a reader who is not through with them.
+    transposed: Mutex<VecDeque<(RecipeId, Arc<[u8]>)>>,
     /// For each file of a form with computed arrays, the bytes of the model that it is made from;
     /// `u64::MAX` until somebody asks.
     source_bytes: Vec<AtomicU64>,
@@ -72,14 +92,25 @@ impl Model {
 
     /// The same, with quantised tensors shown in a form.
     pub fn open_as(path: &Path, form: Form) -> Result<Self, ModelError> {
+        Self::open_shown(path, form, Show::default())
+    }
+
+    /// The same, with the choice of what the tree shows.
+    pub fn open_shown(path: &Path, form: Form, show: Show) -> Result<Self, ModelError> {
         let (header, source) = source::open(path)?;
-        let (layout, tree) = Layout::new(header, form).map_err(|cause| ModelError::Layout {
+        let inputs = match show.hf {
+            true => inputs(&header, &source, path)?,
+            false => Inputs::default(),
+        };
+        let laid_out = Layout::shown(header, form, show, &inputs);
+        drop(inputs);
+        let (layout, tree) = laid_out.map_err(|cause| ModelError::Layout {
             path: path.to_owned(),
             cause,
         })?;
         let kept = Kept::of(&tree);
-        let nodes = match form {
-            Form::Raw => 0,
+        let nodes = match (form, show) {
+            (Form::Raw, show) if show == Show::default() => 0,
             _ => tree.len() + 1,
         };
         tracing::info!(
@@ -94,8 +125,20 @@ impl Model {
             source,
             kept,
             stash: Stash::default(),
+            transposed: Mutex::default(),
             source_bytes: (0..nodes).map(|_| AtomicU64::new(u64::MAX)).collect(),
         })
+    }
+
+    /// Why no model directory can be shown of the model; `None` if one can.
+    pub fn refuses_directory(&self) -> Result<Option<HfError>, ReadError> {
+        let header = self.layout.model();
+        let inputs = Inputs {
+            rope_factors: rope_factors(header, &self.source)?,
+            ..Inputs::default()
+        };
+        let refused = hf::Directory::new(header, hf::Naming::Checkpoint, &inputs);
+        Ok(refused.err())
     }
 
     /// What each file holds.
@@ -212,6 +255,8 @@ impl Model {
             match slice.origin {
                 Origin::Made(_) => {}
                 Origin::Part(_) => run_of(&slice).into_iter().for_each(&mut add),
+                // Read when it is wanted: its order is not that of the model.
+                Origin::Computed(id) if self.layout.arranged(id).is_some() => {}
                 Origin::Computed(id) => {
                     let job = self.layout.job(id);
                     if job.array == 0 || !tensors.contains(&job.tensor) {
@@ -232,6 +277,9 @@ impl Model {
         let Origin::Computed(id) = slice.origin else {
             return;
         };
+        if self.layout.arranged(id).is_some() {
+            return;
+        }
         let job = self.layout.job(id);
         if job.array == 0 {
             return;
@@ -271,6 +319,9 @@ impl Model {
 
     /// Computes a range of an array from the blocks beneath it.
     fn compute(&self, id: RecipeId, offset: u64, out: &mut [u8]) -> Result<(), ReadError> {
+        if let Some(arranged) = self.layout.arranged(id) {
+            return self.arrange(id, arranged, offset, out);
+        }
         let job = self.layout.job(id);
         let blocks = PartBlocks {
             source: &self.source,
@@ -279,6 +330,60 @@ impl Model {
         // What was computed before a change is right, but nobody must see a mixture of both states.
         self.source.check_unchanged(blocks.recipe.part)?;
         computed::range(&job, &self.stash, &blocks, offset, out)
+    }
+
+    /// Puts together a range of an array whose order is not that of the model.
+    fn arrange(
+        &self,
+        id: RecipeId,
+        arranged: Arranged,
+        offset: u64,
+        out: &mut [u8],
+    ) -> Result<(), ReadError> {
+        let (matrices, transposed) = match arranged {
+            Arranged::Apart {
+                part,
+                offset: start,
+                apart,
+            } => {
+                return apart.range(offset, out, |at, bytes| {
+                    self.source.read_at(part, start + at, bytes)
+                });
+            }
+            Arranged::Transposed {
+                matrices,
+                transposed,
+            } => (matrices, transposed),
+        };
+        let known = |(known, bytes): &(RecipeId, Arc<[u8]>)| (*known == id).then(|| bytes.clone());
+        let kept = self.transposed.lock().iter().find_map(known);
+        let whole = match kept {
+            Some(whole) => whole,
+            None => {
+                let whole: Arc<[u8]> = transposed
+                    .whole(|n, bytes| {
+                        let (part, start) = matrices[n as usize];
+                        self.source.read_at(part, start, bytes)
+                    })?
+                    .into();
+                let mut kept = self.transposed.lock();
+                kept.push_back((id, whole.clone()));
+                let bytes = |kept: &VecDeque<(RecipeId, Arc<[u8]>)>| {
+                    kept.iter().map(|(_, bytes)| bytes.len()).sum::<usize>()
+                };
+                while kept.len() > 1 && bytes(&kept) > KEPT_TRANSPOSED_BYTES {
+                    kept.pop_front();
+                }
+                whole
+            }
+        };
+        let start = offset as usize;
+        out.copy_from_slice(&whole[start..start + out.len()]);
+        if start + out.len() == whole.len() {
+            // Most readers go from the start to the end.
+            self.transposed.lock().retain(|(kept, _)| *kept != id);
+        }
+        Ok(())
     }
 
     fn read_document(&self, doc: DocId, offset: u64, buffer: &mut [u8]) {
@@ -309,6 +414,42 @@ impl Model {
         }
     }
 }
+
+/// The factors of rotary positions, if the model has some.
+fn rope_factors(header: &ModelHeader, source: &Source) -> Result<Option<Vec<f32>>, ReadError> {
+    let Some(tensor) = hf::rope_factors(header) else {
+        return Ok(None);
+    };
+    let mut bytes = vec![0; tensor.info.bytes as usize];
+    source.read_at(tensor.part, tensor.info.offset, &mut bytes)?;
+    let (factors, _) = bytes.as_chunks::<4>();
+    let factors = factors.iter().map(|bytes| f32::from_le_bytes(*bytes));
+    Ok(Some(factors.collect()))
+}
+
+/// Reads what a model directory needs of a model beyond its header.
+fn inputs(header: &ModelHeader, source: &Source, path: &Path) -> Result<Inputs, ModelError> {
+    let mut inputs = Inputs::default();
+    let bytes = header.parts[0].file_bytes;
+    for key in hf::LONG_KEYS {
+        let Some(kv) = header.get(key).filter(|kv| !kv.value.is_kept()) else {
+            continue;
+        };
+        let reader = BufReader::with_capacity(READER_BYTES, source.reader(0, bytes));
+        let whole = kv
+            .read_whole(reader, bytes)
+            .map_err(|cause| ModelError::Header {
+                path: path.to_owned(),
+                cause,
+            })?;
+        inputs.values.insert(key, whole);
+    }
+    inputs.rope_factors = rope_factors(header, source)?;
+    Ok(inputs)
+}
+
+/// Bytes of a part that are read at a time when long values are parsed.
+const READER_BYTES: usize = 1 << 20;
 
 /// Bytes of a file.
 pub(crate) enum Bytes<'a> {

@@ -19,7 +19,7 @@ use crate::model::Model;
 use crate::predictor::{self, Predictor, Reach};
 use crate::source::ReadError;
 use crate::stats::{Operation, Stats};
-use crate::tree::{Ino, Kind, ROOT};
+use crate::tree::{Content, Ino, Kind, ROOT};
 
 #[cfg(test)]
 mod tests;
@@ -216,7 +216,8 @@ impl Served {
                 // One link for the name, one for `.`, and one for `..` of each directory below.
                 // Only the root contains directories.
                 let below = tree.children(ino).filter(|_| ino == ROOT).unwrap_or(0..0);
-                (0o555, 2 + (below.end - below.start) as u32)
+                let below = below.filter(|&child| tree.kind(child) == Some(Kind::Directory));
+                (0o555, 2 + below.count() as u32)
             }
             Kind::File => (0o444, 1),
         };
@@ -289,6 +290,7 @@ impl Served {
     fn shape(&self, file: Ino) -> predictor::File {
         let tree = self.model.tree();
         let header = tree.extents(file).first();
+        let header = header.filter(|extent| matches!(extent.content, Content::Made(_)));
         predictor::File {
             id: file,
             header: header.map_or(0, |extent| extent.len),

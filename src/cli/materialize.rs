@@ -16,6 +16,7 @@ use super::failure::{Failure, Result};
 use super::form::FormArgs;
 use super::progress::Meter;
 use super::screen::Screen;
+use super::show::{ShowArgs, warn_of_directory};
 use super::verify::warn_of_unfinished;
 use super::{Diagnostics, ModelArg, Stop, print, say, text};
 
@@ -32,6 +33,8 @@ pub struct MaterializeArgs {
     directory: PathBuf,
     #[command(flatten)]
     form: FormArgs,
+    #[command(flatten)]
+    show: ShowArgs,
     /// Write only base_model/
     #[arg(long, conflicts_with_all = ["experts_only", "layers", "experts"])]
     base_only: bool,
@@ -85,7 +88,9 @@ impl From<When> for Reflink {
 pub fn run(args: &MaterializeArgs, quiet: bool) -> Result<()> {
     // Writing beyond `ulimit -f` must be an error, not the end of the process.
     ignore_file_size_signal();
-    let mut model = Model::open_as(&args.model.model, args.form.form()?)?;
+    let show = args.show.show();
+    let mut model = Model::open_shown(&args.model.model, args.form.form()?, show)?;
+    warn_of_directory(&model);
     warn_of_unfinished(&model)?;
     // Each byte is read once, and 578 GiB must not push out what other programs have cached.
     model.set_page_cache(PageCache::Unchanged);

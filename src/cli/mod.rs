@@ -13,6 +13,7 @@ mod materialize;
 mod mount;
 mod progress;
 mod screen;
+mod show;
 mod status;
 mod stop;
 mod suggest;

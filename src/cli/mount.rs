@@ -17,6 +17,7 @@ use super::diagnostics::{self, LogFormat};
 use super::doctor::complaints;
 use super::failure::{Failure, Result};
 use super::form::FormArgs;
+use super::show::{ShowArgs, warn_of_directory};
 use super::verify::warn_of_unfinished;
 use super::{ModelArg, say, text};
 
@@ -33,6 +34,8 @@ pub struct MountArgs {
     directory: PathBuf,
     #[command(flatten)]
     form: FormArgs,
+    #[command(flatten)]
+    show: ShowArgs,
     /// Stay in the foreground; Ctrl-C (SIGINT) or SIGTERM unmounts
     #[arg(short, long)]
     foreground: bool,
@@ -256,8 +259,10 @@ fn complain() {
 }
 
 fn open_model(args: &MountArgs) -> Result<Model> {
-    let model = Model::open_as(&args.model.model, args.form.form()?)?;
-    if model.layout().experts().is_empty() {
+    let show = args.show.show();
+    let model = Model::open_shown(&args.model.model, args.form.form()?, show)?;
+    warn_of_directory(&model);
+    if show.experts && model.layout().experts().is_empty() {
         tracing::warn!(
             "{:?} has no routed experts: experts/ will hold an empty registry.json only",
             args.model.model

@@ -22,6 +22,9 @@ pub struct ToyArgs {
     /// The file to write; the parts of a split set get its name and their number
     #[arg(value_name = "OUT.gguf")]
     out: PathBuf,
+    /// The architecture
+    #[arg(long, value_enum, default_value_t)]
+    arch: Arch,
     /// Layers, each with experts
     #[arg(long, value_name = "N", default_value_t = Toy::default().layers)]
     #[arg(value_parser = within(toy::LAYERS))]
@@ -42,15 +45,15 @@ pub struct ToyArgs {
     #[arg(long, value_name = "N", default_value_t = Toy::default().vocab)]
     #[arg(value_parser = within(toy::VOCABULARIES))]
     vocab: u32,
-    /// GGML type of the matrices; norms and routers are always F32
+    /// GGML type of the matrices; norms and routers are always F32 [default: F32, or Q8_0 with --arch
+    /// qwen3moe]
     #[arg(
         long = "type",
         value_name = "TYPE",
-        default_value = Toy::default().ggml_type.name,
         value_parser = type_parser(),
         ignore_case = true
     )]
-    ggml_type: &'static GgmlType,
+    ggml_type: Option<&'static GgmlType>,
     /// How the experts' tensors are named and cut
     #[arg(long, value_enum, default_value_t)]
     naming: Naming,
@@ -61,6 +64,26 @@ pub struct ToyArgs {
     /// Other seeds give other weights
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
+}
+
+/// The architecture of a toy.
+#[derive(Debug, Clone, Copy, Default, clap::ValueEnum)]
+enum Arch {
+    /// One that no program computes, with names and shapes that many models have
+    #[default]
+    Toy,
+    /// Qwen3 with experts and a tokenizer, which programs load and generate tokens with
+    #[value(name = "qwen3moe")]
+    Qwen3Moe,
+}
+
+impl From<Arch> for toy::Arch {
+    fn from(arch: Arch) -> Self {
+        match arch {
+            Arch::Toy => Self::Toy,
+            Arch::Qwen3Moe => Self::Qwen3Moe,
+        }
+    }
 }
 
 /// How the tensors of experts are named.
@@ -100,13 +123,19 @@ fn type_parser() -> impl TypedValueParser<Value = &'static GgmlType> {
 
 impl ToyArgs {
     fn toy(&self) -> Toy {
+        let usual = match self.arch {
+            Arch::Toy => Toy::default().ggml_type,
+            // MLX on a processor multiplies experts that are packed, or in F32, but no others.
+            Arch::Qwen3Moe => GgmlType::from_name("Q8_0").expect("Q8_0 is a type"),
+        };
         Toy {
+            arch: self.arch.into(),
             layers: self.layers,
             experts: self.experts,
             dim: self.dim,
             ffn_dim: self.ffn_dim,
             vocab: self.vocab,
-            ggml_type: self.ggml_type,
+            ggml_type: self.ggml_type.unwrap_or(usual),
             naming: self.naming.into(),
             parts: self.split,
             seed: self.seed,

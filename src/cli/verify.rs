@@ -8,7 +8,9 @@ use odmoe_fs::layout::{Layout, LayoutError};
 use odmoe_fs::model::{Model, ModelError};
 use odmoe_fs::mounts::{State, odmoe_mount_of, state_of};
 use odmoe_fs::source::PageCache;
-use odmoe_fs::verify::{Comparison, Depth, Difference, Report, Unfinished, VerifyError, form_of};
+use odmoe_fs::verify::{
+    Comparison, Depth, Difference, Report, Unfinished, VerifyError, form_of, shown_in,
+};
 use odmoe_fs::work::default_jobs;
 use serde::Serialize;
 
@@ -68,7 +70,11 @@ pub fn run(args: &VerifyArgs, quiet: bool) -> Result<bool> {
         ask(&mount.directory)?;
     }
     let form = form_of(directory)?;
-    let opened = Model::open_as(&args.model.model, form);
+    let opened = Model::open_shown(
+        &args.model.model,
+        form,
+        shown_in(directory, &args.model.model)?,
+    );
     let mut model = opened.map_err(|e| refused(e, directory, form))?;
     // Each byte is read once, and must not push out what other programs have cached.
     model.set_page_cache(PageCache::Unchanged);
@@ -232,12 +238,18 @@ impl<'a> TreeReport<'a> {
         Self {
             identical: report.differences.is_empty(),
             quick: depth == Depth::Quick,
-            whole: report.experts + report.base_files == layout.files().len(),
+            whole: report.experts + report.base_files == shown_files(layout),
             files: report.files,
             bytes: report.bytes,
             differences: report.differences.iter().map(difference).collect(),
         }
     }
+}
+
+/// How many of the files that the documents list the tree shows.
+fn shown_files(layout: &Layout) -> usize {
+    let files = layout.files().iter();
+    files.filter(|file| layout.shows(file.kind)).count()
 }
 
 fn in_words(report: &Report, depth: Depth, layout: &Layout, directory: &Path) -> String {
@@ -261,12 +273,15 @@ fn in_words(report: &Report, depth: Depth, layout: &Layout, directory: &Path) ->
     if depth == Depth::Quick {
         said += ", tensors left out";
     }
+    let shown = |is_shown, files| if is_shown { files } else { 0 };
     let all_base = layout.files().len() - layout.experts().len();
-    if (report.experts, report.base_files) != (layout.experts().len(), all_base) {
+    let all_base = shown(layout.show().base, all_base);
+    let all_experts = shown(layout.show().experts, layout.experts().len());
+    if (report.experts, report.base_files) != (all_experts, all_base) {
         said += &format!(
             "; it lists {} of {}, {} of {}",
             text::count(report.experts),
-            text::counted(layout.experts().len(), "expert"),
+            text::counted(all_experts, "expert"),
             text::count(report.base_files),
             text::counted(all_base, "base file"),
         );

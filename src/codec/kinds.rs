@@ -3,7 +3,8 @@
 use std::fmt;
 
 use super::block::Block;
-use super::float::{Bf16, F16, F32};
+use super::cast::Cast;
+use super::float::{Bf16, F16, F32, Number};
 use super::fp4::{Mxfp4, Nvfp4};
 use super::iq::{Iq1M, Iq1S, Iq2S, Iq2Xs, Iq2Xxs, Iq3S, Iq3Xxs, Iq4Nl, Iq4Xs};
 use super::k::{Q2K, Q3K, Q4K, Q5K, Q6K};
@@ -18,13 +19,16 @@ use crate::sys::simd::{Avx2, Kernel};
 /// A type whose numbers are known.
 struct Type {
     name: &'static str,
-    map: Map,
-    mlx: Mlx,
+    /// `None` if it is not quantised.
+    mlx: Option<(Map, Mlx)>,
     functions: fn(Output) -> Option<Functions>,
 }
 
 /// An affine map names the narrowest dtype that holds its scales and biases exactly.
-static TYPES: [Type; 25] = [
+static TYPES: [Type; 28] = [
+    float::<F32, _>("F32"),
+    float::<F16, _>("F16"),
+    float::<Bf16, _>("BF16"),
     affine::<Q1_0, _, _, _, _, _>("Q1_0", Float::F16),
     affine::<Q2_0, _, _, _, _, _>("Q2_0", Float::F16),
     affine::<Q4_0, _, _, _, _, _>("Q4_0", Float::F16),
@@ -67,8 +71,8 @@ impl Kind {
     }
 
     pub(super) fn mlx(self, map: Map) -> Option<Mlx> {
-        let entry = self.entry();
-        (entry.map == map).then_some(entry.mlx)
+        let (known, mlx) = self.entry().mlx?;
+        (known == map).then_some(mlx)
     }
 
     fn entry(self) -> &'static Type {
@@ -111,6 +115,20 @@ macro_rules! for_float {
     };
 }
 
+/// Numbers that are not quantised, `W` bytes each.
+const fn float<N: Number<W>, const W: usize>(name: &'static str) -> Type {
+    Type {
+        name,
+        mlx: None,
+        functions: |output| match output {
+            Output::Numbers(Float::F32) => Some(functions::<Cast<N, F32, W, 4>>()),
+            Output::Numbers(Float::F16) => Some(functions::<Cast<N, F16, W, 2>>()),
+            Output::Numbers(Float::Bf16) => Some(functions::<Cast<N, Bf16, W, 2>>()),
+            _ => None,
+        },
+    }
+}
+
 /// Blocks of `S` groups of `G` weights, which are `R` groups of `H` in affine mode.
 const fn affine<T, const B: usize, const G: usize, const S: usize, const H: usize, const R: usize>(
     name: &'static str,
@@ -121,13 +139,15 @@ where
 {
     Type {
         name,
-        map: Map::Exact,
-        mlx: Mlx {
-            mode: Mode::Affine,
-            bits: T::BITS as u32,
-            group_size: H as u32,
-            exact_in: Some(exact_in),
-        },
+        mlx: Some((
+            Map::Exact,
+            Mlx {
+                mode: Mode::Affine,
+                bits: T::BITS as u32,
+                group_size: H as u32,
+                exact_in: Some(exact_in),
+            },
+        )),
         functions: |output| {
             Some(match output {
                 Output::Numbers(float) => for_float!(float, Numbers<T>),
@@ -147,13 +167,15 @@ where
 {
     Type {
         name,
-        map: Map::Exact,
-        mlx: Mlx {
-            mode: T::MODE,
-            bits: T::BITS as u32,
-            group_size: G as u32,
-            exact_in: Some(Float::F32),
-        },
+        mlx: Some((
+            Map::Exact,
+            Mlx {
+                mode: T::MODE,
+                bits: T::BITS as u32,
+                group_size: G as u32,
+                exact_in: Some(Float::F32),
+            },
+        )),
         functions: |output| {
             Some(match output {
                 Output::Numbers(float) => for_float!(float, Numbers<T>),
@@ -182,13 +204,15 @@ where
 {
     Type {
         name,
-        map: Map::Requantised,
-        mlx: Mlx {
-            mode: Mode::Affine,
-            bits: <Requantised<T> as Quants<B, H, R>>::BITS as u32,
-            group_size: H as u32,
-            exact_in: None,
-        },
+        mlx: Some((
+            Map::Requantised,
+            Mlx {
+                mode: Mode::Affine,
+                bits: <Requantised<T> as Quants<B, H, R>>::BITS as u32,
+                group_size: H as u32,
+                exact_in: None,
+            },
+        )),
         functions: |output| {
             Some(match output {
                 Output::Numbers(float) => for_float!(float, Numbers<T>),

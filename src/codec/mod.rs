@@ -9,6 +9,7 @@
 //! ```text
 //! plain, k, iq, fp4   what the blocks of each type hold: codes and scales   (block, signs, grids)
 //!   numbers           scale * code as F32, F16 or BF16                      (float)
+//!   cast              the same of types that are not quantised
 //!   maps, requant     the same for MLX: unsigned codes, scales, biases
 //!     mlx             these as packed arrays
 //! kinds               the functions for each type and output
@@ -35,6 +36,7 @@
 #![allow(clippy::needless_range_loop)]
 
 mod block;
+mod cast;
 mod float;
 mod fp4;
 mod grids;

@@ -9,6 +9,7 @@
 //! bytes of blocks. What was read for one array of a tensor gives the small ones, scales and biases,
 //! too, which are kept until they are asked for (`stash`).
 
+pub mod arranged;
 mod stash;
 
 use std::cell::RefCell;

@@ -16,6 +16,7 @@ mod foreign;
 mod header;
 mod joined;
 mod limits;
+pub mod merged;
 mod split;
 mod tensor;
 mod types;

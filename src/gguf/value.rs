@@ -109,6 +109,11 @@ impl Value {
         }
     }
 
+    /// Whether the whole value is here, rather than only its length.
+    pub fn is_kept(&self) -> bool {
+        !matches!(self, Self::LongString(_) | Self::Array { items: None, .. })
+    }
+
     /// Any integer that is not negative. Writers disagree on the integer type of counts.
     pub fn as_u64(&self) -> Option<u64> {
         match *self {

@@ -14,7 +14,7 @@ use serde::Serialize;
 pub use self::expert::{ArrayReport, ExpertReport, ExpertTensor};
 pub use self::forms::{FormReport, FormsReport};
 pub use self::memory::Memory;
-use crate::layout::{FileKind, Layout, TensorFile};
+use crate::layout::{FileKind, HF_DIRECTORY, Layout, TensorFile};
 use crate::model::Model;
 use crate::safetensors::{Dtype, Shape};
 
@@ -49,6 +49,7 @@ pub struct Report<'a> {
     /// `None` where the system does not tell.
     pub memory: Option<Memory>,
     pub tree: TreeReport,
+    pub hf: DirectoryReport,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tensors: Option<Vec<TensorReport<'a>>>,
 }
@@ -132,7 +133,11 @@ pub struct ActiveReport {
 /// What a mount shows.
 #[derive(Debug, Clone, Serialize)]
 pub struct TreeReport {
+    /// What it shows, as `--show` takes it.
+    pub show: String,
     pub files: usize,
+    /// How many of them are in `hf/`.
+    pub hf_files: usize,
     /// Of all files, headers and documents included.
     pub bytes: u64,
     /// Payload bytes that are at another place modulo 4096 than in the model: a file system that
@@ -141,6 +146,33 @@ pub struct TreeReport {
     pub incongruent_expert_bytes: u64,
     /// Payload bytes whose blocks such a file system can share with the model.
     pub sharable_bytes: u64,
+}
+
+/// Whether `hf/` can be shown.
+#[derive(Debug, Clone, Serialize)]
+pub struct DirectoryReport {
+    pub possible: bool,
+    /// `None` if it is possible.
+    pub reason: Option<String>,
+}
+
+impl DirectoryReport {
+    fn new(model: &Model) -> Self {
+        let reason = match model.refuses_directory() {
+            Ok(refusal) => refusal.map(|cause| cause.to_string()),
+            Err(cause) => Some(cause.to_string()),
+        };
+        Self {
+            possible: reason.is_none(),
+            reason,
+        }
+    }
+}
+
+fn hf_files(model: &Model) -> usize {
+    let tree = model.tree();
+    let directory = tree.find(HF_DIRECTORY).and_then(|hf| tree.children(hf));
+    directory.map_or(0, |files| files.count())
 }
 
 /// One tensor of the model.
@@ -210,12 +242,15 @@ impl<'a> Report<'a> {
                 layers: expert_layers,
             },
             tree: TreeReport {
+                show: layout.show().to_string(),
                 files: model.tree().files().count(),
+                hf_files: hf_files(model),
                 bytes: model.tree().total_size(),
                 incongruent_bytes,
                 sharable_bytes: payloads.iter().sum::<u64>() - incongruent_bytes,
                 incongruent_expert_bytes: incongruent(layout.experts()),
             },
+            hf: DirectoryReport::new(model),
             tensors: None,
         }
     }

@@ -14,6 +14,7 @@ use serde_json::value::RawValue;
 use super::counting::CountingWriter;
 use super::quantization::FormReport;
 use super::{BASE_DIRECTORY, Component, EXPERTS_DIRECTORY, FileKind, Layout, TensorFile};
+use crate::gguf::merged::Made;
 use crate::gguf::{FIXED_HEADER_BYTES, KeyValue, MAGIC, Value};
 use crate::tree::{Content, DocId, NewFile};
 
@@ -37,9 +38,24 @@ pub enum Doc {
     SplitCount,
     /// Everything before the payload of the file with this index in [`Layout::files`]
     Header(u32),
+    /// The same of the file with this number in the model directory
+    DirectoryHeader(u32),
+    /// Another file of the model directory, by its number
+    DirectoryDocument(u32),
+    /// What takes the place of scales beside blocks that are shown as they are
+    Placeholder,
+    /// Bytes of `model.gguf` that are in no part
+    Joined(Made),
 }
 
 const FIRST_HEADER: u32 = 4;
+const PLACEHOLDER: u32 = 1 << 28;
+const JOINED_FIXED: u32 = PLACEHOLDER + 1;
+const JOINED_TABLE: u32 = PLACEHOLDER + 2;
+const FIRST_DIRECTORY_DOCUMENT: u32 = 1 << 29;
+const FIRST_DIRECTORY_HEADER: u32 = 1 << 30;
+/// Zeros of so many bytes.
+const FIRST_ZEROS: u32 = 1 << 31;
 
 impl Doc {
     /// The number that stands for the document in a tree.
@@ -50,6 +66,12 @@ impl Doc {
             Self::GgufHeader => 2,
             Self::SplitCount => 3,
             Self::Header(index) => FIRST_HEADER + index,
+            Self::DirectoryHeader(index) => FIRST_DIRECTORY_HEADER + index,
+            Self::DirectoryDocument(index) => FIRST_DIRECTORY_DOCUMENT + index,
+            Self::Placeholder => PLACEHOLDER,
+            Self::Joined(Made::Fixed) => JOINED_FIXED,
+            Self::Joined(Made::Table) => JOINED_TABLE,
+            Self::Joined(Made::Zeros(bytes)) => FIRST_ZEROS + bytes,
         })
     }
 
@@ -60,6 +82,14 @@ impl Doc {
             1 => Self::Metadata,
             2 => Self::GgufHeader,
             3 => Self::SplitCount,
+            PLACEHOLDER => Self::Placeholder,
+            JOINED_FIXED => Self::Joined(Made::Fixed),
+            JOINED_TABLE => Self::Joined(Made::Table),
+            n if n >= FIRST_ZEROS => Self::Joined(Made::Zeros(n - FIRST_ZEROS)),
+            n if n >= FIRST_DIRECTORY_HEADER => Self::DirectoryHeader(n - FIRST_DIRECTORY_HEADER),
+            n if n >= FIRST_DIRECTORY_DOCUMENT => {
+                Self::DirectoryDocument(n - FIRST_DIRECTORY_DOCUMENT)
+            }
             n => Self::Header(n - FIRST_HEADER),
         }
     }
@@ -73,10 +103,16 @@ impl Layout {
     pub fn render(&self, doc: Doc, out: &mut impl Write) -> io::Result<()> {
         match doc {
             Doc::Registry => self.render_registry(&|_| true, out),
-            Doc::Metadata => self.render_metadata(&|_| true, out),
+            Doc::Metadata => self.render_metadata(&|file| self.shows(file.kind), out),
             Doc::GgufHeader => self.render_gguf_header(out),
             Doc::SplitCount => out.write_all(&vec![0; self.split_count_bytes() as usize]),
             Doc::Header(index) => self.write_header(&self.files[index as usize], out),
+            Doc::DirectoryHeader(index) => self.directory().write_header(index, &self.model, out),
+            Doc::DirectoryDocument(index) => {
+                self.directory().write_document(index, &self.model, out)
+            }
+            Doc::Placeholder => out.write_all(&[0]),
+            Doc::Joined(made) => made.render(&self.model, out),
         }
     }
 

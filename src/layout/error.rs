@@ -1,10 +1,12 @@
 //! Why a model has no layout, and what to do about it.
 
 use super::PartitionError;
+use super::shown::{JOINED_PATH, MAX_JOINED_ALIGNMENT};
 use crate::codec::{Codec, Float, Output};
 use crate::explain::{Explain, Hint};
 use crate::form::{Form, UnknownTypes};
 use crate::gguf::{LLAMA_CPP_GPT_OSS, ModelHeader, Tensor};
+use crate::hf::HfError;
 use crate::safetensors::{Dtype, METADATA_KEY};
 
 /// Why a model has no layout.
@@ -65,6 +67,12 @@ pub enum LayoutError {
     },
     #[error("shown as {form}, {path} would be larger than any file system can hold")]
     TooLarge { form: Form, path: String },
+    #[error(
+        "tensors are aligned to {0} bytes, which is too much for {JOINED_PATH} (at most {MAX_JOINED_ALIGNMENT})"
+    )]
+    JoinedAlignment(u32),
+    #[error("no model directory (hf) can be shown: {0}")]
+    Hf(#[from] HfError),
     #[error(transparent)]
     Partition(#[from] PartitionError),
 }
@@ -82,6 +90,8 @@ impl Explain for LayoutError {
     fn hint(&self) -> Option<Hint> {
         match self {
             Self::Partition(cause) => cause.hint(),
+            Self::Hf(cause) => cause.hint(),
+            Self::JoinedAlignment(_) => Some("leave joined out of --show".into()),
             Self::ExpertCounts { .. }
             | Self::TwoSources { .. }
             | Self::FourthDimension(_)

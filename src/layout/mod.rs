@@ -10,6 +10,7 @@
 
 mod costs;
 mod counting;
+mod directory;
 mod documents;
 mod error;
 mod experts;
@@ -18,23 +19,30 @@ mod names;
 mod partition;
 mod quantization;
 mod recipes;
+mod shown;
 mod view;
 
 use std::io::{self, Write};
 
+pub(crate) use directory::Arranged;
+pub use directory::HF_DIRECTORY;
 pub use documents::{Doc, METADATA_GGUF_PATH, METADATA_PATH, Present, REGISTRY_PATH};
 pub use error::LayoutError;
 pub use file::{FileKind, Piece, Recipe, TensorFile, View};
 pub use names::{Component, ExpertName, Holds, Matrix};
 pub use partition::PartitionError;
+pub use shown::JOINED_PATH;
 pub use view::{ArrayView, TensorView};
 
 use self::counting::CountingWriter;
+use self::directory::Directory;
 use self::error::check_types;
 use self::view::write_tensors;
 use crate::form::{Form, Shown};
 use crate::gguf::{GgmlType, ModelHeader};
+use crate::hf::Inputs;
 use crate::safetensors::{self, InString, LENGTH_WORD_BYTES, METADATA_KEY, write_header_json};
+use crate::show::Show;
 use crate::tree::{Content, NewFile, RecipeId, Tree};
 
 /// The version of the mapping from models to trees, `odmoe.layout`: with the same version, the same
@@ -62,22 +70,38 @@ const PAYLOAD_ALIGNMENT: u64 = 8;
 pub struct Layout {
     model: ModelHeader,
     form: Form,
+    show: Show,
     views: Vec<View>,
     pieces: Vec<Piece>,
     /// Base files in the order of [`Component::ALL`], then experts by layer and number.
     files: Vec<TensorFile>,
     /// Payload bytes of all files.
     total_bytes: u64,
+    /// `hf/`, if it is shown.
+    directory: Option<Directory>,
 }
 
 impl Layout {
     /// Lays out a model in a form, and checks that every byte of every tensor is in exactly one file,
     /// once.
     pub fn new(model: ModelHeader, form: Form) -> Result<(Self, Tree), LayoutError> {
+        Self::shown(model, form, Show::default(), &Inputs::default())
+    }
+
+    /// The same, with the choice of what the tree shows. What a model directory needs of the model
+    /// beyond its header is in `inputs`.
+    pub fn shown(
+        model: ModelHeader,
+        form: Form,
+        show: Show,
+        inputs: &Inputs,
+    ) -> Result<(Self, Tree), LayoutError> {
         check_types(&model, form)?;
         let mut layout = Self {
             model,
             form,
+            show,
+            directory: None,
             views: Vec::new(),
             pieces: Vec::new(),
             files: Vec::new(),
@@ -92,7 +116,13 @@ impl Layout {
         layout.views.shrink_to_fit();
         layout.pieces.shrink_to_fit();
         layout.files.shrink_to_fit();
-        let tree = layout.tree();
+        let mut directory = match show.hf {
+            true => Some(Directory::new(&layout.model, form, inputs)?),
+            false => None,
+        };
+        let files = directory.as_mut().map(|hf| hf.new_files(&layout));
+        layout.directory = directory;
+        let tree = layout.tree(files)?;
         partition::check(&layout, &tree)?;
         Ok((layout, tree))
     }
@@ -418,10 +448,12 @@ impl Layout {
         out.write_all(padding)
     }
 
-    fn tree(&self) -> Tree {
+    /// The tree; `directory` are the files of `hf/`.
+    fn tree(&self, directory: Option<Vec<NewFile>>) -> Result<Tree, LayoutError> {
         let mut base = self.document_files();
         let mut experts = vec![self.registry_file()];
-        for (index, file) in self.files.iter().enumerate() {
+        let shown = self.files.iter().enumerate();
+        for (index, file) in shown.filter(|(_, file)| self.shows(file.kind)) {
             let header = Content::Made(Doc::Header(index as u32).id());
             let arrays = self.arrays(file);
             let mut runs = Vec::with_capacity(1 + arrays.len());
@@ -445,6 +477,20 @@ impl Layout {
                 FileKind::Expert { .. } => experts.push(new),
             }
         }
-        Tree::new(vec![(BASE_DIRECTORY, base), (EXPERTS_DIRECTORY, experts)])
+        let mut directories = Vec::new();
+        if self.show.base {
+            directories.push((BASE_DIRECTORY, base));
+        }
+        if self.show.experts {
+            directories.push((EXPERTS_DIRECTORY, experts));
+        }
+        if let Some(files) = directory {
+            directories.push((HF_DIRECTORY, files));
+        }
+        let mut beside = Vec::new();
+        if self.show.joined {
+            beside.push(self.joined()?);
+        }
+        Ok(Tree::with_files(directories, beside))
     }
 }

@@ -3,7 +3,7 @@
 //! It is checked on the finished tree, with the extents that will be served, rather than on the
 //! reasoning that produced them.
 
-use super::{Layout, Recipe};
+use super::{HF_DIRECTORY, Layout, Recipe};
 use crate::explain::{Explain, Hint};
 use crate::gguf::ModelHeader;
 use crate::tree::{Content, RecipeId, Tree};
@@ -31,9 +31,12 @@ impl Explain for PartitionError {
 /// Checks the safetensors files of a tree against the tensors of its model: each run of the model
 /// feeds one tensor, as it is or through all of its arrays.
 pub(super) fn check(layout: &Layout, tree: &Tree) -> Result<(), PartitionError> {
+    if !(layout.show.base && layout.show.experts) {
+        return Ok(()); // nobody asked for all of it
+    }
     let files = tree.files().filter(|&ino| {
-        tree.name(ino)
-            .is_some_and(|name| name.ends_with(".safetensors"))
+        let path = tree.path(ino).unwrap_or_default();
+        path.ends_with(".safetensors") && !path.starts_with(HF_DIRECTORY)
     });
     let mut served = Vec::new();
     let mut computed: Vec<RecipeId> = Vec::new();

@@ -8,6 +8,10 @@ use crate::tree::RecipeId;
 impl Layout {
     /// How an array of the tree is computed.
     pub fn recipe(&self, id: RecipeId) -> Recipe {
+        let of_directory = self.directory.as_ref();
+        if let Some(recipe) = of_directory.and_then(|hf| hf.recipe(id, &self.model)) {
+            return recipe;
+        }
         let (piece, n) = (id.0 / MAX_ARRAYS, id.0 % MAX_ARRAYS);
         let tensor = self.view(self.pieces[piece as usize]);
         let codec = tensor.shown.codec(n as usize, tensor.ggml_type);
@@ -21,6 +25,10 @@ impl Layout {
 
     /// What the computation of an array needs to know.
     pub(crate) fn job(&self, id: RecipeId) -> Job {
+        let of_directory = self.directory.as_ref();
+        if let Some(job) = of_directory.and_then(|hf| hf.job(id, &self.model)) {
+            return job;
+        }
         let (piece, array) = (id.0 / MAX_ARRAYS, (id.0 % MAX_ARRAYS) as usize);
         let tensor = self.view(self.pieces[piece as usize]);
         let codec =
@@ -46,6 +54,10 @@ impl Layout {
 
     /// Bytes of the model that are read for an array and for no array before it.
     pub(crate) fn source_bytes(&self, id: RecipeId) -> u64 {
+        let of_directory = self.directory.as_ref();
+        if let Some(bytes) = of_directory.and_then(|hf| hf.source_bytes(id, &self.model)) {
+            return bytes;
+        }
         match self.array_of(id) {
             (0, _) => self.recipe(id).len,
             _ => 0,

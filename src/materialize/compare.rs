@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 
 use super::{MaterializeError, Plan, copy, io_error};
 use crate::folder::{Entry, Kind};
-use crate::layout::Doc;
+use crate::layout::{Doc, JOINED_PATH};
 use crate::on_disk::{Comparer, Fault, OnDisk, Run};
 use crate::sys::read;
 use crate::tree::Ino;
@@ -68,6 +68,9 @@ impl Plan<'_> {
         // A file without tensors is small, and compared whole.
         let header = match tree.extents(ino).first() {
             Some(first) if path.extension() == Some("safetensors".as_ref()) => first.len,
+            _ if tree.path(ino).as_deref() == Some(JOINED_PATH) => {
+                self.model.layout().joined_header_bytes()
+            }
             _ => size,
         };
         // Otherwise the kernel reads ahead into the payload.

@@ -9,7 +9,9 @@ use super::methods::{Cost, Methods};
 use super::target::Target;
 use super::{DOCUMENTS, MaterializeError, Options, Reflink, io_error};
 use crate::folder::Entry;
-use crate::layout::{FileKind, METADATA_GGUF_PATH, REGISTRY_PATH, TensorFile};
+use crate::layout::{
+    FileKind, HF_DIRECTORY, JOINED_PATH, METADATA_GGUF_PATH, REGISTRY_PATH, TensorFile,
+};
 use crate::model::Model;
 use crate::on_disk::OnDisk;
 use crate::tree::Ino;
@@ -68,7 +70,7 @@ impl<'a> Plan<'a> {
         };
         let mut chosen_experts = 0;
         for (index, file) in layout.files().iter().enumerate() {
-            if selection.takes(file.kind) {
+            if layout.shows(file.kind) && selection.takes(file.kind) {
                 if plan.take(plan.find(&file.kind.path()))? {
                     plan.incongruent_bytes += file.incongruent_bytes;
                 }
@@ -79,11 +81,16 @@ impl<'a> Plan<'a> {
         if chosen_experts == 0 && (selection.layers.is_some() || selection.experts.is_some()) {
             return Err(MaterializeError::NothingSelected);
         }
-        if !selection.without_base {
+        if !selection.without_base && layout.show().base {
             plan.take(plan.find(METADATA_GGUF_PATH))?;
         }
+        for ino in others(model) {
+            plan.take(ino)?;
+        }
         for (path, doc) in DOCUMENTS {
-            let ino = plan.find(path);
+            let Some(ino) = model.tree().find(path) else {
+                continue;
+            };
             plan.check_document(ino, doc)?;
             let bytes = model.tree().size(ino).unwrap_or(0);
             plan.cost.copied += bytes;
@@ -121,7 +128,9 @@ impl<'a> Plan<'a> {
     /// will no longer list them.
     pub fn lost(&self) -> Result<Vec<String>, MaterializeError> {
         let (tree, there) = (self.model.tree(), self.target.there());
-        let ino = self.find(REGISTRY_PATH);
+        let Some(ino) = tree.find(REGISTRY_PATH) else {
+            return Ok(Vec::new());
+        };
         // Another kind of file is reported elsewhere.
         let Ok(Entry::There(Ok(registry))) = there.read(tree, ino, tree.size(ino).unwrap_or(0))
         else {
@@ -133,6 +142,7 @@ impl<'a> Plan<'a> {
         for (file, chosen) in self.model.layout().files().iter().zip(&self.chosen) {
             let stem = file.kind.stem();
             if !chosen
+                && self.model.layout().shows(file.kind)
                 && registry.contains_key(&stem)
                 && matches!(
                     self.state(there, self.find(&file.kind.path()))?,
@@ -276,7 +286,8 @@ impl<'a> Plan<'a> {
     /// them, but they may belong to another model of the same shape.
     fn look_at_others(&mut self) -> Result<(), MaterializeError> {
         let files = self.model.layout().files().iter().zip(&self.chosen);
-        let others = files.filter(|(_, chosen)| !**chosen);
+        let shown = files.filter(|(file, _)| self.model.layout().shows(file.kind));
+        let others = shown.filter(|(_, chosen)| !**chosen);
         let others: Vec<_> = others.map(|(f, _)| self.find(&f.kind.path())).collect();
         for ino in others {
             if matches!(self.state(self.target.there(), ino)?, State::OtherTime) {
@@ -303,9 +314,21 @@ impl<'a> Plan<'a> {
             state.map(|state| matches!(state, State::Done) || same.binary_search(&ino).is_ok())
         };
         files
-            .map(|(file, &chosen)| Ok(chosen || is_done(file)?))
+            .map(|(file, &chosen)| {
+                let is_shown = self.model.layout().shows(file.kind);
+                Ok(chosen || (is_shown && is_done(file)?))
+            })
             .collect()
     }
+}
+
+/// The files that no document lists: `model.gguf`, and those of the model directory.
+fn others(model: &Model) -> impl Iterator<Item = Ino> + '_ {
+    let tree = model.tree();
+    tree.files().filter(|&ino| {
+        let path = tree.path(ino).unwrap_or_default();
+        path == JOINED_PATH || Path::new(&path).starts_with(HF_DIRECTORY)
+    })
 }
 
 /// Fails if the target holds a tree of another form: files of two forms would never be one tree.

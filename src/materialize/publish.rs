@@ -101,7 +101,7 @@ impl<'a> Publisher<'a> {
         for (ino, file) in group.files {
             self.name(ino, file)?;
         }
-        for folder in self.target.folders() {
+        for folder in self.target.folders().chain(self.target.root()) {
             flush(folder)?;
         }
         Ok(())
@@ -109,7 +109,8 @@ impl<'a> Publisher<'a> {
 
     fn flush(&self) -> io::Result<()> {
         let mut flushed = None;
-        for file in self.target.folders().map(Folder::file) {
+        let folders = self.target.folders().chain(self.target.root());
+        for file in folders.map(Folder::file) {
             let file_system = Some(file.metadata()?.dev());
             if flushed != file_system {
                 sys::copy::flush_file_system(file)?;

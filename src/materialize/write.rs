@@ -33,7 +33,7 @@ impl Plan<'_> {
     ) -> Result<Outcome, MaterializeError> {
         let target = self.target.make(self.model.tree())?;
         let lock = self.lock(&target)?;
-        for folder in target.folders() {
+        for folder in target.folders().chain(target.root()) {
             remove_leftovers(folder, &lock)?;
         }
         let compared = self.compare_unsure(&target, jobs, stop, progress)?;
@@ -116,7 +116,7 @@ impl Plan<'_> {
         let tree = self.model.tree();
         let files = self.model.layout().files().iter().zip(present);
         let absent: HashSet<Ino> = files
-            .filter(|(_, present)| !**present)
+            .filter(|(file, present)| !**present && self.model.layout().shows(file.kind))
             .map(|(file, _)| self.find(&file.kind.path()))
             .collect();
         let mut unlisted = Vec::new();
@@ -142,14 +142,14 @@ impl Plan<'_> {
         let lock = self.lock(there)?;
         if self.options.dry_run {
             let mut room = self.methods.available;
-            for folder in there.folders() {
+            for folder in there.folders().chain(there.root()) {
                 let left = folder.temporaries();
                 let left = left.map_err(io_error("list", folder.path()))?;
                 room += left.iter().map(|(_, bytes)| bytes).sum::<u64>();
             }
             return Ok(room);
         }
-        for folder in there.folders() {
+        for folder in there.folders().chain(there.root()) {
             remove_leftovers(folder, &lock)?;
         }
         // Some file systems free the room only then.
@@ -212,7 +212,7 @@ impl Plan<'_> {
     }
 
     /// The documents that describe the listed files, and their paths in the tree.
-    fn documents(&self, listed: &[bool]) -> [(&'static str, Vec<u8>); 2] {
+    fn documents(&self, listed: &[bool]) -> Vec<(&'static str, Vec<u8>)> {
         let layout = self.model.layout();
         let present = |file: &TensorFile| {
             let found = layout.files().binary_search_by_key(&file.kind, |f| f.kind);
@@ -227,7 +227,11 @@ impl Plan<'_> {
             .expect("writing to memory cannot fail");
             (path, bytes)
         };
-        DOCUMENTS.map(render)
+        let tree = self.model.tree();
+        let shown = DOCUMENTS
+            .into_iter()
+            .filter(|(path, _)| tree.find(path).is_some());
+        shown.map(render).collect()
     }
 
     /// Writes a document, unless it is there already. Returns whether it did.

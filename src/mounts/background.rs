@@ -207,6 +207,8 @@ pub fn answers(directory: &Path) -> Result<(), MountError> {
     let directory = directory.to_owned();
     match (odmoe_mount_of(&directory), asked) {
         (None, _) => Err(MountError::Moved(directory)),
+        // That there is no such directory is an answer: not every tree shows experts.
+        (Some(_), Err(cause)) if cause.kind() == io::ErrorKind::NotFound => Ok(()),
         (_, Err(cause)) => Err(MountError::Session { directory, cause }),
         (Some(_), Ok(_)) => Ok(()),
     }

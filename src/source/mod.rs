@@ -20,6 +20,7 @@ pub(crate) mod fetch;
 mod folder;
 mod open;
 mod part;
+mod reader;
 mod share;
 mod store;
 

@@ -22,6 +22,10 @@ pub enum ToyError {
         value: u32,
         range: RangeInclusive<u32>,
     },
+    #[error("the halves of a head are turned against each other, but --dim {0} is odd")]
+    OddWidth(u32),
+    #[error("{0} has no names like those of the reference converter")]
+    ForeignNaming(&'static str),
     #[error("a toy cannot be made of {0}")]
     Type(&'static GgmlType),
     #[error(
@@ -55,6 +59,8 @@ impl Explain for ToyError {
             Self::OutOfRange { range, .. } => {
                 format!("choose from {} to {}", range.start(), range.end()).into()
             }
+            Self::OddWidth(_) => "make --dim a multiple of 2".into(),
+            Self::ForeignNaming(_) => "choose another --naming, or leave out --arch".into(),
             Self::Type(_) => "choose a type that `odmoe-fs toy --help` lists".into(),
             Self::BrokenRow {
                 ggml_type, option, ..

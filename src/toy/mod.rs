@@ -7,6 +7,7 @@
 
 mod error;
 mod plan;
+mod qwen3moe;
 #[cfg(test)]
 mod tests;
 mod weights;
@@ -26,6 +27,7 @@ use crate::work::Progress;
 /// What a toy is made of. The same values always give the same bytes.
 #[derive(Debug, Clone)]
 pub struct Toy {
+    pub arch: Arch,
     /// Layers, each with experts: one of [`LAYERS`].
     pub layers: u32,
     /// Experts per layer: one of [`EXPERTS`].
@@ -43,6 +45,26 @@ pub struct Toy {
     pub parts: u16,
     /// Other seeds give other weights.
     pub seed: u64,
+}
+
+/// The architecture of a toy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Arch {
+    /// One that no program computes, `toy-moe`: names and shapes are those of many models.
+    #[default]
+    Toy,
+    /// Qwen3's with experts, with a tokenizer of bytes: programs load it and generate tokens.
+    Qwen3Moe,
+}
+
+impl Arch {
+    /// `general.architecture`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Toy => "toy-moe",
+            Self::Qwen3Moe => "qwen3moe",
+        }
+    }
 }
 
 /// How the tensors of experts are named and cut.
@@ -71,6 +93,7 @@ impl Default for Toy {
     /// Two layers of four experts in F32, 62 MB.
     fn default() -> Self {
         Self {
+            arch: Arch::default(),
             layers: 2,
             experts: 4,
             dim: 512,
@@ -160,6 +183,9 @@ impl Toy {
                     range,
                 });
             }
+        }
+        if self.arch == Arch::Qwen3Moe {
+            qwen3moe::check(self)?;
         }
         if Elements::of(self.ggml_type).is_none() {
             return Err(ToyError::Type(self.ggml_type));

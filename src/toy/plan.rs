@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tempfile::TempPath;
 
 use super::weights::{Elements, SplitMix64};
-use super::{Naming, Toy, ToyError};
+use super::{Arch, Naming, Toy, ToyError, qwen3moe};
 use crate::gguf::write::{Writer, Written};
 use crate::gguf::{GgmlType, Value, ValueType};
 use crate::work::Progress;
@@ -56,9 +56,10 @@ impl Plan {
             Naming::Reference => tensors.reference(),
         }?;
         Ok(Self {
-            key_values: match toy.naming {
-                Naming::Reference => reference_key_values(toy),
-                _ => llama_key_values(toy),
+            key_values: match (toy.arch, toy.naming) {
+                (Arch::Qwen3Moe, _) => qwen3moe::key_values(toy),
+                (Arch::Toy, Naming::Reference) => reference_key_values(toy),
+                (Arch::Toy, _) => llama_key_values(toy),
             },
             tensors: tensors.list,
         })
@@ -225,7 +226,10 @@ impl Tensors<'_> {
         self.f32("output_norm", &[dim.0]);
         self.matrix("output", dim, &[vocab.0])?;
         for layer in 0..self.toy.layers {
-            self.attention(layer)?;
+            match self.toy.arch {
+                Arch::Toy => self.attention(layer)?,
+                Arch::Qwen3Moe => self.grouped_attention(layer)?,
+            }
             self.f32(&format!("blk.{layer}.ffn_norm"), &[dim.0]);
             let router = [dim.0, self.experts()];
             self.f32(&format!("blk.{layer}.ffn_gate_inp"), &router);
@@ -280,6 +284,24 @@ impl Tensors<'_> {
         Ok(())
     }
 
+    /// Several heads of queries share one of keys and values, and each head is normalised.
+    fn grouped_attention(&mut self, layer: u32) -> Result<(), ToyError> {
+        let dim = self.dim();
+        let heads = qwen3moe::Heads::of(self.toy);
+        let at = format!("blk.{layer}.attn");
+        self.f32(&format!("{at}_norm"), &[dim.0]);
+        self.matrix(&format!("{at}_q"), dim, &[heads.width * heads.queries])?;
+        for matrix in ["k", "v"] {
+            let rows = heads.width * heads.keys;
+            self.matrix(&format!("{at}_{matrix}"), dim, &[rows])?;
+        }
+        let row = Width(heads.width * heads.queries, "--dim");
+        self.matrix(&format!("{at}_output"), row, &[dim.0])?;
+        self.f32(&format!("{at}_q_norm"), &[heads.width]);
+        self.f32(&format!("{at}_k_norm"), &[heads.width]);
+        Ok(())
+    }
+
     fn attention(&mut self, layer: u32) -> Result<(), ToyError> {
         let dim = self.dim();
         self.f32(&format!("blk.{layer}.attn_norm"), &[dim.0]);
@@ -290,10 +312,10 @@ impl Tensors<'_> {
     }
 }
 
-const CONTEXT_LENGTH: u32 = 4096;
+pub(super) const CONTEXT_LENGTH: u32 = 4096;
 
 impl Toy {
-    fn experts_used(&self) -> u32 {
+    pub(super) fn experts_used(&self) -> u32 {
         self.experts.min(2)
     }
 

@@ -101,39 +101,67 @@ pub struct NewFile {
     pub runs: Vec<(u64, Content)>,
 }
 
+/// A child of the root.
+enum Child {
+    Directory(Vec<NewFile>),
+    File(NewFile),
+}
+
+fn assert_names_differ<'a>(sorted: impl Iterator<Item = &'a String> + Clone) {
+    let differ = sorted.clone().zip(sorted.skip(1)).all(|(a, b)| a != b);
+    assert!(differ, "two files of the same name");
+}
+
 impl Tree {
     /// Builds a tree of directories with files in them. Inode numbers follow from the names alone:
     /// the root, the directories sorted by name, then the files of each, sorted by name.
     ///
     /// # Panics
     /// If a directory has two files of the same name; layouts never do.
-    pub fn new(mut directories: Vec<(&str, Vec<NewFile>)>) -> Self {
-        directories.sort_by(|a, b| a.0.cmp(b.0));
-        let files = directories
-            .iter()
-            .map(|(_, files)| files.len())
-            .sum::<usize>();
+    pub fn new(directories: Vec<(&str, Vec<NewFile>)>) -> Self {
+        Self::with_files(directories, Vec::new())
+    }
+
+    /// The same, with files beside the directories. The root's children, directories and files, are
+    /// sorted together.
+    pub fn with_files(directories: Vec<(&str, Vec<NewFile>)>, beside: Vec<NewFile>) -> Self {
+        let files = directories.iter().map(|(_, files)| files.len());
+        let count = 1 + directories.len() + files.sum::<usize>() + beside.len();
         let mut tree = Self {
-            nodes: Vec::with_capacity(1 + directories.len() + files),
+            nodes: Vec::with_capacity(count),
             names: String::new(),
             extents: Vec::new(),
         };
-        let first_directory = 1;
-        let mut next_file = first_directory + directories.len() as u32;
-        tree.push(0, Kind::Directory, "", 0, first_directory..next_file);
-        for (name, files) in &directories {
-            let children = next_file..next_file + files.len() as u32;
-            next_file = children.end;
-            tree.push(0, Kind::Directory, name, 0, children);
+        let directories = directories
+            .into_iter()
+            .map(|(name, files)| (name.to_owned(), Child::Directory(files)));
+        let beside = beside.into_iter();
+        let beside = beside.map(|file| (file.name.clone(), Child::File(file)));
+        let mut children: Vec<_> = directories.chain(beside).collect();
+        children.sort_by(|a, b| a.0.cmp(&b.0));
+        assert_names_differ(children.iter().map(|(name, _)| name));
+
+        let first_child = 1;
+        let mut next_file = first_child + children.len() as u32;
+        tree.push(0, Kind::Directory, "", 0, first_child..next_file);
+        for (name, child) in &children {
+            match child {
+                Child::Directory(files) => {
+                    let children = next_file..next_file + files.len() as u32;
+                    next_file = children.end;
+                    tree.push(0, Kind::Directory, name, 0, children);
+                }
+                Child::File(file) => tree.push_file(0, file),
+            }
         }
-        for (directory, (_, mut files)) in directories.into_iter().enumerate() {
+        for (directory, (_, child)) in (first_child..).zip(children) {
+            let Child::Directory(mut files) = child else {
+                continue;
+            };
             files.sort_by(|a, b| a.name.cmp(&b.name));
-            assert!(
-                files.windows(2).all(|w| w[0].name != w[1].name),
-                "two files of the same name"
-            );
+            assert_names_differ(files.iter().map(|file| &file.name));
             for file in files {
-                tree.push_file(first_directory + directory as u32, &file);
+                tree.push_file(directory, &file);
             }
         }
         tree.nodes.shrink_to_fit();

@@ -8,7 +8,10 @@ use serde_json::Value;
 
 use super::{Comparison, DOCUMENTS, DifferenceKind, NO_FILE, VerifyError};
 use crate::folder::Entry;
-use crate::layout::{FileKind, METADATA_GGUF_PATH, METADATA_PATH, REGISTRY_PATH, TensorFile};
+use crate::layout::{
+    FileKind, HF_DIRECTORY, JOINED_PATH, METADATA_GGUF_PATH, METADATA_PATH, REGISTRY_PATH,
+    TensorFile,
+};
 use crate::model::Model;
 use crate::tree::Ino;
 
@@ -32,18 +35,23 @@ impl Claims {
             .map(|(file, _)| Expected {
                 ino: find(&file.kind.path()),
                 file: Some(file),
+                header_bytes: file.header_bytes,
                 is_required: true,
             })
             .collect();
+        expected.extend(others(model));
         let has_base = files
             .first()
             .is_some_and(|f| matches!(f.kind, FileKind::Base(_)));
-        expected.push(Expected {
-            ino: find(METADATA_GGUF_PATH),
-            file: None,
-            // It belongs to the base files.
-            is_required: !has_base || self.counts(model).1 > 0,
-        });
+        if let Some(ino) = tree.find(METADATA_GGUF_PATH) {
+            expected.push(Expected {
+                ino,
+                file: None,
+                header_bytes: tree.size(ino).unwrap_or(0),
+                // It belongs to the base files.
+                is_required: !has_base || self.counts(model).1 > 0,
+            });
+        }
         expected.sort_by_key(|file| file.ino);
         expected
     }
@@ -52,21 +60,50 @@ impl Claims {
 /// A file of the tree that must be compared.
 pub(super) struct Expected<'a> {
     pub(super) ino: Ino,
-    /// `None` for `metadata.gguf`.
+    /// `None` for files that the documents do not list.
     pub(super) file: Option<&'a TensorFile>,
+    /// What a quick comparison reads of it.
+    pub(super) header_bytes: u64,
     pub(super) is_required: bool,
+}
+
+/// `model.gguf` and the files of the model directory.
+fn others(model: &Model) -> impl Iterator<Item = Expected<'_>> {
+    let tree = model.tree();
+    tree.files().filter_map(|ino| {
+        let path = tree.path(ino)?;
+        let size = tree.size(ino)?;
+        let header_bytes = if path == JOINED_PATH {
+            model.layout().joined_header_bytes()
+        } else if !Path::new(&path).starts_with(HF_DIRECTORY) {
+            return None;
+        } else if path.ends_with(".safetensors") {
+            tree.extents(ino).first().map_or(size, |header| header.len)
+        } else {
+            size
+        };
+        Some(Expected {
+            ino,
+            file: None,
+            header_bytes,
+            is_required: true,
+        })
+    })
 }
 
 impl Comparison<'_> {
     /// Reads the documents, and compares them with those of a tree of the files that they list. If
     /// one cannot be parsed, the files that are there count as listed.
     pub(super) fn claims(&mut self, found: &HashSet<Ino>) -> Result<Claims, VerifyError> {
-        let registry = self.document(self.ino(REGISTRY_PATH), found)?;
-        let metadata = self.document(self.ino(METADATA_PATH), found)?;
+        let registry = self.document(REGISTRY_PATH, found)?;
+        let metadata = self.document(METADATA_PATH, found)?;
         let listed = Listed::of(registry.as_deref(), metadata.as_deref());
         let (layout, tree) = (self.model.layout(), self.model.tree());
         let is_there = |path: &str| tree.find(path).is_some_and(|ino| found.contains(&ino));
         let is_claimed = |file: &TensorFile| {
+            if !layout.shows(file.kind) {
+                return false;
+            }
             let names = match file.kind {
                 FileKind::Expert { .. } => &listed.experts,
                 FileKind::Base(_) => &listed.base,
@@ -94,7 +131,7 @@ impl Comparison<'_> {
             if found != expected {
                 let same = found.iter().zip(&expected).take_while(|(a, b)| a == b);
                 self.add(
-                    self.ino(path),
+                    self.model.tree().find(path).unwrap_or_default(),
                     Some(same.count() as u64),
                     None,
                     DifferenceKind::Document,
@@ -105,7 +142,10 @@ impl Comparison<'_> {
     }
 
     /// The bytes of a document of the tree, unless it is too long to be one of this model.
-    fn document(&self, ino: Ino, found: &HashSet<Ino>) -> Result<Option<Vec<u8>>, VerifyError> {
+    fn document(&self, path: &str, found: &HashSet<Ino>) -> Result<Option<Vec<u8>>, VerifyError> {
+        let Some(ino) = self.model.tree().find(path) else {
+            return Ok(None); // the tree shows no such directory
+        };
         if !found.contains(&ino) {
             self.add(ino, None, None, DifferenceKind::Missing);
             return Ok(None);

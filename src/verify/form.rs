@@ -16,7 +16,7 @@ use crate::codec::{Float, Map, Mlx};
 use crate::folder::{Entry, Folder};
 use crate::form::Form;
 use crate::gguf::GgmlType;
-use crate::layout::{BASE_DIRECTORY, EXPERTS_DIRECTORY, METADATA_PATH};
+use crate::layout::{BASE_DIRECTORY, EXPERTS_DIRECTORY, HF_DIRECTORY, METADATA_PATH};
 
 /// More than the `metadata.json` of any model.
 const MOST_METADATA_BYTES: u64 = 1 << 30;
@@ -68,7 +68,7 @@ fn by_metadata(root: &Folder) -> Option<Form> {
 /// Searches headers for what they say, until it is enough.
 fn by_headers(root: &Folder) -> Option<Form> {
     let mut found = None;
-    for directory in [BASE_DIRECTORY, EXPERTS_DIRECTORY] {
+    for directory in [BASE_DIRECTORY, EXPERTS_DIRECTORY, HF_DIRECTORY] {
         let Some(folder) = there(root.folder(directory.as_ref())) else {
             continue;
         };
@@ -96,6 +96,12 @@ fn by_header(file: &File) -> Option<Form> {
     };
     if form != "mlx" {
         return Some(Form::Numbers(float(form)?));
+    }
+    if let Some(scales) = metadata.get("odmoe.scales") {
+        return Some(Form::Mlx {
+            scales: float(scales)?,
+            requant: metadata.contains_key("odmoe.requant"),
+        });
     }
     let tensors: Value = serde_json::from_str(metadata.get("odmoe.tensors")?).ok()?;
     let mut scales = Float::F16;

@@ -12,7 +12,7 @@ use super::{Difference, DifferenceKind, VerifyError};
 use crate::folder::{Entry, Folder, Kind};
 use crate::model::Model;
 use crate::on_disk::OnDisk;
-use crate::tree::{Ino, ROOT};
+use crate::tree::{self, Ino, ROOT};
 
 /// The entries of a tree's folders.
 pub(super) struct Listing {
@@ -41,6 +41,10 @@ impl Listing {
                 }
                 continue;
             };
+            if tree.kind(directory) == Some(tree::Kind::File) {
+                listing.known.insert(directory);
+                continue;
+            }
             let opened = root.folder(&name);
             let folder = match opened.map_err(|cause| list_error(&path.join(&name), cause))? {
                 Entry::There(folder) => folder,

@@ -15,6 +15,7 @@ mod difference;
 mod form;
 mod header;
 mod listing;
+mod shown;
 mod unfinished;
 
 use std::fs::File;
@@ -32,6 +33,7 @@ pub use self::form::form_of;
 pub(crate) use self::form::known_form_of;
 use self::header::FoundHeader;
 use self::listing::Listing;
+pub use self::shown::shown_in;
 pub use self::unfinished::Unfinished;
 use crate::explain::{Explain, Hint, hint_of};
 use crate::folder::Entry;
@@ -159,7 +161,11 @@ impl<'a> Comparison<'a> {
         let claims = comparison.claims(&found.known)?;
         (comparison.experts, comparison.base_files) = claims.counts(model);
         let mut expected = claims.files(model);
-        let is_document = |ino| DOCUMENTS.iter().any(|path| comparison.ino(path) == ino);
+        let is_document = |ino| {
+            DOCUMENTS
+                .iter()
+                .any(|path| model.tree().find(path) == Some(ino))
+        };
         for &ino in found.known.iter().filter(|ino| !is_document(**ino)) {
             if expected
                 .binary_search_by_key(&ino, |file| file.ino)
@@ -181,9 +187,9 @@ impl<'a> Comparison<'a> {
 
     /// Bytes that [`run`](Self::run) will compare.
     pub fn bytes(&self) -> u64 {
-        let bytes = self.expected.iter().map(|expected| match expected.file {
-            Some(file) if self.depth == Depth::Quick => file.header_bytes,
-            _ => self.model.tree().size(expected.ino).unwrap_or(0),
+        let bytes = self.expected.iter().map(|expected| match self.depth {
+            Depth::Quick => expected.header_bytes,
+            Depth::Whole => self.model.tree().size(expected.ino).unwrap_or(0),
         });
         bytes.sum()
     }
@@ -239,13 +245,6 @@ impl<'a> Comparison<'a> {
         });
     }
 
-    fn ino(&self, path: &str) -> Ino {
-        self.model
-            .tree()
-            .find(path)
-            .expect("every tree has its documents")
-    }
-
     /// The difference of a file that cannot be opened or read.
     fn unreadable(&self, ino: Ino, cause: io::Error) -> Result<DifferenceKind, VerifyError> {
         match cause.raw_os_error() {
@@ -294,10 +293,14 @@ impl<'a> Comparison<'a> {
             comparer,
         };
         let Some(layout) = expected.file else {
+            let len = match self.depth {
+                Depth::Quick => expected.header_bytes,
+                Depth::Whole => size,
+            };
             let region = Region {
                 start: 0,
-                len: size,
-                found: 0..size,
+                len,
+                found: 0..len,
                 tensor: None,
                 kind: DifferenceKind::Document,
             };

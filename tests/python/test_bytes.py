@@ -41,7 +41,7 @@ def piece(whole, ours, key, note, expert):
     return whole
 
 
-@promises("Every file of the tree is an ordinary safetensors file, a JSON document, or a GGUF without tensors.")
+@promises("Every file of `base_model/` and `experts/` is an ordinary safetensors file, a JSON document, or a GGUF without tensors.")
 def test_safe_open_gives_the_bytes_that_gguf_py_gives(built, by_gguf_py):
     seen = dict.fromkeys(by_gguf_py, 0)
     for file, key, ours, note, expert in read_all(built):

@@ -132,7 +132,7 @@ def test_nothing_in_the_tree_names_a_place_on_this_machine(shown):
             assert place.name not in text, path
 
 
-@promises("Every file of the tree is an ordinary safetensors file, a JSON document, or a GGUF without tensors.")
+@promises("Every file of `base_model/` and `experts/` is an ordinary safetensors file, a JSON document, or a GGUF without tensors.")
 def test_gguf_py_finds_every_key_in_metadata_gguf(built):
     ours = gguf.GGUFReader(built.root / "base_model" / "metadata.gguf")
     theirs = gguf.GGUFReader(built.paths[0])

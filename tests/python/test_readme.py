@@ -54,6 +54,23 @@ def typed(tmp_path_factory):
         detach(folder / "mnt")
 
 
+def test_the_first_screen_generates_text_as_it_stands(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/odmoe-fs").symlink_to(BINARY)
+    (tmp_path / "bin/python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (tmp_path / "bin/python").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    (commands,) = COMMANDS["Try it"][1:]
+    try:
+        command = ["bash", "-euc", commands]  # loading mlx-lm takes its time
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        assert "Generation: " in done.stdout
+        assert mount_at(tmp_path / "qwen") is None
+    finally:
+        detach(tmp_path / "qwen")
+
+
 # The numbers of the expert of the examples, from the GGUF itself, in F64.
 FROM_THE_GGUF = """
 import gguf, numpy as np
@@ -129,7 +146,7 @@ def test_the_program_for_candle_of_the_readme_multiplies_by_blocks(times, tmp_pa
 
 
 def test_the_two_commands_for_a_fresh_machine_are_there():
-    assert COMMANDS["Try it"] == ["cargo run --release -- demo\n"]
+    assert COMMANDS["Try it"][0] == "cargo run --release -- demo\n"
     (tests,) = COMMANDS["Run the tests"]
     assert tests.endswith("&& tests/run.sh\n")
     assert README.index("## Install") < README.index("## Run the tests")

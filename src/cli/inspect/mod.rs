@@ -14,6 +14,7 @@ use odmoe_fs::model::Model;
 use super::failure::{Failure, Result};
 use super::form::FormArgs;
 use super::screen::Screen;
+use super::show::{ShowArgs, warn_of_directory};
 use super::{ModelArg, print, print_json, text};
 
 /// Show what is in a model, and what mounting it would show
@@ -25,6 +26,8 @@ pub struct InspectArgs {
     model: ModelArg,
     #[command(flatten)]
     form: FormArgs,
+    #[command(flatten)]
+    show: ShowArgs,
     /// List every tensor
     #[arg(long)]
     tensors: bool,
@@ -59,7 +62,9 @@ impl FromStr for ExpertName {
 }
 
 pub fn run(args: &InspectArgs) -> Result<()> {
-    let model = Model::open_as(&args.model.model, args.form.form()?)?;
+    let show = args.show.show();
+    let model = Model::open_shown(&args.model.model, args.form.form()?, show)?;
+    warn_of_directory(&model);
     let screen = Screen::of_stdout();
     if let Some(name) = args.expert {
         let report = expert(&model, name)?;

@@ -274,18 +274,27 @@ fn memory(report: &Report, screen: &Screen, out: &mut String) -> std::fmt::Resul
 fn tree(report: &Report, screen: &Screen, out: &mut String) -> std::fmt::Result {
     let tree = &report.tree;
     writeln!(out, "\n{}", screen.heading("the mounted tree"))?;
-    let base = report.components.len();
-    let documents = tree.files - base - report.experts.files;
-    let text = format!(
+    let shows = |name| tree.show.split(',').any(|shown| shown == name);
+    let shown = |name, files| if shows(name) { files } else { 0 };
+    let base = shown("base", report.components.len());
+    let experts = shown("experts", report.experts.files);
+    let joined = usize::from(shows("joined"));
+    let documents = tree.files - base - experts - joined - tree.hf_files;
+    let mut text = format!(
         "  {}, {}\n  {}, {}, {}\n\
          \x20 materialized on XFS or btrfs it shares {}\n  with the model, and {} are copied\n",
         text::counted(tree.files, "file"),
         text::size(tree.bytes),
-        text::counted(report.experts.files, "expert"),
+        text::counted(experts, "expert"),
         text::counted(base, "base file"),
         text::counted(documents, "document"),
         text::size(tree.sharable_bytes),
         text::size(tree.incongruent_bytes),
     );
+    match &report.hf.reason {
+        None if tree.hf_files > 0 => writeln!(text, "  hf/: {} of them", tree.hf_files),
+        None => writeln!(text, "  hf/: possible, with --show base,experts,hf"),
+        Some(reason) => writeln!(text, "  hf/: not possible, since {reason}"),
+    }?;
     out.write_str(&screen.fit(&text))
 }

@@ -1,0 +1,197 @@
+//! What is particular to each architecture: the names of its tensors, and its configuration.
+//!
+//! One file per family, one table per architecture. A table reads like the model: what every layer
+//! has, what a dense layer has, what a layer with experts has. On the left stands a tensor of the
+//! GGUF without `blk.N.` and without `.weight` or `.bias`, on the right the module of the checkpoint
+//! without `model.layers.N.`. The kind of a row says what must be done besides renaming, mostly
+//! nothing.
+
+mod deepseek;
+mod glm;
+mod gpt_oss;
+mod llama;
+mod minimax;
+mod olmoe;
+mod qwen;
+
+use serde_json::Value as Json;
+
+use super::HfError;
+use super::facts::Facts;
+use super::values;
+
+/// One kind of model.
+pub(super) struct Architecture {
+    /// `general.architecture` of the GGUF.
+    pub gguf: &'static str,
+    /// Whether a GGUF of that architecture is of this kind, where it has several.
+    pub is: fn(&Facts) -> bool,
+    /// `architectures` of config.json: the class of transformers.
+    pub class: &'static str,
+    /// `model_type` of config.json.
+    pub model_type: &'static str,
+    pub every_layer: &'static [Row],
+    pub dense_layer: &'static [Row],
+    pub moe_layer: &'static [Row],
+    /// What a layer that predicts further tokens (MTP) has besides.
+    pub extra_layer: &'static [Row],
+    pub config: &'static [(&'static str, Setting)],
+}
+
+/// What one tensor of the GGUF, or a few that belong together, become.
+pub(super) enum Row {
+    /// The scale of a norm: one dimension.
+    Norm(&'static str, &'static str),
+    /// A matrix, and its bias if it has one.
+    Linear(&'static str, &'static str),
+    /// The same, where some models of the architecture do without.
+    Maybe(&'static Row),
+    /// A matrix of one row, whose GGUF may have forgotten that dimension.
+    SingleLine(&'static str, &'static str),
+    /// A matrix of queries or keys, and its bias, whose rows llama.cpp has put into another order:
+    /// within each head, halves became alternating rows.
+    Rotary(&'static str, &'static str, Heads),
+    /// A matrix that loaders have as a parameter of their own rather than as a linear layer, so that
+    /// it is never quantised.
+    Router(&'static str, &'static str),
+    /// A tensor of one dimension under exactly these names.
+    Vector(&'static str, &'static str),
+    /// The same, kept in F32 in every form, as the original has it.
+    Precise(&'static str, &'static str),
+    /// The three matrices of the routed experts.
+    Experts(Experts),
+    /// `kv_b_proj`, which llama.cpp splits in two, one of them transposed.
+    KeyValueUp(InMlx),
+}
+
+/// What mlx-lm makes of `kv_b_proj`.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum InMlx {
+    Whole,
+    /// `embed_q` and `unembed_out`, as llama.cpp has them.
+    Split,
+}
+
+/// Which number of heads a matrix is divided by.
+#[derive(Clone, Copy)]
+pub(super) enum Heads {
+    Query,
+    KeyValue,
+}
+
+/// The names of routed experts.
+#[derive(Clone, Copy)]
+pub(super) struct Experts {
+    pub checkpoint: InCheckpoint,
+    /// The stacks in mlx-lm: this, and then `gate_proj`, `down_proj` and `up_proj`.
+    pub mlx: &'static str,
+}
+
+/// Experts as the checkpoint has them.
+#[derive(Clone, Copy)]
+pub(super) enum InCheckpoint {
+    /// A matrix each: the module, the number of the expert, and the names of gate, down and up.
+    Each(&'static str, [&'static str; 3]),
+    /// Stacks of transposed matrices, in which the columns of gate and up alternate.
+    Interleaved(&'static str),
+}
+
+/// Where a value of config.json comes from.
+pub(super) enum Setting {
+    /// A key of the GGUF that must be there, a whole number above 0.
+    Count(&'static str),
+    /// A whole number, or this one if the key is missing.
+    CountOr(&'static str, u64),
+    /// A number, or this one if the key is missing.
+    FloatOr(&'static str, f32),
+    FlagOr(&'static str, bool),
+    /// The same for every model of the architecture.
+    Is(Constant),
+    /// Whether a tensor of a layer is there.
+    HasTensor(&'static str),
+    Found(fn(&Facts) -> Result<Json, HfError>),
+}
+
+pub(super) enum Constant {
+    Flag(bool),
+    Number(u64),
+    Real(f64),
+    Text(&'static str),
+}
+
+use Setting::{Count, Found, Is};
+
+/// What config.json holds for every architecture.
+pub(super) const COMMON: &[(&str, Setting)] = &[
+    ("hidden_size", Count("embedding_length")),
+    ("num_hidden_layers", Found(values::layers)),
+    ("num_attention_heads", Count("attention.head_count")),
+    ("num_key_value_heads", Found(values::key_value_heads)),
+    ("max_position_embeddings", Count("context_length")),
+    ("rms_norm_eps", Found(values::norm_epsilon)),
+    ("rope_theta", Found(values::rope_theta)),
+    ("rope_scaling", Found(values::rope_scaling)),
+    ("vocab_size", Found(values::vocabulary)),
+    ("tie_word_embeddings", Found(values::ties_embeddings)),
+    ("hidden_act", Is(Constant::Text("silu"))),
+];
+
+/// All of them; of several kinds of one architecture, the first that applies is taken.
+static ARCHITECTURES: &[&Architecture] = &[
+    &llama::MIXTRAL,
+    &llama::LLAMA,
+    &qwen::QWEN2,
+    &qwen::QWEN3,
+    &qwen::QWEN2_MOE,
+    &qwen::QWEN3_MOE,
+    &deepseek::DEEPSEEK_V3,
+    &deepseek::DEEPSEEK_V2,
+    &glm::GLM4_MOE,
+    &gpt_oss::GPT_OSS,
+    &olmoe::OLMOE,
+    &minimax::MINIMAX_M2,
+];
+
+/// The architectures that are known, by their names in GGUF.
+pub fn names() -> impl Iterator<Item = &'static str> {
+    let mut names: Vec<_> = ARCHITECTURES.iter().map(|known| known.gguf).collect();
+    names.sort_unstable();
+    names.dedup();
+    names.into_iter()
+}
+
+/// The kind of a model.
+pub(super) fn of(facts: &Facts) -> Option<&'static Architecture> {
+    let of_name = |known: &&&Architecture| Some(known.gguf) == facts.model.architecture();
+    ARCHITECTURES
+        .iter()
+        .filter(of_name)
+        .find(|known| (known.is)(facts))
+        .copied()
+}
+
+/// For architectures of a single kind.
+fn always(_: &Facts) -> bool {
+    true
+}
+
+/// The dense feed-forward network of nearly all of them.
+const MLP: &[Row] = &[
+    Row::Linear("ffn_gate", "mlp.gate_proj"),
+    Row::Linear("ffn_up", "mlp.up_proj"),
+    Row::Linear("ffn_down", "mlp.down_proj"),
+];
+
+const GATE_DOWN_UP: [&str; 3] = ["gate_proj", "down_proj", "up_proj"];
+
+/// Experts as most checkpoints name them.
+const EXPERTS: Experts = Experts {
+    checkpoint: InCheckpoint::Each("mlp.experts", GATE_DOWN_UP),
+    mlx: "mlp.switch_mlp",
+};
+
+/// Experts as Mixtral's and MiniMax' checkpoints name them.
+const BLOCK_SPARSE_EXPERTS: Experts = Experts {
+    checkpoint: InCheckpoint::Each("block_sparse_moe.experts", ["w1", "w2", "w3"]),
+    mlx: "block_sparse_moe.switch_mlp",
+};

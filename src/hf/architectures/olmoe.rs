@@ -1,0 +1,34 @@
+//! OLMoE: queries and keys are normalised over all heads at once.
+
+use super::Constant::Flag;
+use super::Row::{Experts, Linear, Norm};
+use super::Setting::{Count, Found, HasTensor, Is};
+use super::{Architecture, EXPERTS, values};
+
+pub static OLMOE: Architecture = Architecture {
+    gguf: "olmoe",
+    is: super::always,
+    class: "OlmoeForCausalLM",
+    model_type: "olmoe",
+    every_layer: &[
+        Norm("attn_norm", "input_layernorm"),
+        Linear("attn_q", "self_attn.q_proj"),
+        Linear("attn_k", "self_attn.k_proj"),
+        Linear("attn_v", "self_attn.v_proj"),
+        Linear("attn_output", "self_attn.o_proj"),
+        Norm("attn_q_norm", "self_attn.q_norm"),
+        Norm("attn_k_norm", "self_attn.k_norm"),
+        Norm("ffn_norm", "post_attention_layernorm"),
+    ],
+    dense_layer: &[],
+    moe_layer: &[Linear("ffn_gate_inp", "mlp.gate"), Experts(EXPERTS)],
+    extra_layer: &[],
+    config: &[
+        ("intermediate_size", Found(values::expert_width)),
+        ("attention_bias", HasTensor("attn_q.bias")),
+        ("clip_qkv", Found(values::clamp)),
+        ("num_experts", Count("expert_count")),
+        ("num_experts_per_tok", Count("expert_used_count")),
+        ("norm_topk_prob", Is(Flag(false))),
+    ],
+};

@@ -1,0 +1,97 @@
+"""llama.cpp's own converter and tools, from the source distribution of `llama-cpp-python`: only for the long form."""
+
+import importlib
+import os
+import subprocess
+import sys
+import tarfile
+import types
+
+import numpy as np
+
+from odmoe import REPO
+
+PACKAGE = "llama-cpp-python==0.3.36"
+ROOT = REPO / "target/llama.cpp"
+BINDINGS = REPO / "target/llama-cpp-python"
+TOOLS = ["llama-gguf-split", "llama-quantize"]
+
+
+def llama_cpp():
+    """The folder of the sources, with the tools built in build/bin. Made once; it takes a quarter of an hour."""
+    if not ROOT.exists():
+        folder = BINDINGS
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+        subprocess.run([*command, "--no-build-isolation", "-d", folder, PACKAGE], check=True)
+        (archive,) = folder.glob("*.tar.gz")
+        with tarfile.open(archive) as file:
+            file.extractall(folder, filter="data")
+        (folder / archive.name.removesuffix(".tar.gz") / "vendor/llama.cpp").rename(ROOT)
+    if not all((ROOT / "build/bin" / tool).exists() for tool in TOOLS):
+        cmake = [sys.executable, "-m", "cmake"]
+        flags = ["-DCMAKE_BUILD_TYPE=Release", "-DLLAMA_CURL=OFF", "-DGGML_NATIVE=OFF"]
+        subprocess.run([*cmake, "-S", ROOT, "-B", ROOT / "build", "-G", "Ninja", *flags], check=True)
+        subprocess.run([*cmake, "--build", ROOT / "build", "--target", *TOOLS], check=True)
+    return ROOT
+
+
+def tool(name, *arguments):
+    subprocess.run([llama_cpp() / "build/bin" / name, *arguments], check=True, capture_output=True)
+
+
+def logits(model, prompts):
+    """What llama.cpp computes for each prompt, all of the same length, with keys and values in F32."""
+    llama_cpp()
+    os.environ["LLAMA_CPP_LIB_PATH"] = str(ROOT / "build/bin")
+    (package,) = BINDINGS.glob("llama_cpp_python-*/llama_cpp")
+    # The folder is called like this module, and wants a library for caches, which nothing here uses.
+    sys.modules.setdefault("diskcache", types.SimpleNamespace(Cache=object))
+    own = sys.modules.pop("llama_cpp", None)
+    sys.path.insert(0, str(package.parent))
+    try:
+        bindings = importlib.import_module("llama_cpp")
+    finally:
+        sys.path.pop(0)
+        for name in [name for name in sys.modules if name == "llama_cpp"]:
+            del sys.modules[name]
+        if own:
+            sys.modules["llama_cpp"] = own
+    loaded = bindings.Llama(str(model), logits_all=True, n_ctx=64, verbose=False, n_threads=1, type_k=0, type_v=0)
+    computed = []
+    for prompt in prompts:
+        loaded.reset()
+        loaded.eval(prompt)
+        computed.append(np.array(loaded.scores[: len(prompt)]))
+    return np.array(computed)
+
+
+# Runs the converter; the checkpoint has no tokenizer, so it gets one of single characters.
+CONVERTER = """
+import sys
+root = sys.argv.pop(1)
+sys.path[:0] = [root, root + "/gguf-py"]
+import convert_hf_to_gguf as converter
+
+def one_of_characters(self):
+    size = self.hparams["vocab_size"]
+    self.gguf_writer.add_tokenizer_model("gpt2")
+    self.gguf_writer.add_tokenizer_pre("qwen2")
+    self.gguf_writer.add_token_list([chr(256 + n) for n in range(size)])
+    self.gguf_writer.add_token_types([1] * size)
+    self.gguf_writer.add_token_merges([])
+
+found = converter.get_model_class
+def get_model_class(*arguments, **options):
+    model_class = found(*arguments, **options)
+    model_class.set_vocab = one_of_characters
+    return model_class
+converter.get_model_class = get_model_class
+converter.main()
+"""
+
+
+def convert(checkpoint, out, outtype, *flags):
+    """Turns a checkpoint into a GGUF."""
+    command = [sys.executable, "-c", CONVERTER, llama_cpp(), checkpoint, "--outfile", out, "--outtype", outtype, *flags]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
