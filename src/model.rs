@@ -11,7 +11,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::computed::{self, Blocks, Job, Stash};
 use crate::explain::{Explain, Hint};
 use crate::form::Form;
+use crate::gguf::ModelHeader;
 use crate::layout::{Doc, Layout, LayoutError, Recipe};
+#[cfg(feature = "remote")]
+use crate::source::remote;
 use crate::source::{self, Held, OpenError, PageCache, ReadError, Run, Source};
 use crate::tree::{Content, DocId, Ino, Origin, RecipeId, Slice, Tree};
 
@@ -72,7 +75,25 @@ impl Model {
 
     /// The same, with quantised tensors shown in a form.
     pub fn open_as(path: &Path, form: Form) -> Result<Self, ModelError> {
-        let (header, source) = source::open(path)?;
+        Self::lay_out(source::open(path)?, form)
+    }
+
+    /// Opens a model by the address of its file or of any part of a split set; of other parts, too,
+    /// if these are not to be found beside it.
+    #[cfg(feature = "remote")]
+    pub fn open_remote(
+        given: &remote::Address,
+        others: &[remote::Address],
+        options: &remote::Options,
+        form: Form,
+    ) -> Result<Self, ModelError> {
+        let model = Self::lay_out(remote::open(given, others, options)?, form)?;
+        model.source.set_units(model.units());
+        Ok(model)
+    }
+
+    fn lay_out((header, source): (ModelHeader, Source), form: Form) -> Result<Self, ModelError> {
+        let path = source.given_path();
         let (layout, tree) = Layout::new(header, form).map_err(|cause| ModelError::Layout {
             path: path.to_owned(),
             cause,
@@ -96,6 +117,30 @@ impl Model {
             stash: Stash::default(),
             source_bytes: (0..nodes).map(|_| AtomicU64::new(u64::MAX)).collect(),
         })
+    }
+
+    /// Which file of the tree each range of each part belongs to.
+    #[cfg(feature = "remote")]
+    fn units(&self) -> Vec<Vec<remote::Unit>> {
+        let mut units = vec![Vec::new(); self.source.paths().len()];
+        for file in self.tree.files() {
+            for run in self.runs(file, 0..self.tree.size(file).unwrap_or(0)) {
+                let (range, number) = (run.range(), file);
+                units[run.part as usize].push(remote::Unit { range, number });
+            }
+        }
+        for units in &mut units {
+            units.sort_by_key(|unit: &remote::Unit| unit.range.start);
+        }
+        units
+    }
+
+    /// The bytes of the model that files of the tree are made from, each once, in the order of the
+    /// files.
+    #[cfg(feature = "remote")]
+    pub fn wanted(&self, files: &[Ino]) -> Vec<Run> {
+        let all = |file: &Ino| self.runs(*file, 0..self.tree.size(*file).unwrap_or(0));
+        files.iter().flat_map(all).collect()
     }
 
     /// What each file holds.

@@ -151,6 +151,7 @@ impl Served {
                 ahead: pace.ahead,
                 beyond: pace.chunk,
                 whole: pace.whole,
+                is_eager: pace.is_eager,
             }))
         });
         Self {

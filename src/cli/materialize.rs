@@ -4,6 +4,7 @@ use std::io::Write;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
+use odmoe_fs::form::Form;
 use odmoe_fs::materialize::{Numbers, Options, Plan, Reflink, Selection};
 use odmoe_fs::model::Model;
 use odmoe_fs::mounts::odmoe_mount_of;
@@ -23,6 +24,7 @@ use super::{Diagnostics, ModelArg, Stop, print, say, text};
 /// A file gets its name when it is complete and on the disk. After an interruption, the same
 /// command continues: complete files are not written again.
 #[derive(clap::Args)]
+#[command(allow_missing_positional = true)]
 pub struct MaterializeArgs {
     #[command(flatten)]
     model: ModelArg,
@@ -82,7 +84,7 @@ impl From<When> for Reflink {
 pub fn run(args: &MaterializeArgs, quiet: bool) -> Result<()> {
     // Writing beyond `ulimit -f` must be an error, not the end of the process.
     ignore_file_size_signal();
-    let mut model = Model::open(&args.model.model)?;
+    let mut model = args.model.open(Form::Raw)?;
     warn_of_unfinished(&model)?;
     // Each byte is read once, and 578 GiB must not push out what other programs have cached.
     model.set_page_cache(PageCache::Unchanged);

@@ -5,9 +5,12 @@ mod diagnostics;
 mod docs;
 mod doctor;
 mod failure;
+#[cfg(feature = "remote")]
+mod fetch;
 mod fstab;
 mod inspect;
 mod materialize;
+mod model;
 mod mount;
 mod progress;
 mod screen;
@@ -22,7 +25,6 @@ mod verify;
 
 use std::ffi::OsString;
 use std::io::{self, Write};
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -33,6 +35,7 @@ use odmoe_fs::process::{
 use self::diagnostics::{Diagnostics, LogFormat, Volume};
 use self::failure::{Context, FOUND_SOMETHING, Failure, Result, WRONG_USAGE, exit_code};
 use self::fstab::HelperCall;
+use self::model::ModelArg;
 use self::stop::Stop;
 
 /// Mount a Mixture-of-Experts GGUF model as one small safetensors file per expert, without
@@ -62,6 +65,8 @@ enum Command {
     Umount(umount::UmountArgs),
     Status(status::StatusArgs),
     Materialize(materialize::MaterializeArgs),
+    #[cfg(feature = "remote")]
+    Fetch(fetch::FetchArgs),
     Verify(verify::VerifyArgs),
     Inspect(inspect::InspectArgs),
     Top(top::TopArgs),
@@ -91,14 +96,6 @@ impl Command {
             _ => false,
         }
     }
-}
-
-/// The model of a command.
-#[derive(clap::Args)]
-struct ModelArg {
-    /// The GGUF file, or any part of a split set; the other parts are found beside it
-    #[arg(value_name = "MODEL.gguf")]
-    model: PathBuf,
 }
 
 /// Runs the command line of this process.
@@ -189,6 +186,8 @@ fn execute(cli: &Cli) -> ExitCode {
         Command::Umount(args) => umount::run(args),
         Command::Status(args) => status::run(args),
         Command::Materialize(args) => materialize::run(args, cli.quiet),
+        #[cfg(feature = "remote")]
+        Command::Fetch(args) => fetch::run(args, cli.quiet),
         Command::Verify(args) => return found(verify::run(args, cli.quiet), json),
         Command::Inspect(args) => inspect::run(args),
         Command::Top(args) => top::run(args),

@@ -6,6 +6,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use odmoe_fs::explain::Explain;
+use odmoe_fs::form::Form;
 use odmoe_fs::model::Model;
 use odmoe_fs::mounts::{
     self, Cache, Caller, Launched, Mount, MountError, Options, answers, launch, set_read_ahead,
@@ -23,7 +24,7 @@ use super::{ModelArg, say, text};
 ///
 /// Returns when the tree can be used; a background process serves it until it is unmounted.
 #[derive(clap::Args)]
-#[command(args_override_self = true)]
+#[command(args_override_self = true, allow_missing_positional = true)]
 pub struct MountArgs {
     #[command(flatten)]
     model: ModelArg,
@@ -250,11 +251,11 @@ fn complain() {
 }
 
 fn open_model(args: &MountArgs) -> Result<Model> {
-    let model = Model::open(&args.model.model)?;
+    let model = args.model.open(Form::Raw)?;
     if model.layout().experts().is_empty() {
         tracing::warn!(
             "{:?} has no routed experts: experts/ will hold an empty registry.json only",
-            args.model.model
+            args.model.shown()
         );
     }
     warn_of_unfinished(&model)?;

@@ -3,6 +3,7 @@
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
+use odmoe_fs::form::Form;
 use odmoe_fs::layout::Layout;
 use odmoe_fs::model::Model;
 use odmoe_fs::mounts::{State, odmoe_mount_of, state_of};
@@ -43,14 +44,15 @@ pub struct VerifyArgs {
 
 /// Runs the command. Returns whether everything is as it should be.
 pub fn run(args: &VerifyArgs, quiet: bool) -> Result<bool> {
-    let mut model = Model::open(&args.model.model)?;
-    let Some(directory) = &args.directory else {
+    let mut model = args.model.open(Form::Raw)?;
+    let directory = args.model.take_directory(args.directory.as_ref());
+    let Some(directory) = &directory else {
         let unfinished = Unfinished::of(&model)?;
         let report = ModelReport::of(&model, &unfinished);
         if args.json {
             print_json(&report)?;
         } else {
-            let text = report.text(&args.model.model, &unfinished);
+            let text = report.text(args.model.shown(), &unfinished);
             print(&Screen::of_stdout().fit(&text))?;
         }
         return Ok(report.sound);

@@ -66,7 +66,7 @@ impl ErrorLog {
         let mut parts = self.parts.lock();
         let part = part(&mut parts, error.path());
         match error {
-            ReadError::Changed { .. } => {
+            _ if error.is_change() => {
                 let is_told = std::mem::replace(&mut part.told_changed, true);
                 (!is_told).then(|| format!("{request}: {error}; reads of it fail from now on"))
             }
@@ -74,7 +74,7 @@ impl ErrorLog {
                 let is_told = std::mem::replace(&mut part.told_missing, true);
                 (!is_told).then(|| format!("{request}: {error}"))
             }
-            ReadError::Read { .. } => {
+            _ => {
                 if part.told.is_some_and(|told| now < told + PAUSE) {
                     part.untold += 1;
                     self.has_untold.store(true, Ordering::Relaxed);

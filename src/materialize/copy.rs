@@ -153,7 +153,7 @@ impl Copier<'_> {
         place: u64,
         len: u64,
     ) -> Result<u64, MaterializeError> {
-        if !self.in_kernel.load(Ordering::Relaxed) {
+        if !self.in_kernel.load(Ordering::Relaxed) || self.model.source().is_remote() {
             return Ok(0);
         }
         let slice = self.model.tree().slices(target.ino, place, len).next();

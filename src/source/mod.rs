@@ -20,6 +20,9 @@ pub(crate) mod fetch;
 mod folder;
 mod open;
 mod part;
+mod place;
+#[cfg(feature = "remote")]
+pub mod remote;
 mod share;
 mod store;
 
@@ -34,9 +37,10 @@ use memmap2::Mmap;
 pub use error::OpenError;
 pub use open::open;
 
+pub use self::fetch::Run;
 use self::fetch::{Chunk, Fetch};
-pub(crate) use self::fetch::{Held, Pace, Run};
-use self::part::PartFile;
+pub(crate) use self::fetch::{Held, Pace};
+use self::place::Part;
 use crate::explain::{Explain, Hint, hint_of};
 use crate::sys;
 /// The open parts of a model.
@@ -52,7 +56,7 @@ pub struct Source {
 /// What the fetching threads need.
 #[derive(Debug)]
 struct Shared {
-    parts: Vec<PartFile>,
+    parts: Vec<Part>,
     fetch: Fetch,
 }
 
@@ -84,6 +88,13 @@ pub enum ReadError {
         offset: u64,
         cause: io::Error,
     },
+    #[cfg(feature = "remote")]
+    #[error("{path:?} cannot be read at byte {offset}: {cause}")]
+    Remote {
+        path: PathBuf,
+        offset: u64,
+        cause: remote::Fault,
+    },
 }
 
 impl ReadError {
@@ -91,6 +102,18 @@ impl ReadError {
     pub fn path(&self) -> &Path {
         match self {
             Self::Changed { path } | Self::Reopen { path, .. } | Self::Read { path, .. } => path,
+            #[cfg(feature = "remote")]
+            Self::Remote { path, .. } => path,
+        }
+    }
+
+    /// Whether the part is not what it was when it was opened, so that all reads of it fail.
+    pub fn is_change(&self) -> bool {
+        match self {
+            Self::Changed { .. } => true,
+            Self::Reopen { .. } | Self::Read { .. } => false,
+            #[cfg(feature = "remote")]
+            Self::Remote { cause, .. } => matches!(cause, remote::Fault::Changed(_)),
         }
     }
 }
@@ -104,7 +127,11 @@ fn reopen_hint(cause: &io::Error) -> &'static str {
 
 impl Explain for ReadError {
     fn code(&self) -> &'static str {
-        self.into()
+        match self {
+            #[cfg(feature = "remote")]
+            Self::Remote { cause, .. } => cause.code(),
+            _ => self.into(),
+        }
     }
 
     fn hint(&self) -> Option<Hint> {
@@ -112,12 +139,14 @@ impl Explain for ReadError {
             Self::Read { cause, .. } => cause.hint(),
             Self::Reopen { cause, .. } => Some(reopen_hint(cause).into()),
             Self::Changed { .. } => hint_of(self),
+            #[cfg(feature = "remote")]
+            Self::Remote { cause, .. } => cause.hint(),
         }
     }
 }
 
 impl Source {
-    fn new(parts: Vec<PartFile>, given: usize) -> Self {
+    fn new(parts: Vec<Part>, given: usize) -> Self {
         let fetch = Fetch::default();
         Self {
             shared: Arc::new(Shared { parts, fetch }),
@@ -134,7 +163,8 @@ impl Source {
         for part in &mut shared.parts {
             part.set_page_cache(page_cache);
         }
-        let others = shared.parts.iter().filter(|p| p.page_cache() != page_cache);
+        let insists = |part: &&Part| part.insists_on_page_cache(page_cache);
+        let others = shared.parts.iter().filter(insists);
         let (others, all) = (others.count(), shared.parts.len());
         if others > 0 {
             tracing::info!(
@@ -146,7 +176,7 @@ impl Source {
     /// Whether reads can leave the page cache of all parts as they found it.
     pub fn can_leave_page_cache(&self) -> bool {
         let mut parts = self.shared.parts.iter();
-        parts.all(PartFile::can_leave_page_cache)
+        parts.all(Part::can_leave_page_cache)
     }
 
     /// Fills the whole buffer from `offset` of a part (0-based), or fails.
@@ -198,10 +228,43 @@ impl Source {
         }
     }
 
+    /// Says which file of the tree each range of each remote part belongs to.
+    #[cfg(feature = "remote")]
+    pub(crate) fn set_units(&self, units: Vec<Vec<remote::Unit>>) {
+        for (part, units) in self.shared.parts.iter().zip(units) {
+            if let Some(part) = part.remote() {
+                part.set_units(units);
+            }
+        }
+    }
+
+    /// What was asked of servers so far, and what came; `None` of a model on this machine.
+    #[cfg(feature = "remote")]
+    pub fn traffic(&self) -> Option<&remote::Counters> {
+        let remote = self.shared.parts.iter().find_map(Part::remote);
+        remote.map(|part| &part.client().counters)
+    }
+
+    /// The remote parts, in order; none of a model on this machine.
+    #[cfg(feature = "remote")]
+    pub fn remote_parts(&self) -> impl Iterator<Item = &remote::RemotePart> {
+        self.shared.parts.iter().filter_map(Part::remote)
+    }
+
+    /// Whether the parts are somewhere else. They are all in one place.
+    pub fn is_remote(&self) -> bool {
+        self.shared.parts.iter().any(|part| part.file().is_none())
+    }
+
     /// How far to read ahead of readers of this source; `None` if that is of no use.
     pub(crate) fn pace(&self) -> Option<Pace> {
-        let is_fetchable = self.shared.parts.iter().any(PartFile::is_fetchable);
-        is_fetchable.then_some(Pace::DISK)
+        let is_fetchable = self.shared.parts.iter().any(Part::is_fetchable);
+        let pace = if self.is_remote() {
+            Pace::LINK
+        } else {
+            Pace::DISK
+        };
+        is_fetchable.then_some(pace)
     }
 
     /// Fetches what a reader will ask for, in this order: about the first `near` bytes of it now.
@@ -215,7 +278,7 @@ impl Source {
         }
         let threads = self
             .threads
-            .get_or_init(|| start_threads(shared, Pace::DISK.threads));
+            .get_or_init(|| start_threads(shared, self.pace().map_or(0, |pace| pace.threads)));
         // Without threads, whoever asks for a chunk reads it.
         if *threads > 0 {
             shared.fetch.queue(chunks);
@@ -248,7 +311,7 @@ impl Source {
         }
     }
 
-    fn part(&self, part: u32) -> &PartFile {
+    fn part(&self, part: u32) -> &Part {
         &self.shared.parts[part as usize]
     }
 
@@ -261,18 +324,18 @@ impl Source {
     /// When the newest part was last modified.
     pub fn modified(&self) -> SystemTime {
         let parts = self.shared.parts.iter();
-        let parts = parts.map(|part| part.identity.modified());
+        let parts = parts.map(Part::modified);
         parts.max().unwrap_or(SystemTime::UNIX_EPOCH)
     }
 
     /// The paths of the parts, absolute, in order.
     pub fn paths(&self) -> impl ExactSizeIterator<Item = &Path> {
-        self.shared.parts.iter().map(|part| part.path.as_path())
+        self.shared.parts.iter().map(Part::path)
     }
 
     /// The absolute path of the part that the model was opened by.
     pub fn given_path(&self) -> &Path {
-        &self.shared.parts[self.given].path
+        self.shared.parts[self.given].path()
     }
 
     /// Maps a part (0-based) for reading: its tensors without a copy, each at its

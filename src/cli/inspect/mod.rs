@@ -8,6 +8,7 @@ mod tables;
 
 use std::str::FromStr;
 
+use odmoe_fs::form::Form;
 use odmoe_fs::inspect::{ExpertReport, Report};
 use odmoe_fs::model::Model;
 
@@ -56,7 +57,7 @@ impl FromStr for ExpertName {
 }
 
 pub fn run(args: &InspectArgs) -> Result<()> {
-    let model = Model::open(&args.model.model)?;
+    let model = args.model.open(Form::Raw)?;
     let screen = Screen::of_stdout();
     if let Some(name) = args.expert {
         let report = expert(&model, name)?;
