@@ -219,6 +219,17 @@ impl Model {
             .fetch_ahead(reader, &self.runs(file, range), near);
     }
 
+    /// Says that a file will be read from a place on, in order, by one thread. A disk does not need
+    /// to know; a server is asked for much of it at once.
+    pub(crate) fn will_read(&self, file: Ino, place: u64) {
+        if self.source.is_remote() {
+            let size = self.tree.size(file).unwrap_or(0);
+            let ahead = self.source.pace().map_or(0, |pace| pace.ahead);
+            // As far from the numbers of predicted readers as those of `hold_blocks`.
+            self.fetch_ahead(u64::MAX - file, file, place..size, ahead);
+        }
+    }
+
     /// Bytes of the model from which a file is made, documents left out.
     pub(crate) fn source_bytes(&self, file: Ino) -> u64 {
         let extents = self.tree.extents(file);

@@ -6,6 +6,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use odmoe_fs::doctor::{Check, Verdict, examine};
+#[cfg(feature = "remote")]
+use odmoe_fs::source::remote::Address;
 use odmoe_fs::toy::Toy;
 use serde::Serialize;
 
@@ -14,13 +16,25 @@ use super::failure::{Failure, Result};
 use super::screen::Screen;
 use super::{Stop, print, print_json, text};
 
-/// Check whether this machine can mount, and name the cure of what is missing
+/// Check whether this machine can mount, or whether a model elsewhere can be read
 ///
 /// Looks at the device, the mount helper, containers, the kernel and limits, and at the end mounts a
 /// toy model in a temporary folder. The exit status is 0 if mounts work, 3 if they do not, and 1 if
 /// that could not be found out.
 #[derive(clap::Args)]
 pub struct DoctorArgs {
+    /// The address of a model: looks at its server instead of this machine, and fetches at most 17 MiB
+    #[cfg(feature = "remote")]
+    #[arg(value_name = "URL")]
+    url: Option<String>,
+    /// Read the address from a file, as `mount` does
+    #[cfg(feature = "remote")]
+    #[arg(long, value_name = "FILE", conflicts_with = "url")]
+    url_file: Option<PathBuf>,
+    /// Allow plain http:// to other machines
+    #[cfg(feature = "remote")]
+    #[arg(long)]
+    insecure_http: bool,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
@@ -31,10 +45,42 @@ struct Report {
     /// Whether mounts work; `null` if that could not be found out.
     works: Option<bool>,
     checks: Vec<Check>,
+    /// That it works, and that it does not, in words.
+    #[serde(skip)]
+    words: (&'static str, &'static str),
+}
+
+#[cfg(feature = "remote")]
+impl DoctorArgs {
+    /// The address to look at, if there is one.
+    fn address(&self) -> Result<Option<Address>> {
+        if let Some(file) = &self.url_file {
+            return Ok(Address::of_file(file, self.insecure_http)?
+                .into_iter()
+                .next());
+        }
+        let url = self.url.as_deref();
+        let address = url.map(|url| Address::parse(url, self.insecure_http));
+        Ok(address.transpose()?)
+    }
 }
 
 /// Runs the command; says whether mounts work.
 pub fn run(args: &DoctorArgs) -> Result<bool> {
+    #[cfg(feature = "remote")]
+    if let Some(address) = args.address()? {
+        let checks = super::reach::checks(&address, args.insecure_http);
+        let works = checks.iter().all(|check| check.verdict != Verdict::Failure);
+        let report = Report {
+            works: Some(works),
+            checks,
+            words: (
+                "the model can be read from there",
+                "the model cannot be read from there",
+            ),
+        };
+        return report.print(args.json).map(|()| works);
+    }
     let stop = Stop::on_signals()?;
     let mut checks = examine();
     let trial = trial(&stop);
@@ -51,12 +97,13 @@ pub fn run(args: &DoctorArgs) -> Result<bool> {
         failures.for_each(|check| check.verdict = Verdict::Note);
     }
     checks.push(trial);
-    let report = Report { works, checks };
-    if args.json {
-        print_json(&report)?;
-    } else {
-        print(&report.text(&Screen::of_stdout()))?;
+    let words = ("mounts work here", "mounts do not work here");
+    Report {
+        works,
+        checks,
+        words,
     }
+    .print(args.json)?;
     works.ok_or_else(|| {
         Failure::new("whether mounts work could not be tried")
             .hint("set TMPDIR to a folder that you can write to")
@@ -154,6 +201,13 @@ impl Prepared {
 }
 
 impl Report {
+    fn print(&self, json: bool) -> Result<()> {
+        match json {
+            true => print_json(self),
+            false => print(&self.text(&Screen::of_stdout())),
+        }
+    }
+
     fn text(&self, screen: &Screen) -> String {
         let width = self
             .checks
@@ -178,10 +232,12 @@ impl Report {
                 let _ = writeln!(out, "      cure: {cure}");
             }
         }
-        out + match self.works {
-            Some(true) => "\nmounts work here\n",
-            Some(false) => "\nmounts do not work here\n",
-            None => "\nwhether mounts work here could not be found out\n",
-        }
+        let (yes, no) = self.words;
+        let end = match self.works {
+            Some(true) => yes.to_owned(),
+            Some(false) => no.to_owned(),
+            None => format!("whether {yes} could not be found out"),
+        };
+        out + "\n" + &end + "\n"
     }
 }

@@ -13,6 +13,8 @@ mod materialize;
 mod model;
 mod mount;
 mod progress;
+#[cfg(feature = "remote")]
+mod reach;
 mod screen;
 mod status;
 mod stop;

@@ -25,6 +25,7 @@ mod place;
 pub mod remote;
 mod share;
 mod store;
+mod traffic;
 
 use std::io;
 use std::ops::Range;
@@ -36,6 +37,7 @@ use memmap2::Mmap;
 
 pub use error::OpenError;
 pub use open::open;
+pub use traffic::Traffic;
 
 pub use self::fetch::Run;
 use self::fetch::{Chunk, Fetch};
@@ -239,10 +241,11 @@ impl Source {
     }
 
     /// What was asked of servers so far, and what came; `None` of a model on this machine.
-    #[cfg(feature = "remote")]
-    pub fn traffic(&self) -> Option<&remote::Counters> {
-        let remote = self.shared.parts.iter().find_map(Part::remote);
-        remote.map(|part| &part.client().counters)
+    pub fn traffic(&self) -> Option<Traffic> {
+        #[cfg(feature = "remote")]
+        return self.remote_parts().next().map(|part| part.traffic());
+        #[cfg(not(feature = "remote"))]
+        None
     }
 
     /// The remote parts, in order; none of a model on this machine.

@@ -24,11 +24,21 @@ pub struct Probe {
     #[cfg_attr(not(target_os = "linux"), allow(dead_code))]
     child: Option<OwnedFd>,
     answer: Option<Answer>,
+    numbers: [u64; NUMBERS],
 }
 
 /// The ioctl by which a mount of ours is asked how many parts of its model have changed: `_IOR('o', 1,
 /// uint64_t)`, as asm-generic/ioctl.h makes such numbers.
 pub const CHANGED_PARTS: u32 = 2 << 30 | 8 << 16 | (b'o' as u32) << 8 | 1;
+
+/// How many numbers say what a mount has asked of servers.
+pub const NUMBERS: usize = 5;
+
+/// The ioctl by which it is asked for them: `_IOR('o', 2, uint64_t[5])`.
+pub const TRAFFIC: u32 = 2 << 30 | (8 * NUMBERS as u32) << 16 | (b'o' as u32) << 8 | 2;
+
+/// Bytes of what a child tells: an i32, and the numbers.
+const TOLD_BYTES: usize = 4 + 8 * NUMBERS;
 
 /// What a file system answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,6 +69,7 @@ impl Probe {
                     pipe: File::from(OwnedFd::from(pipe)),
                     child,
                     answer: None,
+                    numbers: [0; NUMBERS],
                 })
             }
         }
@@ -68,18 +79,26 @@ impl Probe {
     /// it is from the answer on.
     pub fn answer(&mut self) -> Answer {
         *self.answer.get_or_insert_with(|| {
-            let mut told = [0; 4];
-            match self
-                .pipe
-                .read_exact(&mut told)
-                .map(|()| i32::from_ne_bytes(told))
-            {
-                Ok(0) => Answer::Alive,
-                Ok(CHANGED) => Answer::Changed,
-                Ok(errno) => Answer::Error(errno),
-                Err(_) => Answer::Error(libc::EINTR), // somebody has killed the child
+            let mut told = [0; TOLD_BYTES];
+            if self.pipe.read_exact(&mut told).is_err() {
+                return Answer::Error(libc::EINTR); // somebody has killed the child
+            }
+            let (answer, numbers) = told.split_first_chunk().expect("it is longer");
+            for (number, bytes) in self.numbers.iter_mut().zip(numbers.as_chunks().0) {
+                *number = u64::from_ne_bytes(*bytes);
+            }
+            match i32::from_ne_bytes(*answer) {
+                0 => Answer::Alive,
+                CHANGED => Answer::Changed,
+                errno => Answer::Error(errno),
             }
         })
+    }
+
+    /// What the mount has asked of servers, as far as it has answered; zeros of a model on this
+    /// machine.
+    pub fn numbers(&self) -> [u64; NUMBERS] {
+        self.numbers
     }
 
     /// Whether [`answer`](Self::answer) was called, and so returns at once.
@@ -135,13 +154,19 @@ unsafe fn ask_and_exit(path: &CString, teller: RawFd, gate: RawFd) -> ! {
     unsafe { close_all_but(teller, gate) };
     // SAFETY: the buffer is one byte long. At the end of the pipe nothing is written to it.
     unsafe { libc::read(gate, (&raw mut byte).cast(), 1) };
-    let told = match ask(path) {
+    let mut numbers = [0; NUMBERS];
+    let answer = match ask(path, &mut numbers) {
         Ok(0) => 0,
         Ok(_) => CHANGED,
         Err(e) => e.raw_os_error().unwrap_or(libc::EINVAL),
     };
-    let told = told.to_ne_bytes();
-    // SAFETY: the buffer is four bytes long; `_exit` runs nothing of the parent's.
+    let mut told = [0; TOLD_BYTES];
+    told[..4].copy_from_slice(&answer.to_ne_bytes());
+    for (bytes, number) in told[4..].chunks_mut(8).zip(numbers) {
+        bytes.copy_from_slice(&number.to_ne_bytes());
+    }
+    // SAFETY: the pointer and the length are those of the array; `_exit` runs nothing of the
+    // parent's.
     unsafe {
         libc::write(teller, told.as_ptr().cast(), told.len());
         libc::_exit(0)
@@ -184,8 +209,8 @@ const CHANGED: i32 = -1;
 
 /// Asks with `stat` first, which tells who may not enter: to those, `statfs` answers with zeros. And
 /// with `statfs`, since the kernel knows everything else by itself. Then for the number of changed
-/// parts, which older daemons of ours do not know.
-fn ask(path: &CString) -> io::Result<u64> {
+/// parts, and for what was asked of servers, which older daemons of ours do not know.
+fn ask(path: &CString, numbers: &mut [u64; NUMBERS]) -> io::Result<u64> {
     // SAFETY: both are plain data, for which zeros are a value.
     let (mut stat, mut statfs): (libc::stat, libc::statfs) = unsafe { std::mem::zeroed() };
     // SAFETY: the path ends with NUL and the buffer is a stat.
@@ -198,5 +223,10 @@ fn ask(path: &CString) -> io::Result<u64> {
     let mut changed = 0_u64;
     // SAFETY: by its number, the call writes a u64 there, or nothing.
     let asked = check(unsafe { libc::ioctl(root, CHANGED_PARTS.into(), &mut changed) });
+    let mut traffic = [0_u64; NUMBERS];
+    // SAFETY: by its number, the call writes so many u64 there, or nothing.
+    if check(unsafe { libc::ioctl(root, TRAFFIC.into(), &mut traffic) }).is_ok() {
+        *numbers = traffic;
+    }
     Ok(asked.map_or(0, |_| changed))
 }

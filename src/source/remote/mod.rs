@@ -26,7 +26,7 @@ mod stores;
 use std::path::PathBuf;
 
 pub use address::{Address, AddressError, Place, StoreKind, is_url};
-pub use client::{Counters, REQUESTS};
+pub use client::REQUESTS;
 pub use fault::{Fault, Kind};
 pub use open::open;
 pub use part::{RemotePart, Unit};

@@ -21,7 +21,7 @@ use super::client::Client;
 use super::fault::{Fault, Remedy};
 use super::pin::Pin;
 use super::route::Route;
-use crate::source::ReadError;
+use crate::source::{ReadError, Traffic};
 
 /// How long a failed range fails at once when it is asked for again: the kernel repeats a failed
 /// request page by page, and none of these should wait as long as the first.
@@ -114,9 +114,16 @@ impl RemotePart {
         self.pin.modified().unwrap_or(SystemTime::UNIX_EPOCH)
     }
 
-    /// The client that fetches it.
-    pub fn client(&self) -> &Client {
-        &self.client
+    /// What was asked for all parts of the model together.
+    pub fn traffic(&self) -> Traffic {
+        let counters = &self.client.counters;
+        Traffic {
+            requests: counters.requests.load(Relaxed),
+            fetched_bytes: counters.fetched.load(Relaxed),
+            cached_bytes: counters.cached.load(Relaxed),
+            retries: counters.retries.load(Relaxed),
+            errors: counters.errors.load(Relaxed),
+        }
     }
 
     /// Says which file of the tree each range belongs to, in order.

@@ -36,6 +36,11 @@ impl Found {
         self.pin.size
     }
 
+    /// Whether a change of the file would be noticed.
+    pub fn is_pinned(&self) -> bool {
+        self.pin.holds()
+    }
+
     /// By what a change of the file would be noticed.
     pub fn pinned(&self) -> &'static str {
         self.pin.in_words()

@@ -335,7 +335,12 @@ impl CachedPart {
         let len = bytes.len() as u64;
         match self.cache.make_room(len) {
             Ok(true) => {}
-            Ok(false) => return,
+            Ok(false) => {
+                let cause = io::Error::other(
+                    "it has no more room, since --cache-size or a twentieth of its disk that must stay free leaves none",
+                );
+                return self.cache.complain(&cause);
+            }
             Err(e) => return self.cache.complain(&e),
         }
         let kept = write_all_uncached(&self.data, bytes, place).and_then(|()| {
