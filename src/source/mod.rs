@@ -149,7 +149,12 @@ impl Explain for ReadError {
 
 impl Source {
     fn new(parts: Vec<Part>, given: usize) -> Self {
-        let fetch = Fetch::default();
+        let is_remote = parts.iter().any(|part| part.file().is_none());
+        let fetch = if is_remote {
+            Fetch::costly()
+        } else {
+            Fetch::default()
+        };
         Self {
             shared: Arc::new(Shared { parts, fetch }),
             given,

@@ -72,10 +72,10 @@ class RangeServer:
 
     def put_all(self, parts, folder="/models"):
         """Stores the parts of a model; returns the URL of the last."""
-        return [self.put(f"{folder}/{urllib.parse.quote(part.name)}", part) for part in parts][-1]
+        return [self.put(f"{folder}/{part.name}", part) for part in parts][-1]
 
     def url(self, path):
-        return f"http://127.0.0.1:{self.port}{path}"
+        return f"http://127.0.0.1:{self.port}{urllib.parse.quote(path)}"
 
     def fail(self, answer, times=NEVER, when=lambda request: True):
         """Has `answer` answer the next requests, as many as said, for which `when` is true."""
@@ -106,10 +106,15 @@ class RangeServer:
         """Bytes of bodies."""
         return sum(request.sent for request in self.requests)
 
-    def ranges(self, path=None):
-        """What was sent as 206, in order of place."""
-        done = [r for r in self.requests if r.status == 206 and r.range and (path is None or r.path == path)]
-        return sorted((r.range[0], r.range[0] + r.sent) for r in done)
+    def twice(self):
+        """Bytes that were sent more than once."""
+        twice, last = 0, {}
+        done = [r for r in list(self.requests) if r.status == 206]
+        for request in sorted(done, key=lambda r: (r.path, r.range)):
+            start, end = request.range[0], request.range[0] + request.sent
+            twice += max(0, min(last.get(request.path, 0), end) - start)
+            last[request.path] = max(last.get(request.path, 0), end)
+        return twice
 
     def stop(self):
         """Refuses connections from now on, and ends those that there are."""
@@ -167,7 +172,7 @@ class RangeServer:
             name, _, value = line.partition(":")
             headers[name.strip().lower()] = value.strip()
         path, _, query = first[1].partition("?")
-        request = Request(path, query, headers, time.monotonic())
+        request = Request(urllib.parse.unquote(path), query, headers, time.monotonic())
         if asked := headers.get("range"):
             start, _, end = asked.removeprefix("bytes=").partition("-")
             request.range = int(start), int(end) + 1
@@ -336,6 +341,7 @@ def nginx(root, scratch):
     scratch.mkdir()
     key, certificate = scratch / "key.pem", scratch / "cert.pem"
     subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    subject += ["-addext", "basicConstraints=critical,CA:FALSE"]
     make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject]
     subprocess.run([*make, "-keyout", key, "-out", certificate], check=True, capture_output=True)
     with socket.create_server(("127.0.0.1", 0)) as probe:

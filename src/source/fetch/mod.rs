@@ -115,6 +115,9 @@ struct Queue {
 #[derive(Debug, Default)]
 struct Table {
     readers: Vec<Reader>,
+    /// Whether what was fetched came from afar, and is not thrown away as long as somebody may
+    /// still ask for it.
+    is_costly: bool,
     /// Requests so far: the clock of this table.
     now: u64,
 }
@@ -245,6 +248,13 @@ impl Chunk {
 }
 
 impl Fetch {
+    /// For parts of which each byte should be fetched only once.
+    pub fn costly() -> Self {
+        let fetch = Self::default();
+        fetch.table.lock().is_costly = true;
+        fetch
+    }
+
     /// The chunks that hold some of a range of a part, in order.
     pub fn holding(&self, part: u32, range: &Range<u64>) -> Vec<Arc<Chunk>> {
         let table = self.table.lock();
@@ -314,6 +324,11 @@ impl Table {
         self.now += 1;
         for piece in self.readers.iter_mut().flat_map(|r| &mut r.pieces) {
             piece.chunk.take_if(|chunk| chunk.is_used_up());
+        }
+        if runs.is_empty() && self.is_costly {
+            // Requests that were overtaken will ask for what is left. It is given up when they
+            // have, or when others need the room.
+            return Vec::new();
         }
         if runs.is_empty() {
             self.readers.retain(|reader| reader.id != id);
@@ -441,7 +456,7 @@ impl Table {
                 reader.pieces.clear();
             }
         }
-        if !Buffer::are_all_taken() {
+        if !Buffer::are_all_taken() || self.is_costly {
             return;
         }
         let held = self.readers[index].chunks();

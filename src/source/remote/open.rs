@@ -64,7 +64,12 @@ pub fn open(
     let parts: Vec<_> = parts.into_iter().map(|part| part.expect(EACH)).collect();
     let missing = missing(&parts, &name);
     if !missing.is_empty() {
-        return Err(OpenError::missing(folder, &name, missing));
+        return Err(OpenError::Missing {
+            folder,
+            missing,
+            count: name.count,
+            hint: "check that the whole set is there, under its published names".to_owned(),
+        });
     }
     join(parts.into_iter().collect::<Result<_, _>>()?, given_at)
 }
@@ -184,7 +189,8 @@ impl<'a> Shared<'a> {
                     n if n < count => n,
                     _ => return,
                 };
-                let part = match opened.lock().take() {
+                let taken = opened.lock().take();
+                let part = match taken {
                     Some(opened) => Ok(opened),
                     None => self.part(&self.sibling(given, name, at as u64 + 1)),
                 };
