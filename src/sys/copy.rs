@@ -52,8 +52,7 @@ pub fn next_data(file: &File, offset: u64) -> io::Result<Option<Range<u64>>> {
 }
 
 pub use imp::{
-    allocate, clone_range, copy_range, flush_file_system, flushes_whole, punch_hole,
-    takes_uncached_writes,
+    allocate, clone_range, copy_range, flush_file_system, flushes_whole, takes_uncached_writes,
 };
 
 #[cfg(target_os = "linux")]
@@ -133,12 +132,6 @@ mod imp {
         )?)
     }
 
-    /// Gives back the room of a range, which reads as zeros from then on.
-    pub fn punch_hole(file: &File, offset: u64, len: u64) -> io::Result<()> {
-        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        Ok(rustix::fs::fallocate(file, flags, offset, len)?)
-    }
-
     /// Whether [`flush_file_system`] works as described on the file system of a file. On overlayfs
     /// and FUSE, which stand before another file system, it flushes or reports less.
     pub fn flushes_whole(file: &File) -> bool {
@@ -188,10 +181,6 @@ mod imp {
     }
 
     pub fn allocate(_: &File, _: u64, _: u64) -> io::Result<()> {
-        refused()
-    }
-
-    pub fn punch_hole(_: &File, _: u64, _: u64) -> io::Result<()> {
         refused()
     }
 

@@ -229,11 +229,15 @@ impl RemotePart {
             }
         }
         // Ours first, so that no two readers wait for each other.
+        let is_all_here = ours.is_empty();
         let fetched = ours
             .into_iter()
             .map(|(flight, bytes)| self.fetch(flight, bytes));
-        for fetched in self.client.wait(join_all(fetched)) {
-            result = result.and(fetched);
+        let fetched = join_all(fetched);
+        if !is_all_here {
+            for fetched in self.client.wait(fetched) {
+                result = result.and(fetched);
+            }
         }
         for (flight, start, bytes) in others {
             result = result.and_then(|()| self.wait_for(&flight, start, bytes));

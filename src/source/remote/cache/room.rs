@@ -14,7 +14,6 @@ use rustix::fs::fstatvfs;
 
 use super::index::{Index, Record};
 use super::{Cache, INDEX};
-use crate::sys::copy::punch_hole;
 
 /// The unit of `st_blocks`, according to POSIX.
 const STAT_BLOCK_BYTES: u64 = 512;
@@ -111,6 +110,19 @@ impl Cache {
             })
         })
     }
+}
+
+/// Gives back the room of a range, which reads as zeros from then on.
+#[cfg(target_os = "linux")]
+fn punch_hole(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    use rustix::fs::{FallocateFlags, fallocate};
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    Ok(fallocate(file, flags, offset, len)?)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn punch_hole(_: &File, _: u64, _: u64) -> io::Result<()> {
+    Err(io::ErrorKind::Unsupported.into())
 }
 
 /// Frees about as many bytes, if there are so many.
