@@ -1,4 +1,4 @@
-"""The Python clients: clients.py (safe-open | headers | mlx) FILES...
+"""The Python clients: clients.py (safe-open | headers | mlx | forward) FILES...
 
 Prints nanoseconds, bytes and their sum as JSON. The clock runs for the loader's work alone: not for
 imports, and not for the sum, which is taken afterwards of the arrays that were loaded.
@@ -45,10 +45,30 @@ def load_mlx(paths):
     return arrays
 
 
+def load_forward(paths):
+    """Loads experts of MLX's arrays, 4 bits in groups of 32, and lets each compute a token."""
+    import mlx.core as mx
+
+    arrays = []
+    for path in paths:
+        loaded = mx.load(path)
+
+        def times(x, name, loaded=loaded):
+            packed = (loaded[f"{name}.{key}"] for key in ("weight", "scales", "biases"))
+            return mx.quantized_matmul(x, *packed, group_size=32, bits=4)
+
+        x = mx.ones((1, loaded["w1.scales"].shape[1] * 32), mx.float16)
+        gate = times(x, "w1")
+        out = times(gate * mx.sigmoid(gate) * times(x, "w3"), "w2")
+        mx.eval(out, list(loaded.values()))
+        arrays += loaded.values()
+    return arrays
+
+
 def main():
     way, *paths = sys.argv[1:]
-    load = {"safe-open": load_safe_open, "headers": load_headers, "mlx": load_mlx}[way]
-    if way == "mlx":
+    load = {"safe-open": load_safe_open, "headers": load_headers, "mlx": load_mlx, "forward": load_forward}[way]
+    if way in ("mlx", "forward"):
         import mlx.core as mx
 
         mx.eval(mx.zeros(1))  # starts its threads

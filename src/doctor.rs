@@ -1,11 +1,11 @@
-//! Whether this machine can mount, and the one command that cures what keeps it from that.
+//! Whether this machine can mount, and the command that cures each thing that prevents it.
 //!
-//! The problem: FUSE fails with an errno, for reasons that lie in device nodes, set-user-id bits,
+//! The problem: FUSE fails with an errno, for reasons found in device nodes, set-user-id bits,
 //! containers and the limits of a session.
 //!
-//! The plan: each [`Check`] looks at one of them without changing anything. What keeps a mount from
-//! working is a [`Verdict::Failure`]; what makes it slower or narrower is a [`Verdict::Note`]. A cause
-//! is named only where it was looked at.
+//! The plan: each [`Check`] examines one of them and changes nothing. A [`Verdict::Failure`]
+//! prevents mounting; a [`Verdict::Note`] makes mounts slower or less capable. Only causes that
+//! were examined are named.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -22,15 +22,15 @@ use crate::sys::process::{descriptor_limit, effective_ids};
 /// The numbers of the FUSE device on Linux.
 const DEVICE_NUMBERS: (u64, u64) = (10, 229);
 
-/// What was found of one thing.
+/// The result of examining one thing.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Check {
-    /// What was looked at, in a word or two.
+    /// What was examined, in a word or two.
     pub name: &'static str,
     pub verdict: Verdict,
     /// What was found, in a sentence.
     pub found: String,
-    /// The command, or the change, that cures it; `None` where nothing needs a cure, or none is known.
+    /// The command, or the change, that cures it; `None` if no cure is needed or known.
     pub cure: Option<String>,
 }
 
@@ -39,11 +39,11 @@ pub struct Check {
 #[serde(rename_all = "lowercase")]
 pub enum Verdict {
     Good,
-    /// Mounts work, but something about them could be better.
+    /// Mounts work, but could work better.
     Note,
     /// Mounts do not work.
     Failure,
-    /// It could not be found out.
+    /// It could not be examined.
     Unknown,
 }
 
@@ -76,7 +76,7 @@ impl Check {
         }
     }
 
-    /// A verdict that others came to, and its cure if one is known.
+    /// Any verdict, with its cure if one is known.
     pub fn new(
         name: &'static str,
         verdict: Verdict,
@@ -91,7 +91,7 @@ impl Check {
     }
 }
 
-/// Looks at everything that decides whether this user can mount here. Off Linux there is nothing to look at.
+/// Examines everything that decides whether this user can mount here. Only Linux has such things.
 pub fn examine() -> Vec<Check> {
     if !cfg!(target_os = "linux") {
         return Vec::new();
@@ -107,15 +107,15 @@ pub fn examine() -> Vec<Check> {
     checks
 }
 
-/// Who asks, and from where.
+/// The user and the surroundings of this process.
 struct Who {
     uid: u32,
     container: Option<&'static str>,
-    /// Root of a user namespace, or one of its users, is not that of the machine.
+    /// Whether user ids are those of a user namespace rather than those of the machine.
     in_user_namespace: bool,
-    /// Has CAP_SYS_ADMIN; `None` where the kernel does not tell.
+    /// Whether it has CAP_SYS_ADMIN; `None` if that is unknown.
     may_mount: Option<bool>,
-    /// Set-user-id programs do nothing for it.
+    /// Whether set-user-id programs gain no privileges here.
     no_new_privileges: bool,
 }
 
@@ -139,7 +139,7 @@ impl Who {
     }
 }
 
-/// Whether the map of user ids is another than that of the machine: `0 0 4294967295`.
+/// Whether a map of user ids is not the machine's own, `0 0 4294967295`.
 fn in_user_namespace(map: &str) -> bool {
     !map.is_empty() && map.split_whitespace().ne(["0", "0", "4294967295"])
 }
@@ -169,7 +169,7 @@ fn device() -> Check {
         }
         Err(e) if e.raw_os_error() == Some(libc::EPERM) => {
             let cure = host::container_cure().unwrap_or(DOCKER);
-            Check::failure(DEVICE, "a container keeps it closed", cure)
+            Check::failure(DEVICE, "the container does not allow opening it", cure)
         }
         Err(e) if e.kind() == io::ErrorKind::PermissionDenied => Check::failure(
             DEVICE,
@@ -190,15 +190,15 @@ fn privileges(who: &Who) -> Option<Check> {
         (Some(container), true) => ("container", format!("in {container}, in a user namespace")),
         (Some(container), false) => ("container", format!("in {container}")),
         (None, true) => ("container", "in a user namespace".to_owned()),
-        (None, false) if lacks_right => ("root", "this root has not all rights".to_owned()),
+        (None, false) if lacks_right => ("root", "root without all capabilities".to_owned()),
         (None, false) => return None,
     };
     if lacks_right {
-        let found = format!("{place}: it lacks the one to mount, CAP_SYS_ADMIN");
+        let found = format!("{place}: CAP_SYS_ADMIN is missing, which mounting needs");
         let cure = host::container_cure().unwrap_or(DOCKER);
         return Some(Check::failure(name, found, cure));
     }
-    let found = format!("{place}; its mounts are seen inside of it only");
+    let found = format!("{place}; its mounts are visible only inside of it");
     Some(Check::good(name, found))
 }
 
@@ -216,11 +216,11 @@ fn helper(who: &Who) -> Option<Check> {
                 let found = format!("{HELPER_VARIABLE} is {path:?}, which is not a program");
                 Check::failure(name, found, unset)
             }
-            None => Check::failure(name, "is not installed, and users mount with it", INSTALL),
+            None => Check::failure(name, "not installed; users need it to mount", INSTALL),
         });
     };
     if !is_mount_helper(&path) {
-        let found = format!("{path:?} is another program");
+        let found = format!("{path:?} is a different program");
         let cure = if is_chosen.is_some() { &unset } else { INSTALL };
         return Some(Check::failure(name, found, cure));
     }
@@ -232,7 +232,7 @@ fn helper(who: &Who) -> Option<Check> {
     } else if who.no_new_privileges {
         Check::failure(
             name,
-            "set-user-id programs do nothing here (no_new_privs is set)",
+            "set-user-id programs gain no privileges here (no_new_privs is set)",
             "start the container without --security-opt no-new-privileges, or the service without NoNewPrivileges=",
         )
     } else {
@@ -240,10 +240,11 @@ fn helper(who: &Who) -> Option<Check> {
     })
 }
 
-/// How long a program may take to tell its version.
+/// How long a program may take to print its version.
 const VERSION_PATIENCE: Duration = Duration::from_secs(2);
 
-/// Whether a program says that it is fusermount3, or fusermount: `fusermount3 version: 3.14.0`.
+/// Whether a program prints the version of fusermount3 or fusermount: `fusermount3 version:
+/// 3.14.0`.
 fn is_mount_helper(path: &Path) -> bool {
     let child = Command::new(path)
         .arg("-V")
@@ -258,7 +259,7 @@ fn is_mount_helper(path: &Path) -> bool {
     while matches!(child.try_wait(), Ok(None)) && Instant::now() < give_up {
         std::thread::sleep(Duration::from_millis(5));
     }
-    // It has ended, or is ended here; so its output has an end.
+    // It has ended, or ends now, so its output ends as well.
     let _ = child.kill();
     let mut said = String::new();
     if let Some(output) = child.stdout.take() {
@@ -268,7 +269,7 @@ fn is_mount_helper(path: &Path) -> bool {
     said.starts_with("fusermount")
 }
 
-/// The helper asks for the name of the user who mounts.
+/// Whether the user who mounts has a name, for which the helper asks.
 fn user_name(who: &Who) -> Option<Check> {
     if who.is_root() {
         return None;
@@ -281,9 +282,9 @@ fn user_name(who: &Who) -> Option<Check> {
     {
         return None;
     }
-    // Users may also come from a directory service, which only a C library can ask.
+    // A directory service may know the user, but only a C library can ask it.
     let found = format!(
-        "user {uid} is not in /etc/passwd; if no other service knows a name, fusermount3 refuses"
+        "user {uid} is not in /etc/passwd; fusermount3 refuses unless another service knows its name"
     );
     Some(Check::note(
         "user",
@@ -295,17 +296,17 @@ fn user_name(who: &Who) -> Option<Check> {
 fn allow_other(who: &Who) -> Check {
     let name = "--allow-other";
     if who.is_root() || host::user_allow_other() {
-        return Check::good(name, "is allowed");
+        return Check::good(name, "allowed");
     }
     let cure = "echo user_allow_other | sudo tee -a /etc/fuse.conf";
-    Check::note(name, "is not allowed: mounts are for this user alone", cure)
+    Check::note(name, "not allowed: mounts are for this user alone", cure)
 }
 
-/// What kernels have learnt that mounts use, newest first, and what is lost without.
+/// The kernel versions that added something mounts use, newest first, and what is lost before.
 const KERNEL_FEATURES: [((u32, u32), &str); 4] = [
     (
         (6, 14),
-        "what is read on ext4 and XFS leaves the page cache as it was only by O_DIRECT",
+        "on ext4 and XFS, only O_DIRECT reads leave the page cache unchanged",
     ),
     (
         (6, 6),
@@ -313,9 +314,12 @@ const KERNEL_FEATURES: [((u32, u32), &str); 4] = [
     ),
     (
         (6, 5),
-        "what is cached of the model is not seen, and read from the disk",
+        "cached pages of the model cannot be detected, so they are read from the disk again",
     ),
-    ((5, 1), "every listing of a directory asks twice more"),
+    (
+        (5, 1),
+        "every listing of a directory takes two more requests",
+    ),
 ];
 
 fn kernel() -> Check {
@@ -346,31 +350,32 @@ fn version(release: &str) -> Option<(u32, u32)> {
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
-/// What loaders of all experts need: a map for each file of Kimi-K2.5, and some for themselves.
+/// A loader that maps every file of Kimi-K2.5 needs 23,044 maps, and more for itself. This is the
+/// kernel's default.
 const MAPS_WANTED: u64 = 65_530;
-/// MLX keeps the file of every array open that was not evaluated yet.
+/// MLX keeps the file of every array open until the array is evaluated.
 const DESCRIPTORS_WANTED: u64 = 4096;
-/// What the kernel has had from the start.
+/// The limit of all kernels before there was a setting.
 const PAGES_WANTED: u64 = 256;
 
 fn limits() -> Vec<Check> {
     let number = |path: &str| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
     let mut checks = Vec::new();
-    // Ours was raised to the hard limit already; what loaders may raise theirs to.
+    // Already raised to the hard limit, to which loaders can raise theirs as well.
     let descriptors = descriptor_limit();
     checks.push(limit(
         "ulimit -n",
         descriptors >= DESCRIPTORS_WANTED,
         format!("{descriptors} files may be open"),
-        format!("{descriptors} files may be open; a model in many parts, or a loader of many experts, wants more"),
+        format!("{descriptors} files may be open; a model in many parts, or a loader of many experts, needs more"),
         "ulimit -n 4096 # for good: LimitNOFILE= or /etc/security/limits.conf",
     ));
     if let Some(maps) = number("/proc/sys/vm/max_map_count") {
         checks.push(limit(
             "vm.max_map_count",
             maps >= MAPS_WANTED,
-            format!("{maps} maps: one for each of so many experts"),
-            format!("{maps} maps; a loader that maps all experts at once wants more"),
+            format!("{maps} maps: a loader can map that many experts at once"),
+            format!("{maps} maps; a loader that maps all experts at once needs more"),
             "sudo sysctl vm.max_map_count=262144",
         ));
     }
@@ -385,7 +390,7 @@ fn limits() -> Vec<Check> {
     }
     checks.push(Check::good(
         "read-ahead",
-        "128 KiB by the kernel, and whole experts by odmoe-fs; more by --readahead is seldom faster",
+        "128 KiB by the kernel, whole experts by odmoe-fs; more with --readahead is seldom faster",
     ));
     checks
 }

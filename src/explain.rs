@@ -1,11 +1,11 @@
-//! What an error says to a person and to a program: what is wrong, what to do, and a code.
+//! What an error tells people and programs: what is wrong, what to do, and a code.
 //!
-//! The problem: an error passes through several layers. The outermost knows the file, the innermost
-//! knows what went wrong, and so what to do next.
+//! The problem: an error passes through several layers. The outermost knows the file; the innermost
+//! knows what went wrong, and therefore what to do next.
 //!
 //! The plan: every error of this library implements one trait, and an error that wraps another
-//! forwards to it. There is a hint only where the next step is known: a general one would point
-//! many readers the wrong way.
+//! forwards to it. There is a hint only if the next step is known, since a general one would
+//! mislead many readers.
 
 use std::borrow::Cow;
 use std::error::Error;
@@ -23,7 +23,7 @@ pub trait Explain: Error {
     /// A name that stays the same when the words change, such as `model.missing`.
     fn code(&self) -> &'static str;
 
-    /// What to do; `None` where no next step is known.
+    /// What to do; `None` if no next step is known.
     fn hint(&self) -> Option<Hint>;
 
     /// What is wrong, and what to do, in one line, as for a log.
@@ -40,7 +40,7 @@ pub fn hint_of(error: &impl EnumProperty) -> Option<Hint> {
     error.get_str("hint").map(Hint::Borrowed)
 }
 
-/// The step after an error of the system follows from its number.
+/// The hint of an error of the system follows from its number.
 impl Explain for io::Error {
     fn code(&self) -> &'static str {
         "failed"
@@ -56,11 +56,11 @@ impl Explain for io::Error {
     }
 }
 
-/// For mounts that fail for a reason outside of this program.
+/// The hint for mounts that fail for a reason outside of this program.
 pub(crate) const ASK_DOCTOR: Hint =
     Cow::Borrowed("run `odmoe-fs doctor`, which checks this machine for mounting");
 
-/// The number that an error had before a library wrapped it, if its kind still tells.
+/// The number of an error that a library has wrapped, if its kind still shows it.
 fn errno_of(kind: io::ErrorKind) -> Option<i32> {
     Some(match kind {
         io::ErrorKind::NotFound => libc::ENOENT,
@@ -80,7 +80,7 @@ fn errno_of(kind: io::ErrorKind) -> Option<i32> {
     })
 }
 
-/// What to do about an error number (errno(3)); `None` if the number alone does not decide it.
+/// What to do about an error number (errno(3)); `None` if that does not follow from the number.
 fn step(errno: i32) -> Option<&'static str> {
     Some(match errno {
         libc::ENOENT => "check the path; `namei PATH` shows where it ends",
@@ -123,7 +123,7 @@ fn step(errno: i32) -> Option<&'static str> {
             "check the file server and the network to it, and run the command again"
         }
         libc::ENOTCONN | libc::ECONNABORTED => {
-            "unmount the file system that it lies on and mount that again: the process that served it is dead"
+            "unmount the file system that it is on and mount that again: the process that served it is dead"
         }
         _ => return None,
     })

@@ -29,6 +29,26 @@ pub enum Form {
 }
 
 impl Form {
+    /// Every form with its usual options.
+    pub const ALL: [Self; 5] = [
+        Self::Raw,
+        Self::Numbers(Float::F32),
+        Self::Numbers(Float::F16),
+        Self::Numbers(Float::Bf16),
+        Self::MLX,
+    ];
+    /// MLX's arrays, with numbers that are the model's own.
+    pub const MLX: Self = Self::Mlx {
+        scales: Float::F16,
+        requant: false,
+    };
+
+    /// The same, but what MLX cannot pack is quantised anew where that is possible.
+    pub const REQUANTISED: Self = Self::Mlx {
+        scales: Float::F16,
+        requant: true,
+    };
+
     /// The name on the command line and in headers.
     pub fn name(self) -> &'static str {
         match self {
@@ -106,6 +126,12 @@ impl Shown {
                 })
             }
         }
+    }
+
+    /// Bytes of all arrays of a tensor with this type and logical shape.
+    pub fn bytes(self, ggml_type: &GgmlType, shape: &Shape) -> u64 {
+        let arrays = (0..self.arrays()).map(|n| self.array(n, ggml_type, "", shape).bytes);
+        arrays.fold(0, u64::saturating_add)
     }
 
     /// Whether anything is computed.

@@ -1,5 +1,5 @@
 //! The FUSE adapter: a request of the kernel in, a call of [`Served`], a reply out. It only
-//! translates, and logs what it refuses.
+//! translates, and logs refusals.
 //!
 //! The tree never changes, so names and attributes stay valid for ever, pages stay cached, and
 //! opens need not be reported: `open` and `opendir` answer ENOSYS, which the kernel remembers.
@@ -45,7 +45,7 @@ pub struct OdmoeFs {
 }
 
 impl OdmoeFs {
-    /// Shows the kernel what is served.
+    /// A file system of the kernel that shows what is served.
     pub fn new(served: Served) -> Self {
         Self {
             served,
@@ -54,7 +54,7 @@ impl OdmoeFs {
         }
     }
 
-    /// What is served.
+    /// The file system without FUSE.
     pub fn served(&self) -> &Served {
         &self.served
     }
@@ -63,49 +63,49 @@ impl OdmoeFs {
         Named(self.served.model().tree(), ino)
     }
 
-    /// Answers a request: an `operation`, and `what` it is about, as messages name them. A panic
-    /// must not end the mount: the reply is dropped on the way out, which is EIO for the caller.
-    fn answer(&self, operation: &str, what: fmt::Arguments, callback: impl FnOnce(&Asked)) {
-        tracing::debug!("{operation} {what}");
-        let asked = Asked {
+    /// Answers a request, which is logged as its `operation` and `subject`. A panic must not end
+    /// the mount: unwinding drops the reply, which makes it EIO for the caller.
+    fn answer(&self, operation: &str, subject: fmt::Arguments, callback: impl FnOnce(&Call)) {
+        tracing::debug!("{operation} {subject}");
+        let call = Call {
             errors: &self.errors,
             operation,
-            what,
+            subject,
         };
         let callback = || {
             #[cfg(test)]
-            tests::panic_if_told(operation);
-            callback(&asked);
+            tests::panic_if_wanted(operation);
+            callback(&call);
         };
         if catch_unwind(AssertUnwindSafe(callback)).is_err() {
-            tracing::error!("{asked} panicked; this is a bug in odmoe-fs");
+            tracing::error!("{call} panicked; this is a bug in odmoe-fs");
         }
     }
 
-    fn open_nothing(&self, asked: &Asked, reply: ReplyOpen, flags: FopenFlags) {
+    fn open_nothing(&self, call: &Call, reply: ReplyOpen, flags: FopenFlags) {
         if self.opens_nothing {
-            reply.error(asked.refused(&Refusal::Unsupported));
+            reply.error(call.refused(&Refusal::Unsupported));
         } else {
             reply.opened(FileHandle(0), flags);
         }
     }
 }
 
-/// A request as messages name it, such as `read "experts/registry.json": 4096 bytes at 0`.
-struct Asked<'a> {
+/// A request as the log shows it, such as `read "experts/registry.json": 4096 bytes at 0`.
+struct Call<'a> {
     errors: &'a ErrorLog,
     operation: &'a str,
-    what: fmt::Arguments<'a>,
+    subject: fmt::Arguments<'a>,
 }
 
-impl fmt::Display for Asked<'_> {
+impl fmt::Display for Call<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {}", self.operation, self.what)
+        write!(f, "{} {}", self.operation, self.subject)
     }
 }
 
-impl Asked<'_> {
-    /// The errno of a refusal. The only place that logs one.
+impl Call<'_> {
+    /// The errno of a refusal. This is the only place that logs one.
     fn refused(&self, refusal: &Refusal) -> Errno {
         let errno = match refusal {
             Refusal::NotFound => Errno::ENOENT,
@@ -118,16 +118,16 @@ impl Asked<'_> {
             Refusal::Io(_) => Errno::EIO,
         };
         match refusal {
-            Refusal::Io(error) => self.errors.tell(self, error),
-            // Nothing is wrong: programs look for files that do not exist all the time.
+            Refusal::Io(error) => self.errors.log(self, error),
+            // Not an error: programs look for missing files all the time.
             _ => tracing::debug!("{self}: {refusal}"),
         }
         errno
     }
 }
 
-/// A node as messages name it: its path below the root, which is `.`. It costs nothing unless the
-/// message is written.
+/// A node as the log shows it: its path below the root, or `.` for the root. Unless the message is
+/// written, it costs nothing.
 struct Named<'a>(&'a Tree, INodeNo);
 
 impl fmt::Display for Named<'_> {
@@ -168,12 +168,12 @@ fn file_attr(attributes: &Attributes) -> FileAttr {
 }
 
 /// Size 0 asks for the length.
-fn reply_xattr(asked: &Asked, reply: ReplyXattr, value: Result<Vec<u8>, Refusal>, size: u32) {
+fn reply_xattr(call: &Call, reply: ReplyXattr, value: Result<Vec<u8>, Refusal>, size: u32) {
     match value {
         Ok(value) if size == 0 => reply.size(value.len() as u32),
         Ok(value) if value.len() <= size as usize => reply.data(&value),
-        Ok(_) => reply.error(asked.refused(&Refusal::AttributeTooLong)),
-        Err(refusal) => reply.error(asked.refused(&refusal)),
+        Ok(_) => reply.error(call.refused(&Refusal::AttributeTooLong)),
+        Err(refusal) => reply.error(call.refused(&refusal)),
     }
 }
 
@@ -191,24 +191,24 @@ fn until_full(full: bool) -> ControlFlow<()> {
 macro_rules! refused {
     ($($callback:ident($($argument:ty),*) -> $reply:ty;)*) => {
         $(fn $callback(&self, _: &Request, $(_: $argument,)* reply: $reply) {
-            let what = format_args!("that would change the tree");
-            let refused = |asked: &Asked| reply.error(asked.refused(&Refusal::ReadOnly));
-            self.answer(stringify!($callback), what, refused);
+            let subject = format_args!("that would change the tree");
+            let refused = |call: &Call| reply.error(call.refused(&Refusal::ReadOnly));
+            self.answer(stringify!($callback), subject, refused);
         })*
     };
 }
 
 impl Filesystem for OdmoeFs {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        // Kernels that do not know one of these refuse it; everything works without them.
-        for wish in [
+        // A kernel that does not know one of these refuses it, and everything works without them.
+        for capability in [
             InitFlags::FUSE_DO_READDIRPLUS,
             InitFlags::FUSE_PARALLEL_DIROPS,
-            // Handles of files, such as those of NFS, stay good when the kernel has forgotten them.
+            // File handles, such as those of NFS, stay valid when the kernel forgets the file.
             InitFlags::FUSE_EXPORT_SUPPORT,
         ] {
-            if config.add_capabilities(wish).is_err() {
-                tracing::info!("the kernel does not offer {wish:?}");
+            if config.add_capabilities(capability).is_err() {
+                tracing::info!("the kernel does not support {capability:?}");
             }
         }
         if self.served.cache() == Cache::Model
@@ -217,7 +217,7 @@ impl Filesystem for OdmoeFs {
                 .is_err()
         {
             tracing::warn!(
-                "this kernel (before 6.6) allows no shared maps with --cache direct: np.memmap and candle will fail with ENODEV"
+                "with --cache direct, this kernel (before 6.6) does not allow shared maps: np.memmap and candle will fail with ENODEV"
             );
         }
         let no_opening = InitFlags::FUSE_NO_OPEN_SUPPORT | InitFlags::FUSE_NO_OPENDIR_SUPPORT;
@@ -226,15 +226,15 @@ impl Filesystem for OdmoeFs {
     }
 
     fn destroy(&mut self) {
-        self.errors.tell_rest();
+        self.errors.log_rest();
     }
 
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        let what = format_args!("{name:?} in {}", self.named(parent));
-        self.answer("lookup", what, |asked| {
+        let subject = format_args!("{name:?} in {}", self.named(parent));
+        self.answer("lookup", subject, |call| {
             match self.served.lookup(parent.0, name.as_bytes()) {
                 Ok(attributes) => reply.entry(&FOR_EVER, &file_attr(&attributes), GENERATION),
-                Err(refusal) => reply.error(asked.refused(&refusal)),
+                Err(refusal) => reply.error(call.refused(&refusal)),
             }
         });
     }
@@ -243,9 +243,9 @@ impl Filesystem for OdmoeFs {
         self.answer(
             "getattr",
             format_args!("{}", self.named(ino)),
-            |asked| match self.served.attributes(ino.0) {
+            |call| match self.served.attributes(ino.0) {
                 Ok(attributes) => reply.attr(&FOR_EVER, &file_attr(&attributes)),
-                Err(refusal) => reply.error(asked.refused(&refusal)),
+                Err(refusal) => reply.error(call.refused(&refusal)),
             },
         );
     }
@@ -254,8 +254,8 @@ impl Filesystem for OdmoeFs {
         self.answer(
             "open",
             format_args!("{}", self.named(ino)),
-            |asked| match self.served.open(ino.0) {
-                Opening::NotNeeded => self.open_nothing(asked, reply, FopenFlags::FOPEN_KEEP_CACHE),
+            |call| match self.served.open(ino.0) {
+                Opening::NotNeeded => self.open_nothing(call, reply, FopenFlags::FOPEN_KEEP_CACHE),
                 Opening::KeepsPages => reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE),
                 Opening::KeepsNothing => reply.opened(FileHandle(0), FopenFlags::FOPEN_DIRECT_IO),
             },
@@ -263,9 +263,9 @@ impl Filesystem for OdmoeFs {
     }
 
     fn opendir(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        self.answer("opendir", format_args!("{}", self.named(ino)), |asked| {
+        self.answer("opendir", format_args!("{}", self.named(ino)), |call| {
             let flags = FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_CACHE_DIR;
-            self.open_nothing(asked, reply, flags);
+            self.open_nothing(call, reply, flags);
         });
     }
 
@@ -280,20 +280,20 @@ impl Filesystem for OdmoeFs {
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        let what = format_args!("{}: {size} bytes at {offset}", self.named(ino));
-        self.answer("read", what, |asked| {
+        let subject = format_args!("{}: {size} bytes at {offset}", self.named(ino));
+        self.answer("read", subject, |call| {
             self.served
                 .read(ino.0, offset, size.into(), |answer| match answer {
                     Ok(bytes) => {
                         reply.data(bytes);
-                        self.errors.tell_overdue();
+                        self.errors.log_overdue();
                     }
-                    Err(refusal) => reply.error(asked.refused(&refusal)),
+                    Err(refusal) => reply.error(call.refused(&refusal)),
                 });
         });
     }
 
-    /// Only `status` asks, by a number of our own.
+    /// The request of `status`, with a number of our own.
     fn ioctl(
         &self,
         _: &Request,
@@ -305,14 +305,14 @@ impl Filesystem for OdmoeFs {
         _: u32,
         reply: ReplyIoctl,
     ) {
-        let what = format_args!("number {number:#x}");
-        self.answer("ioctl", what, |asked| match number {
+        let subject = format_args!("number {number:#x}");
+        self.answer("ioctl", subject, |call| match number {
             CHANGED_PARTS => reply.ioctl(0, &self.served.changed_parts().to_ne_bytes()),
             TRAFFIC => {
                 let numbers = self.served.traffic().to_numbers();
                 reply.ioctl(0, numbers.map(u64::to_ne_bytes).as_flattened());
             }
-            _ => reply.error(asked.refused(&Refusal::Unsupported)),
+            _ => reply.error(call.refused(&Refusal::Unsupported)),
         });
     }
 
@@ -324,14 +324,14 @@ impl Filesystem for OdmoeFs {
         offset: u64,
         mut reply: ReplyDirectory,
     ) {
-        let what = format_args!("{} from entry {offset}", self.named(ino));
-        self.answer("readdir", what, |asked| {
+        let subject = format_args!("{} from entry {offset}", self.named(ino));
+        self.answer("readdir", subject, |call| {
             let listed = self.served.list(ino.0, offset, |entry, next, name| {
                 until_full(reply.add(INodeNo(entry.ino), next, file_type(entry.kind), name))
             });
             match listed {
                 Ok(()) => reply.ok(),
-                Err(refusal) => reply.error(asked.refused(&refusal)),
+                Err(refusal) => reply.error(call.refused(&refusal)),
             }
         });
     }
@@ -344,15 +344,15 @@ impl Filesystem for OdmoeFs {
         offset: u64,
         mut reply: ReplyDirectoryPlus,
     ) {
-        let what = format_args!("{} from entry {offset}", self.named(ino));
-        self.answer("readdirplus", what, |asked| {
+        let subject = format_args!("{} from entry {offset}", self.named(ino));
+        self.answer("readdirplus", subject, |call| {
             let listed = self.served.list(ino.0, offset, |entry, next, name| {
                 let (ino, attr) = (INodeNo(entry.ino), file_attr(&entry));
                 until_full(reply.add(ino, next, name, &FOR_EVER, &attr, GENERATION))
             });
             match listed {
                 Ok(()) => reply.ok(),
-                Err(refusal) => reply.error(asked.refused(&refusal)),
+                Err(refusal) => reply.error(call.refused(&refusal)),
             }
         });
     }
@@ -375,16 +375,16 @@ impl Filesystem for OdmoeFs {
     }
 
     fn getxattr(&self, _: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        let what = format_args!("{name:?} of {}", self.named(ino));
-        self.answer("getxattr", what, |asked| {
+        let subject = format_args!("{name:?} of {}", self.named(ino));
+        self.answer("getxattr", subject, |call| {
             let value = self.served.extended_attribute(ino.0, name.as_bytes());
-            reply_xattr(asked, reply, value, size);
+            reply_xattr(call, reply, value, size);
         });
     }
 
     fn listxattr(&self, _: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
-        self.answer("listxattr", format_args!("{}", self.named(ino)), |asked| {
-            reply_xattr(asked, reply, self.served.extended_attributes(ino.0), size);
+        self.answer("listxattr", format_args!("{}", self.named(ino)), |call| {
+            reply_xattr(call, reply, self.served.extended_attributes(ino.0), size);
         });
     }
 

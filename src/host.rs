@@ -1,5 +1,5 @@
-//! What this machine offers to FUSE: the device, the mount helper, its settings, and the right to
-//! mount. Shared by mounts and by [`doctor`](crate::doctor), so that both ask the same questions.
+//! What this machine offers for FUSE: the device, the mount helper, its settings, and the right to
+//! mount. [`mounts`](crate::mounts) and [`doctor`](crate::doctor) share it, so they judge alike.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -10,15 +10,15 @@ pub(crate) const DEVICE: &str = "/dev/fuse";
 /// The settings of the mount helper.
 const FUSE_CONF: &str = "/etc/fuse.conf";
 
-/// How a container is started so that root in it can mount.
+/// How to start a container in which root can mount.
 pub const DOCKER: &str =
     "docker run --device /dev/fuse --cap-add SYS_ADMIN --security-opt apparmor=unconfined IMAGE";
 /// The same for podman, with root or without.
 pub const PODMAN: &str =
     "podman run --device /dev/fuse --cap-add SYS_ADMIN --security-opt label=disable IMAGE";
 
-/// Whether this process may mount without the helper: it has CAP_SYS_ADMIN. `None` where the kernel
-/// does not tell.
+/// Whether this process may mount without the helper, which takes CAP_SYS_ADMIN. `None` if that is
+/// unknown.
 pub(crate) fn may_mount() -> Option<bool> {
     #[cfg(target_os = "linux")]
     {
@@ -30,7 +30,7 @@ pub(crate) fn may_mount() -> Option<bool> {
     None
 }
 
-/// The kind of container that this process runs in, as far as it says so.
+/// The kind of container that this process runs in, if it can be recognised.
 pub(crate) fn container() -> Option<&'static str> {
     if Path::new("/run/.containerenv").exists() {
         return Some("podman");
@@ -41,7 +41,7 @@ pub(crate) fn container() -> Option<&'static str> {
     std::env::var_os("container").map(|_| "a container")
 }
 
-/// How the container is started so that this process gets the device and the right to mount.
+/// How to start the container so that this process gets the device and the right to mount.
 pub(crate) fn container_cure() -> Option<&'static str> {
     match container()? {
         "podman" => Some(PODMAN),
@@ -49,7 +49,8 @@ pub(crate) fn container_cure() -> Option<&'static str> {
     }
 }
 
-/// Whether `fuse.conf` lets users pass `allow_other`: a line of its own, comments aside.
+/// Whether `fuse.conf` lets users pass `allow_other`. It must be alone on its line, but for a
+/// comment.
 pub(crate) fn user_allow_other() -> bool {
     fs::read_to_string(FUSE_CONF)
         .unwrap_or_default()
@@ -58,11 +59,11 @@ pub(crate) fn user_allow_other() -> bool {
         .any(|line| line.trim() == "user_allow_other")
 }
 
-/// The variable that names the mount helper.
+/// The environment variable that names the mount helper.
 pub(crate) const HELPER_VARIABLE: &str = "FUSERMOUNT_PATH";
 
-/// The set-user-id program that mounts and unmounts for users: the one that `FUSERMOUNT_PATH` names,
-/// or the first in `PATH`.
+/// The set-user-id program that mounts and unmounts for users: `FUSERMOUNT_PATH`, or the first one
+/// in `PATH`.
 pub(crate) fn fusermount() -> Option<PathBuf> {
     if let Some(path) = std::env::var_os(HELPER_VARIABLE) {
         return Some(PathBuf::from(path)).filter(|path| is_program(path));

@@ -180,8 +180,8 @@ impl Model {
         Ok(filled)
     }
 
-    /// The bytes of a range of a file of the tree, which must end within it. If they were fetched
-    /// in one piece they are borrowed from there, otherwise they are read into `space`.
+    /// The bytes of a range of a file of the tree, which must end within it. They are borrowed if
+    /// they were fetched in one piece; otherwise they are read into `space`.
     pub(crate) fn bytes<'a>(
         &self,
         file: Ino,
@@ -211,9 +211,9 @@ impl Model {
         Ok(Bytes::Read(&space[..read]))
     }
 
-    /// Fetches what a reader will ask for, a range of a file of the tree: about the first `near`
-    /// bytes of the model that it comes from now. This replaces what the reader wanted before; an
-    /// empty range means that it wants nothing more.
+    /// Fetches a range of a file of the tree that a reader will ask for, about the first `near` bytes
+    /// of the model that it comes from now. This replaces the reader's previous range; an empty one
+    /// means that it wants nothing more.
     pub(crate) fn fetch_ahead(&self, reader: u64, file: Ino, range: Range<u64>, near: u64) {
         self.source
             .fetch_ahead(reader, &self.runs(file, range), near);
@@ -350,7 +350,7 @@ impl Model {
 pub(crate) enum Bytes<'a> {
     /// Borrowed from the memory they were fetched into.
     Held(Held),
-    /// In memory of the caller's.
+    /// In the caller's memory.
     Read(&'a [u8]),
 }
 

@@ -1,6 +1,6 @@
-//! What a program sets up of its own process: signals, descriptors, privileges.
+//! Setting up a process: signals, descriptors, privileges.
 //!
-//! The command line calls these at its start. A library user needs none of them, but
+//! The command line calls these when it starts. A library user needs none of them, but
 //! [`raise_descriptor_limit`] helps with models of many parts.
 
 pub use crate::sys::privileges::no_new_privileges;

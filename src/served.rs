@@ -43,7 +43,7 @@ thread_local! {
     static ANSWER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Who owns the files of a mount.
+/// The owner of the files of a mount.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Owner {
     /// User id.
@@ -59,16 +59,16 @@ pub enum Cache {
     #[default]
     Mount,
     /// That of the model: every read of a mounted file reaches this process and is answered from
-    /// there. Good for loaders that read each byte once with `pread`, and beside llama.cpp.
+    /// that cache. Good for loaders that read each byte once with `pread`, and beside llama.cpp.
     Model,
-    /// Both, so that other programs find in memory what was read through the mount.
+    /// Both: other programs that read the model find it in memory.
     Both,
 }
 
-/// What the kernel must know about opens and pages of a file.
+/// What the kernel is told about opens and pages of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Opening {
-    /// Opens of files need not be reported, now or later. Pages stay valid for ever.
+    /// Opens need not be reported, now or later. Pages stay valid for ever.
     NotNeeded,
     /// Every open must be reported. Pages stay valid for ever.
     KeepsPages,
@@ -185,8 +185,8 @@ impl Served {
         }
     }
 
-    /// Finds a child of a directory by its name. `.` is any node itself and `..` its directory, as
-    /// whoever has only a file's handle asks for them (NFS exports).
+    /// Finds a child of a directory by its name. `.` is any node itself, and `..` is its directory:
+    /// an NFS server, which has only a file's handle, asks for them.
     pub fn lookup(&self, directory: Ino, name: &[u8]) -> Result<Attributes, Refusal> {
         self.counted(Operation::Lookup);
         let tree = self.model.tree();
@@ -268,13 +268,16 @@ impl Served {
         }
         ANSWER.with_borrow_mut(|space| {
             let read = self.model.bytes(file, range.clone(), space);
-            let bytes = read.as_ref().ok().map(|bytes| bytes.len() as u64);
+            // Before the reply: what a program has got must be counted when it looks.
+            if let Some((stats, _)) = counted {
+                stats.read(file, read.as_ref().ok().map(|bytes| bytes.len() as u64));
+            }
             match read {
                 Ok(bytes) => reply(Ok(&bytes)),
                 Err(error) => reply(Err(Refusal::Io(error))),
             }
             if let Some((stats, began)) = counted {
-                stats.read(file, bytes, began.elapsed());
+                stats.took(began.elapsed());
             }
         });
         self.fetch_ahead(file, range.end);

@@ -202,7 +202,7 @@ fn experts_times_suffixes_cannot_eat_the_memory() {
     tensors.push(("blk.7.ffn_up_exps.weight", &[1, 1, 65_536], "I8"));
     assert_eq!(
         refusal(&tensors),
-        "the experts up to layer 7 hold 6619136 tensors together, more than any real model; if yours is a real model, report it to odmoe-fs"
+        "the experts up to layer 7 hold 6619136 tensors together, more than any real model; if this is a real model, report it to odmoe-fs"
     );
 }
 
@@ -275,28 +275,28 @@ fn models_without_a_layout_are_refused_with_their_tensors_named() {
                 ("blk.3.ffn_up_exps.weight", &[8, 4, 2][..], "F32"),
                 ("blk.3.ffn_down_exps.weight", &[4, 8, 3], "F32"),
             ][..],
-            r#"tensor "blk.3.ffn_up_exps.weight" [8, 4, 2] F32 and tensor "blk.3.ffn_down_exps.weight" [4, 8, 3] F32 are of the same layer, but disagree on the number of experts; the model was written so: convert it again, or tell its publisher"#,
+            r#"tensor "blk.3.ffn_up_exps.weight" [8, 4, 2] F32 and tensor "blk.3.ffn_down_exps.weight" [4, 8, 3] F32 are of the same layer, but disagree on the number of experts; the converter wrote it so: convert the model again, or tell its publisher"#,
         ),
         (
             &[
                 ("blk.3.ffn_up_exps.weight", &[8, 4, 2], "F32"),
                 ("blk.3.ffn_up.1.weight", &[8, 4], "F32"),
             ],
-            r#"w3.weight of the same expert comes from both tensor "blk.3.ffn_up_exps.weight" [8, 4, 2] F32 and tensor "blk.3.ffn_up.1.weight" [8, 4] F32; the model was written so: convert it again, or tell its publisher"#,
+            r#"w3.weight of the same expert comes from both tensor "blk.3.ffn_up_exps.weight" [8, 4, 2] F32 and tensor "blk.3.ffn_up.1.weight" [8, 4] F32; the converter wrote it so: convert the model again, or tell its publisher"#,
         ),
         (
             &[
                 ("blk.3.ffn_gate_up_exps.weight", &[8, 4, 2], "F32"),
                 ("blk.3.ffn_gate_exps.weight", &[8, 2, 2], "F32"),
             ],
-            r#"w1.weight of the same expert comes from both tensor "blk.3.ffn_gate_up_exps.weight" [8, 4, 2] F32 and tensor "blk.3.ffn_gate_exps.weight" [8, 2, 2] F32; the model was written so: convert it again, or tell its publisher"#,
+            r#"w1.weight of the same expert comes from both tensor "blk.3.ffn_gate_up_exps.weight" [8, 4, 2] F32 and tensor "blk.3.ffn_gate_exps.weight" [8, 2, 2] F32; the converter wrote it so: convert the model again, or tell its publisher"#,
         ),
         (
             &[
                 ("blk.3.ffn_up.1.weight", &[8, 4], "F32"),
                 ("blk.3.ffn.experts.1.w3.weight", &[8, 4], "F32"),
             ],
-            r#"w3.weight of the same expert comes from both tensor "blk.3.ffn_up.1.weight" [8, 4] F32 and tensor "blk.3.ffn.experts.1.w3.weight" [8, 4] F32; the model was written so: convert it again, or tell its publisher"#,
+            r#"w3.weight of the same expert comes from both tensor "blk.3.ffn_up.1.weight" [8, 4] F32 and tensor "blk.3.ffn.experts.1.w3.weight" [8, 4] F32; the converter wrote it so: convert the model again, or tell its publisher"#,
         ),
         (
             &[
@@ -304,15 +304,15 @@ fn models_without_a_layout_are_refused_with_their_tensors_named() {
                 ("blk.3.ffn_up_exps.scale", &[2], "F32"),
                 ("blk.3.ffn_up_exps.weight.scale", &[2], "F32"),
             ],
-            r#"w3.scale of the same expert comes from both tensor "blk.3.ffn_up_exps.scale" [2] F32 and tensor "blk.3.ffn_up_exps.weight.scale" [2] F32; the model was written so: convert it again, or tell its publisher"#,
+            r#"w3.scale of the same expert comes from both tensor "blk.3.ffn_up_exps.scale" [2] F32 and tensor "blk.3.ffn_up_exps.weight.scale" [2] F32; the converter wrote it so: convert the model again, or tell its publisher"#,
         ),
         (
             &[("blk.3.ffn_up_exps.weight", &[8, 4, 2, 2], "F32")],
-            r#"tensor "blk.3.ffn_up_exps.weight" [8, 4, 2, 2] F32 has a fourth dimension, but experts are stacked along the third; the model was written so: convert it again, or tell its publisher"#,
+            r#"tensor "blk.3.ffn_up_exps.weight" [8, 4, 2, 2] F32 has a fourth dimension, but experts are stacked along the third; the converter wrote it so: convert the model again, or tell its publisher"#,
         ),
         (
             &[("blk.3.ffn_gate_up_exps.weight", &[8, 5, 2], "F32")],
-            r#"tensor "blk.3.ffn_gate_up_exps.weight" [8, 5, 2] F32 should hold gate and up rows, half of each, but has an odd number of rows; the model was written so: convert it again, or tell its publisher"#,
+            r#"tensor "blk.3.ffn_gate_up_exps.weight" [8, 5, 2] F32 should hold gate and up rows, half of each, but has an odd number of rows; the converter wrote it so: convert the model again, or tell its publisher"#,
         ),
         (
             &[("blk.3.ffn_up_exps.weight", &[256, 6, 2], "Q4_K_R4")],
@@ -328,7 +328,7 @@ fn models_without_a_layout_are_refused_with_their_tensors_named() {
         ),
         (
             &[("blk.0.ffn_up_exps.weight", &[1, 1, 65_537], "I8")],
-            "layer 0 has 65537 experts, which makes 65537 or more in all, more than any real model; if yours is a real model, report it to odmoe-fs",
+            "layer 0 has 65537 experts, which makes 65537 or more in all, more than any real model; if this is a real model, report it to odmoe-fs",
         ),
     ] {
         assert_eq!(refusal(tensors), expected);

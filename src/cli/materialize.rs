@@ -4,7 +4,6 @@ use std::io::Write;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
-use odmoe_fs::form::Form;
 use odmoe_fs::materialize::{Numbers, Options, Plan, Reflink, Selection};
 use odmoe_fs::model::Model;
 use odmoe_fs::mounts::odmoe_mount_of;
@@ -14,6 +13,7 @@ use odmoe_fs::verify::{Comparison, Depth, DifferenceKind};
 use odmoe_fs::work::default_jobs;
 
 use super::failure::{Failure, Result};
+use super::form::FormArgs;
 use super::progress::Meter;
 use super::screen::Screen;
 use super::verify::warn_of_unfinished;
@@ -31,6 +31,8 @@ pub struct MaterializeArgs {
     /// The directory to write base_model/ and experts/ into; created if missing
     #[arg(value_name = "DIR")]
     directory: PathBuf,
+    #[command(flatten)]
+    form: FormArgs,
     /// Write only base_model/
     #[arg(long, conflicts_with_all = ["experts_only", "layers", "experts"])]
     base_only: bool,
@@ -84,7 +86,7 @@ impl From<When> for Reflink {
 pub fn run(args: &MaterializeArgs, quiet: bool) -> Result<()> {
     // Writing beyond `ulimit -f` must be an error, not the end of the process.
     ignore_file_size_signal();
-    let mut model = args.model.open(Form::Raw)?;
+    let mut model = args.model.open(args.form.form()?)?;
     warn_of_unfinished(&model)?;
     // Each byte is read once, and 578 GiB must not push out what other programs have cached.
     model.set_page_cache(PageCache::Unchanged);
@@ -190,14 +192,14 @@ fn read_back(
         .iter()
         .filter(|d| d.kind != DifferenceKind::Extra);
     let lines: Vec<String> = differences
-        .map(|d| format!("\n  {} {d}", text::path(&directory.join(&d.path))))
+        .map(|d| format!("{} {d}\n", text::path(&directory.join(&d.path))))
         .collect();
     if !lines.is_empty() {
-        let message = format!(
-            "these files in {directory:?} are not what the model holds:{}",
-            lines.concat()
+        let _ = Diagnostics.write_all(lines.concat().as_bytes());
+        let message = format!("{directory:?} differs from the model where this says so");
+        return Err(
+            Failure::new(message).hint("remove these files, and run the same command again")
         );
-        return Err(Failure::new(message).hint("remove them, and run the same command again"));
     }
     let bytes = text::size(report.bytes);
     say(&format!("verified: {bytes} match the model\n"));

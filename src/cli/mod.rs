@@ -7,6 +7,7 @@ mod doctor;
 mod failure;
 #[cfg(feature = "remote")]
 mod fetch;
+mod form;
 mod fstab;
 mod inspect;
 mod materialize;

@@ -3,11 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use odmoe_fs::form::Form;
-use odmoe_fs::model::Model;
+use odmoe_fs::model::{Model, ModelError};
+#[cfg(feature = "remote")]
+use odmoe_fs::source::OpenError;
 #[cfg(feature = "remote")]
 use odmoe_fs::source::remote::{Address, AddressError, Options, is_url};
-
-use super::failure::Result;
 
 /// The model of a command.
 #[derive(clap::Args)]
@@ -59,7 +59,7 @@ struct RemoteArgs {
 }
 
 #[cfg(feature = "remote")]
-fn size(text: &str) -> std::result::Result<u64, String> {
+fn size(text: &str) -> Result<u64, String> {
     let bytes = super::text::parse_size(text);
     bytes.ok_or_else(|| "it must be a size such as 500M or 100G, or 0".to_owned())
 }
@@ -75,18 +75,17 @@ impl ModelArg {
     }
 
     /// Opens the model.
-    pub fn open(&self, form: Form) -> Result<Model> {
+    pub fn open(&self, form: Form) -> Result<Model, ModelError> {
         #[cfg(feature = "remote")]
-        if let Some((given, others)) = self.addresses()? {
-            let model = Model::open_remote(&given, &others, &self.remote.options(), form);
-            return Ok(model?);
+        if let Some((given, others)) = self.addresses().map_err(OpenError::from)? {
+            return Model::open_remote(&given, &others, &self.remote.options(), form);
         }
-        Ok(Model::open_as(self.shown(), form)?)
+        Model::open_as(self.shown(), form)
     }
 
     /// The address of the model, and those of other parts that are known; `None` of a file.
     #[cfg(feature = "remote")]
-    pub fn addresses(&self) -> std::result::Result<Option<(Address, Vec<Address>)>, AddressError> {
+    pub fn addresses(&self) -> Result<Option<(Address, Vec<Address>)>, AddressError> {
         let insecure = self.remote.insecure_http;
         if let Some(file) = &self.remote.url_file {
             let mut all = Address::of_file(file, insecure)?;

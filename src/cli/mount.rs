@@ -6,7 +6,6 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use odmoe_fs::explain::Explain;
-use odmoe_fs::form::Form;
 use odmoe_fs::model::Model;
 use odmoe_fs::mounts::{
     self, Cache, Caller, Launched, Mount, MountError, Options, answers, launch, set_read_ahead,
@@ -17,6 +16,7 @@ use odmoe_fs::process::leave_caller;
 use super::diagnostics::{self, LogFormat};
 use super::doctor::complaints;
 use super::failure::{Failure, Result};
+use super::form::FormArgs;
 use super::verify::warn_of_unfinished;
 use super::{ModelArg, say, text};
 
@@ -31,6 +31,8 @@ pub struct MountArgs {
     /// The directory to mount on: it must exist and be empty
     #[arg(value_name = "DIR")]
     directory: PathBuf,
+    #[command(flatten)]
+    form: FormArgs,
     /// Stay in the foreground; Ctrl-C (SIGINT) or SIGTERM unmounts
     #[arg(short, long)]
     foreground: bool,
@@ -163,13 +165,14 @@ pub fn run(args: &MountArgs) -> Result<()> {
     let launched = launch(
         |caller| serve_in_background(args, caller),
         |_| answers(&args.directory),
+        |said| say(&String::from_utf8_lossy(said)),
     );
     if !matches!(launched, Ok(Launched::Ready(_))) {
         // What a daemon that died has mounted, if it came so far, nobody serves.
         let _ = unmount_stale(&args.directory);
     }
     match launched? {
-        Launched::Ready(said) => say(&String::from_utf8_lossy(&said)),
+        Launched::Ready(_) => {}
         Launched::Failed(said) => return Err(Failure::from_json(&said)),
         Launched::Died(fate) => {
             complain();
@@ -251,7 +254,7 @@ fn complain() {
 }
 
 fn open_model(args: &MountArgs) -> Result<Model> {
-    let model = args.model.open(Form::Raw)?;
+    let model = args.model.open(args.form.form()?)?;
     if model.layout().experts().is_empty() {
         tracing::warn!(
             "{:?} has no routed experts: experts/ will hold an empty registry.json only",

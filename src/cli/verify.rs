@@ -4,15 +4,15 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use odmoe_fs::form::Form;
-use odmoe_fs::layout::Layout;
-use odmoe_fs::model::Model;
+use odmoe_fs::layout::{Layout, LayoutError};
+use odmoe_fs::model::{Model, ModelError};
 use odmoe_fs::mounts::{State, odmoe_mount_of, state_of};
 use odmoe_fs::source::PageCache;
-use odmoe_fs::verify::{Comparison, Depth, Difference, Report, Unfinished, VerifyError};
+use odmoe_fs::verify::{Comparison, Depth, Difference, Report, Unfinished, VerifyError, form_of};
 use odmoe_fs::work::default_jobs;
 use serde::Serialize;
 
-use super::failure::Result;
+use super::failure::{Failure, Result};
 use super::progress::Meter;
 use super::screen::Screen;
 use super::{ModelArg, Stop, print, print_json, text};
@@ -44,9 +44,9 @@ pub struct VerifyArgs {
 
 /// Runs the command. Returns whether everything is as it should be.
 pub fn run(args: &VerifyArgs, quiet: bool) -> Result<bool> {
-    let mut model = args.model.open(Form::Raw)?;
     let directory = args.model.take_directory(args.directory.as_ref());
     let Some(directory) = &directory else {
+        let model = args.model.open(Form::Raw)?;
         let unfinished = Unfinished::of(&model)?;
         let report = ModelReport::of(&model, &unfinished);
         if args.json {
@@ -57,8 +57,6 @@ pub fn run(args: &VerifyArgs, quiet: bool) -> Result<bool> {
         }
         return Ok(report.sound);
     };
-    // Each byte is read once, and must not push out what other programs have cached.
-    model.set_page_cache(PageCache::Unchanged);
     let depth = if args.quick {
         Depth::Quick
     } else {
@@ -70,6 +68,11 @@ pub fn run(args: &VerifyArgs, quiet: bool) -> Result<bool> {
     if let Some(mount) = &mount {
         ask(&mount.directory)?;
     }
+    let form = form_of(directory)?;
+    let opened = args.model.open(form);
+    let mut model = opened.map_err(|e| refused(e, directory, form))?;
+    // Each byte is read once, and must not push out what other programs have cached.
+    model.set_page_cache(PageCache::Unchanged);
     let stop = Stop::on_signals()?;
     let comparison = Comparison::new(&model, directory, depth)?;
     let meter = Meter::new(comparison.bytes(), quiet);
@@ -91,6 +94,20 @@ pub fn run(args: &VerifyArgs, quiet: bool) -> Result<bool> {
         print(&Screen::of_stdout().fit(&text))?;
     }
     Ok(report.differences.is_empty())
+}
+
+/// Why the model cannot be compared with a tree in a form.
+fn refused(error: ModelError, directory: &Path, form: Form) -> Failure {
+    match error {
+        ModelError::Layout {
+            cause: cause @ LayoutError::UnknownTypes(_),
+            path,
+        } => Failure::new(format!(
+            "{directory:?} holds {form}, which {path:?} cannot be shown as: {cause}"
+        ))
+        .hint("name the model that the tree was made from"),
+        other => other.into(),
+    }
 }
 
 /// Fails if the mount on a directory does not answer. A call into it could not even be interrupted.

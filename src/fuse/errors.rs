@@ -5,8 +5,8 @@
 //! else in the log.
 //!
 //! The plan: the first error of each part is logged at once, later ones at most every [`PAUSE`],
-//! with the number of those in between. That a part has changed or is gone is logged once, since it
-//! stays so.
+//! with the number of errors in between. A part that has changed or is gone is logged once, since
+//! that does not change back.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -20,46 +20,46 @@ use crate::source::ReadError;
 /// Short enough to show that a disk goes on failing, and at most 8,640 lines a day.
 const PAUSE: Duration = Duration::from_secs(10);
 
-/// What was logged about each part.
+/// The errors of each part that were logged or counted.
 #[derive(Debug, Default)]
 pub struct ErrorLog {
     parts: Mutex<Vec<Part>>,
-    /// Whether any errors went unlogged, so that readers need not look.
-    has_untold: AtomicBool,
+    /// Whether any errors are unlogged. Readers look only at this.
+    has_unlogged: AtomicBool,
 }
 
 #[derive(Debug)]
 struct Part {
     path: PathBuf,
-    /// When a failed read was logged last.
-    told: Option<Instant>,
+    /// When a failed read was last logged.
+    logged: Option<Instant>,
     /// Failed reads since then.
-    untold: u64,
+    unlogged: u64,
     /// Whether it was logged that the part has changed.
-    told_changed: bool,
+    logged_change: bool,
     /// Whether it was logged that the part cannot be opened again.
-    told_missing: bool,
+    logged_missing: bool,
 }
 
 impl ErrorLog {
-    /// Logs the error that `request` is refused with, if it is time to.
-    pub fn tell(&self, request: impl fmt::Display, error: &ReadError) {
+    /// Logs the error with which `request` is refused, or counts it if another was logged lately.
+    pub fn log(&self, request: impl fmt::Display, error: &ReadError) {
         if let Some(line) = self.line(request, error, Instant::now()) {
             tracing::error!("{line}");
         }
     }
 
-    /// Logs how many errors went unlogged, if it is time to. Costs next to nothing if there are
-    /// none.
-    pub fn tell_overdue(&self) {
-        if self.has_untold.load(Ordering::Relaxed) {
-            tell_all(&self.untold(Instant::now(), PAUSE));
+    /// Logs the number of unlogged errors, if the last message is old enough. Costs next to nothing
+    /// if there are none.
+    pub fn log_overdue(&self) {
+        if self.has_unlogged.load(Ordering::Relaxed) {
+            log_all(&self.unlogged(Instant::now(), PAUSE));
         }
     }
 
-    /// Logs how many errors went unlogged, at the end of the mount.
-    pub fn tell_rest(&self) {
-        tell_all(&self.untold(Instant::now(), Duration::ZERO));
+    /// Logs the number of unlogged errors, at the end of the mount.
+    pub fn log_rest(&self) {
+        log_all(&self.unlogged(Instant::now(), Duration::ZERO));
     }
 
     fn line(&self, request: impl fmt::Display, error: &ReadError, now: Instant) -> Option<String> {
@@ -67,21 +67,21 @@ impl ErrorLog {
         let part = part(&mut parts, error.path());
         match error {
             _ if error.is_change() => {
-                let is_told = std::mem::replace(&mut part.told_changed, true);
-                (!is_told).then(|| format!("{request}: {error}; reads of it fail from now on"))
+                let is_logged = std::mem::replace(&mut part.logged_change, true);
+                (!is_logged).then(|| format!("{request}: {error}; reads of it fail from now on"))
             }
             ReadError::Reopen { .. } => {
-                let is_told = std::mem::replace(&mut part.told_missing, true);
-                (!is_told).then(|| format!("{request}: {error}"))
+                let is_logged = std::mem::replace(&mut part.logged_missing, true);
+                (!is_logged).then(|| format!("{request}: {error}"))
             }
             _ => {
-                if part.told.is_some_and(|told| now < told + PAUSE) {
-                    part.untold += 1;
-                    self.has_untold.store(true, Ordering::Relaxed);
+                if part.logged.is_some_and(|logged| now < logged + PAUSE) {
+                    part.unlogged += 1;
+                    self.has_unlogged.store(true, Ordering::Relaxed);
                     return None;
                 }
-                part.told = Some(now);
-                Some(match std::mem::take(&mut part.untold) {
+                part.logged = Some(now);
+                Some(match std::mem::take(&mut part.unlogged) {
                     0 => format!("{request}: {error}"),
                     more => format!("{request}: {error} (and {more} more since the last message)"),
                 })
@@ -90,24 +90,24 @@ impl ErrorLog {
     }
 
     /// A line for each part with unlogged errors whose last message is at least as old as `pause`.
-    fn untold(&self, now: Instant, pause: Duration) -> Vec<String> {
+    fn unlogged(&self, now: Instant, pause: Duration) -> Vec<String> {
         let mut parts = self.parts.lock();
         let mut lines = Vec::new();
-        for part in parts.iter_mut().filter(|part| part.untold > 0) {
-            if part.told.is_none_or(|told| now >= told + pause) {
-                let more = std::mem::take(&mut part.untold);
-                part.told = Some(now);
+        for part in parts.iter_mut().filter(|part| part.unlogged > 0) {
+            if part.logged.is_none_or(|logged| now >= logged + pause) {
+                let more = std::mem::take(&mut part.unlogged);
+                part.logged = Some(now);
                 let reads = if more == 1 { "read has" } else { "reads have" };
                 lines.push(format!("{:?}: {more} more {reads} failed", part.path));
             }
         }
-        let has_untold = parts.iter().any(|part| part.untold > 0);
-        self.has_untold.store(has_untold, Ordering::Relaxed);
+        let has_unlogged = parts.iter().any(|part| part.unlogged > 0);
+        self.has_unlogged.store(has_unlogged, Ordering::Relaxed);
         lines
     }
 }
 
-fn tell_all(lines: &[String]) {
+fn log_all(lines: &[String]) {
     lines.iter().for_each(|line| tracing::error!("{line}"));
 }
 
@@ -116,10 +116,10 @@ fn part<'a>(parts: &'a mut Vec<Part>, path: &Path) -> &'a mut Part {
     let place = place.unwrap_or_else(|| {
         parts.push(Part {
             path: path.to_owned(),
-            told: None,
-            untold: 0,
-            told_changed: false,
-            told_missing: false,
+            logged: None,
+            unlogged: 0,
+            logged_change: false,
+            logged_missing: false,
         });
         parts.len() - 1
     });
@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_error_is_told_at_once_with_file_range_and_part() {
+    fn the_first_error_is_logged_at_once_with_file_range_and_part() {
         let log = ErrorLog::default();
         let request = "read \"experts/a\": 100 bytes at 7";
         let line = log.line(request, &failed("/m.gguf", 4096), Instant::now());
@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn a_dying_disk_is_told_of_once_in_a_while_with_a_number() {
+    fn a_dying_disk_is_logged_once_in_a_while_with_a_count() {
         let (log, start) = (ErrorLog::default(), Instant::now());
         let at = |seconds: u32| log.line("x", &failed("/m", 0), start + seconds * SECOND);
         assert!(at(0).is_some());
@@ -183,27 +183,27 @@ mod tests {
     }
 
     #[test]
-    fn errors_that_stop_are_told_all_the_same_and_none_of_them_twice() {
+    fn errors_are_counted_even_when_they_stop_and_none_of_them_twice() {
         let (log, start) = (ErrorLog::default(), Instant::now());
         for _ in 0..5 {
             log.line("x", &failed("/1", 0), start);
         }
         log.line("x", &failed("/2", 0), start);
-        assert_eq!(log.untold(start + 9 * SECOND, PAUSE), [""; 0]);
+        assert_eq!(log.unlogged(start + 9 * SECOND, PAUSE), [""; 0]);
         let line = "\"/1\": 4 more reads have failed";
-        assert_eq!(log.untold(start + 10 * SECOND, PAUSE), [line]);
-        assert_eq!(log.untold(start + 99 * SECOND, PAUSE), [""; 0]);
-        assert!(!log.has_untold.load(Ordering::Relaxed));
+        assert_eq!(log.unlogged(start + 10 * SECOND, PAUSE), [line]);
+        assert_eq!(log.unlogged(start + 99 * SECOND, PAUSE), [""; 0]);
+        assert!(!log.has_unlogged.load(Ordering::Relaxed));
         // That was a message like any other.
         assert_eq!(log.line("x", &failed("/1", 0), start + 11 * SECOND), None);
         let line = "\"/1\": 1 more read has failed";
-        assert_eq!(log.untold(start + 11 * SECOND, Duration::ZERO), [line]);
+        assert_eq!(log.unlogged(start + 11 * SECOND, Duration::ZERO), [line]);
     }
 
     #[test]
     fn every_error_is_in_some_message() {
         let (log, start) = (ErrorLog::default(), Instant::now());
-        let mut told = 0;
+        let mut logged = 0;
         let number = |line: &str| {
             let mut words = line
                 .split(' ')
@@ -214,18 +214,18 @@ mod tests {
             let now = start + Duration::from_millis(n * n % 997 + n * 37);
             if let Some(line) = log.line("x", &failed("/1", 0), now) {
                 let more = line.split_once("(and ").map_or(0, |(_, rest)| number(rest));
-                told += 1 + more;
+                logged += 1 + more;
             }
-            let overdue = log.untold(now, PAUSE);
-            told += overdue.iter().map(|line| number(line)).sum::<u64>();
+            let overdue = log.unlogged(now, PAUSE);
+            logged += overdue.iter().map(|line| number(line)).sum::<u64>();
         }
-        let rest = log.untold(start + 3600 * SECOND, Duration::ZERO);
-        told += rest.iter().map(|line| number(line)).sum::<u64>();
-        assert_eq!(told, 1000);
+        let rest = log.unlogged(start + 3600 * SECOND, Duration::ZERO);
+        logged += rest.iter().map(|line| number(line)).sum::<u64>();
+        assert_eq!(logged, 1000);
     }
 
     #[test]
-    fn a_change_is_told_once_whatever_else_fails() {
+    fn a_change_is_logged_once_whatever_else_fails() {
         let (log, start) = (ErrorLog::default(), Instant::now());
         let changed = ReadError::Changed { path: "/m".into() };
         let gone = |path: &str| ReadError::Reopen {
@@ -243,6 +243,6 @@ mod tests {
             assert_eq!(log.line("x", &gone("/m"), now), None);
         }
         assert!(log.line("x", &gone("/other"), start).is_some());
-        assert_eq!(log.untold(start + 3600 * SECOND, PAUSE), [""; 0]);
+        assert_eq!(log.unlogged(start + 3600 * SECOND, PAUSE), [""; 0]);
     }
 }

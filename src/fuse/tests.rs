@@ -1,4 +1,4 @@
-//! What no file and no kernel can bring about from outside: a fault of our own in a callback.
+//! A fault of our own in a callback, which no file and no kernel can cause from outside.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -13,12 +13,12 @@ use crate::gguf::write::Writer;
 use crate::model::Model;
 use crate::served::Owner;
 
-/// The callback that is to panic, by its name.
+/// The name of the callback that must panic.
 static PANICS: Mutex<Option<&str>> = Mutex::new(None);
 
-pub(super) fn panic_if_told(operation: &str) {
-    let told = *PANICS.lock().unwrap();
-    assert_ne!(told, Some(operation), "as the test wants it");
+pub(super) fn panic_if_wanted(operation: &str) {
+    let wanted = *PANICS.lock().unwrap();
+    assert_ne!(wanted, Some(operation), "as the test wants");
 }
 
 fn model(folder: &TempDir) -> Model {
@@ -56,20 +56,20 @@ fn a_panic_in_a_callback_is_eio_for_its_caller_and_the_mount_goes_on() {
     let read = || fs::read(&expert).map(|bytes| bytes.len());
     let size = read().unwrap();
     let eio = |result: io::Result<usize>| result.unwrap_err().raw_os_error() == Some(libc::EIO);
-    let told = |operation| *PANICS.lock().unwrap() = operation;
+    let panic_in = |operation| *PANICS.lock().unwrap() = operation;
     // Each worker, and each more than once.
     for _ in 0..8 {
-        told(Some("read"));
+        panic_in(Some("read"));
         assert!(eio(read()));
-        told(Some("lookup"));
+        panic_in(Some("lookup"));
         assert!(eio(fs::metadata(root.join("experts/nothing")).map(|_| 0)));
-        told(None);
+        panic_in(None);
         assert_eq!(read().unwrap(), size);
     }
     let held = File::open(&expert).unwrap();
-    told(Some("read"));
+    panic_in(Some("read"));
     assert!(eio(held.read_at(&mut [0; 16], 0)));
-    told(None);
+    panic_in(None);
     assert_eq!(held.read_at(&mut [0; 16], 0).unwrap(), 16);
     drop(held);
     drop(session);

@@ -4,15 +4,18 @@ use std::path::Path;
 
 use serde::Serialize;
 
+use crate::form::Form;
 use crate::layout::TensorFile;
 use crate::model::Model;
-use crate::safetensors::Dtype;
+use crate::safetensors::{Array, Dtype};
 
 /// Where one expert lies.
 #[derive(Debug, Clone, Serialize)]
 pub struct ExpertReport<'a> {
     /// Within the tree.
     pub path: String,
+    /// The form of quantised tensors.
+    pub form: &'static str,
     /// Of the file, header and payload.
     pub bytes: u64,
     pub header_bytes: u64,
@@ -29,13 +32,37 @@ pub struct ExpertTensor<'a> {
     pub ggml_type: &'static str,
     /// Row-major, in elements.
     pub shape: Vec<u64>,
+    /// Of the blocks or numbers in the model.
     pub dtype: &'static str,
+    /// What stands for it in the file; absent in the raw form, where it is the tensor itself.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub arrays: Vec<ArrayReport>,
     /// 0-based.
     pub part: u32,
     pub part_path: String,
     /// The first byte within that file.
     pub offset: u64,
     pub bytes: u64,
+}
+
+/// One array of an expert's file, in a form with numbers.
+#[derive(Debug, Clone, Serialize)]
+pub struct ArrayReport {
+    pub name: String,
+    pub dtype: &'static str,
+    pub shape: Vec<u64>,
+    pub bytes: u64,
+}
+
+impl From<Array<'_>> for ArrayReport {
+    fn from(array: Array<'_>) -> Self {
+        Self {
+            name: array.name.into_owned(),
+            dtype: array.dtype.name(),
+            shape: array.shape.dims().to_vec(),
+            bytes: array.bytes,
+        }
+    }
 }
 
 impl<'a> ExpertReport<'a> {
@@ -48,6 +75,10 @@ impl<'a> ExpertReport<'a> {
             ggml_type: tensor.ggml_type.name,
             shape: tensor.shape.dims().to_vec(),
             dtype: Dtype::of(tensor.ggml_type).name(),
+            arrays: match model.layout().form() {
+                Form::Raw => Vec::new(),
+                _ => tensor.arrays().map(ArrayReport::from).collect(),
+            },
             part: tensor.gguf_part,
             part_path: paths[tensor.gguf_part as usize]
                 .to_string_lossy()
@@ -57,6 +88,7 @@ impl<'a> ExpertReport<'a> {
         });
         Self {
             path: file.kind.path(),
+            form: model.layout().form().name(),
             bytes: file.bytes(),
             header_bytes: file.header_bytes,
             tensors: tensors.collect(),

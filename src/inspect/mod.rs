@@ -4,13 +4,15 @@
 //! `docs/JSON.md` describes.
 
 mod expert;
+mod forms;
 mod memory;
 
 use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-pub use self::expert::{ExpertReport, ExpertTensor};
+pub use self::expert::{ArrayReport, ExpertReport, ExpertTensor};
+pub use self::forms::{FormReport, FormsReport};
 pub use self::memory::Memory;
 use crate::layout::{FileKind, Layout, TensorFile};
 use crate::model::Model;
@@ -20,6 +22,8 @@ use crate::safetensors::{Dtype, Shape};
 /// otherwise.
 #[derive(Debug, Clone, Serialize)]
 pub struct Report<'a> {
+    /// The form that the sizes of components, experts, layers and of the tree are in.
+    pub form: &'static str,
     pub architecture: Option<&'a str>,
     /// `ARCHITECTURE.block_count`: layers, those without experts included.
     pub block_count: Option<u64>,
@@ -40,6 +44,8 @@ pub struct Report<'a> {
     /// Every layer that has a tensor.
     pub layers: Vec<LayerReport>,
     pub active: ActiveReport,
+    #[serde(flatten)]
+    pub forms: FormsReport,
     /// `None` where the system does not tell.
     pub memory: Option<Memory>,
     pub tree: TreeReport,
@@ -176,13 +182,14 @@ impl<'a> Report<'a> {
         });
         let incongruent = |files: &[TensorFile]| files.iter().map(|f| f.incongruent_bytes).sum();
         let number = |key| header.get_of_architecture(key)?.value.as_u64();
-        let used = layout.expert_used_count().and_then(|value| value.as_u64());
-        let expert_layers = expert_layers(layout);
-        let payload: u64 = layout.files().iter().map(|file| file.payload_bytes).sum();
+        let payloads: Vec<u64> = layout.files().iter().map(|f| f.payload_bytes).collect();
+        let expert_layers = expert_layers(layout, &payloads);
         let incongruent_bytes: u64 = incongruent(layout.files());
         Self {
+            form: layout.form().name(),
             layers: layers(layout, &expert_layers),
-            active: ActiveReport::new(layout, &expert_layers, used),
+            active: ActiveReport::new(layout, &payloads, &expert_layers),
+            forms: FormsReport::new(model),
             memory: Memory::of_this_machine(),
             architecture: header.architecture(),
             block_count: number("block_count"),
@@ -198,7 +205,7 @@ impl<'a> Report<'a> {
             experts: ExpertsReport {
                 files: layout.experts().len(),
                 bytes: layout.experts().iter().map(|f| f.payload_bytes).sum(),
-                used_per_token: used,
+                used_per_token: used_per_token(layout),
                 incomplete: incomplete(layout),
                 layers: expert_layers,
             },
@@ -206,7 +213,7 @@ impl<'a> Report<'a> {
                 files: model.tree().files().count(),
                 bytes: model.tree().total_size(),
                 incongruent_bytes,
-                sharable_bytes: payload - incongruent_bytes,
+                sharable_bytes: payloads.iter().sum::<u64>() - incongruent_bytes,
                 incongruent_expert_bytes: incongruent(layout.experts()),
             },
             tensors: None,
@@ -237,21 +244,26 @@ fn components(layout: &Layout) -> BTreeMap<&'static str, Amount> {
     amounts.collect()
 }
 
-fn expert_layers(layout: &Layout) -> Vec<ExpertLayerReport> {
+fn used_per_token(layout: &Layout) -> Option<u64> {
+    layout.expert_used_count()?.as_u64()
+}
+
+/// The experts of each layer, with the payload bytes of all files in some form.
+fn expert_layers(layout: &Layout, payloads: &[u64]) -> Vec<ExpertLayerReport> {
     let mut layers: Vec<ExpertLayerReport> = Vec::new();
-    for file in layout.experts() {
+    for (file, bytes) in layout.files().iter().zip(payloads) {
         let FileKind::Expert { layer, .. } = file.kind else {
             continue;
         };
         match layers.last_mut().filter(|last| last.layer == layer) {
             Some(last) => {
                 last.experts += 1;
-                last.bytes += file.payload_bytes;
+                last.bytes += bytes;
             }
             None => layers.push(ExpertLayerReport {
                 layer,
                 experts: 1,
-                bytes: file.payload_bytes,
+                bytes: *bytes,
             }),
         }
     }
@@ -273,33 +285,40 @@ fn tensor_reports(layout: &Layout) -> Vec<TensorReport<'_>> {
 }
 
 fn layers(layout: &Layout, experts: &[ExpertLayerReport]) -> Vec<LayerReport> {
-    let mut bytes: BTreeMap<u32, u64> = BTreeMap::new();
-    for tensor in &layout.model().tensors {
-        let layer = tensor.info.name.strip_prefix("blk.");
+    let mut base_bytes: BTreeMap<u32, u64> = BTreeMap::new();
+    for layer in experts {
+        base_bytes.insert(layer.layer, 0);
+    }
+    let base = layout.files().len() - layout.experts().len();
+    for tensor in layout.files()[..base]
+        .iter()
+        .flat_map(|file| layout.tensors(file))
+    {
+        let layer = tensor.gguf_name.strip_prefix("blk.");
         let layer = layer.and_then(|rest| rest.split('.').next()?.parse().ok());
         if let Some(layer) = layer {
-            *bytes.entry(layer).or_default() += tensor.info.bytes;
+            *base_bytes.entry(layer).or_default() += tensor.shown_bytes();
         }
     }
-    let report = |(layer, bytes)| {
+    let report = |(layer, base_bytes)| {
         let experts = experts.iter().find(|experts| experts.layer == layer);
-        let expert_bytes = experts.map_or(0, |experts| experts.bytes);
         LayerReport {
             layer,
             kind: if experts.is_some() { "moe" } else { "dense" },
-            base_bytes: bytes - expert_bytes,
+            base_bytes,
             experts: experts.map_or(0, |experts| experts.experts),
-            expert_bytes,
+            expert_bytes: experts.map_or(0, |experts| experts.bytes),
         }
     };
-    bytes.into_iter().map(report).collect()
+    base_bytes.into_iter().map(report).collect()
 }
 
 impl ActiveReport {
-    fn new(layout: &Layout, layers: &[ExpertLayerReport], used: Option<u64>) -> Self {
-        let experts = layout.experts().len();
-        let base = &layout.files()[..layout.files().len() - experts];
-        let base_bytes = base.iter().map(|file| file.payload_bytes).sum();
+    /// What one token needs of files with these payloads.
+    fn new(layout: &Layout, payloads: &[u64], layers: &[ExpertLayerReport]) -> Self {
+        let used = used_per_token(layout);
+        let base = payloads.len() - layout.experts().len();
+        let base_bytes = payloads[..base].iter().sum();
         let of_layer = |layer: &ExpertLayerReport, used: u64| {
             let experts = layer.experts as u64;
             // In 128 bits, since a model may claim to use any number.
@@ -310,7 +329,7 @@ impl ActiveReport {
             experts_per_layer: used,
             expert_bytes,
             base_bytes,
-            bytes: expert_bytes.map(|bytes: u64| bytes + base_bytes),
+            bytes: expert_bytes.map(|bytes: u64| bytes.saturating_add(base_bytes)),
         }
     }
 }

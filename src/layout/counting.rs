@@ -1,6 +1,8 @@
+//! Counting the bytes that are written.
+
 use std::io::{self, Write};
 
-/// Passes on what is written into it, and counts the bytes; with [`io::sink`] it only counts.
+/// Counts the bytes that pass through it; with [`io::sink`] it only counts.
 pub(super) struct CountingWriter<W> {
     out: W,
     pub(super) bytes: u64,

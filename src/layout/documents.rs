@@ -1,7 +1,7 @@
 //! The documents: `registry.json`, `metadata.json`, `metadata.gguf`, and the headers of files.
 //!
-//! Each is a function that renders into a `Write`; its length is the same function into a
-//! counter. JSON has an indent of two spaces, as the reference converter writes it.
+//! Each is a function that renders into a `Write`. Its length comes from the same function,
+//! rendering into a counter. JSON is indented by two spaces, as the reference converter writes it.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -12,11 +12,9 @@ use serde::ser::{SerializeMap, Serializer};
 use serde_json::value::RawValue;
 
 use super::counting::CountingWriter;
+use super::quantization::FormReport;
 use super::{BASE_DIRECTORY, Component, EXPERTS_DIRECTORY, FileKind, Layout, TensorFile};
-use crate::codec::Mlx;
-use crate::form::{Form, Shown};
 use crate::gguf::{FIXED_HEADER_BYTES, KeyValue, MAGIC, Value};
-use crate::safetensors::Dtype;
 use crate::tree::{Content, DocId, NewFile};
 
 /// The path of the list of experts below the root.
@@ -37,7 +35,7 @@ pub enum Doc {
     GgufHeader,
     /// The value of `split.count` in `base_model/metadata.gguf`: zero, since it is one file.
     SplitCount,
-    /// Everything in front of the payload of the file with this index in [`Layout::files`]
+    /// Everything before the payload of the file with this index in [`Layout::files`]
     Header(u32),
 }
 
@@ -229,69 +227,6 @@ struct Metadata<'a> {
     gguf: Map<Vec<(&'a str, Json<'a>)>>,
 }
 
-/// What quantised tensors are shown as, if not as their blocks.
-#[derive(Serialize)]
-struct FormReport<'a> {
-    form: &'static str,
-    #[serde(flatten)]
-    mlx: Option<MlxReport<'a>>,
-}
-
-/// What `mx.quantized_matmul` needs to know.
-#[derive(Serialize)]
-struct MlxReport<'a> {
-    /// The dtype of scales and biases in affine mode, and of what is not packed.
-    scales: &'static str,
-    /// Whether types without an exact map were quantised anew.
-    requant: bool,
-    /// By name in the model, of each tensor that is packed.
-    quantization: Map<Vec<(&'a str, Quantization)>>,
-}
-
-#[derive(Serialize)]
-struct Quantization {
-    mode: &'static str,
-    bits: u32,
-    group_size: u32,
-}
-
-impl<'a> FormReport<'a> {
-    fn of(layout: &'a Layout) -> Option<Self> {
-        let mlx = match layout.form {
-            Form::Raw => return None,
-            Form::Numbers(_) => None,
-            Form::Mlx { scales, requant } => Some(MlxReport {
-                scales: Dtype::from(scales).name(),
-                requant,
-                quantization: Map(quantized(layout)),
-            }),
-        };
-        Some(Self {
-            form: layout.form.name(),
-            mlx,
-        })
-    }
-}
-
-/// The tensors of the model that are shown packed; all views of one are shown alike.
-fn quantized(layout: &Layout) -> Vec<(&str, Quantization)> {
-    let packed = layout.views.iter().filter_map(|view| match view.shown {
-        Shown::Mlx { mlx, .. } => Some((view.tensor, mlx)),
-        _ => None,
-    });
-    let packed: BTreeMap<u32, Mlx> = packed.collect();
-    let entry = |(tensor, mlx): (u32, Mlx)| {
-        let name = layout.model.tensors[tensor as usize].info.name.as_str();
-        let quantization = Quantization {
-            mode: mlx.mode.name(),
-            bits: mlx.bits,
-            group_size: mlx.group_size,
-        };
-        (name, quantization)
-    };
-    packed.into_iter().map(entry).collect()
-}
-
 /// Number of tensors per base file.
 #[derive(Serialize, Default)]
 struct Components {
@@ -406,7 +341,7 @@ impl Layout {
 }
 
 /// Pairs as a JSON object, in their order.
-struct Map<T>(T);
+pub(super) struct Map<T>(pub(super) T);
 
 impl<K: Serialize, V: Serialize> Serialize for Map<Vec<(K, V)>> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {

@@ -1,18 +1,19 @@
-//! Routed experts: which run of which tensor is which matrix of which expert.
+//! Routed experts: the run of a tensor that holds each matrix of each expert.
 //!
-//! One expert of a stacked tensor is one contiguous run, since GGML stores matrices without
-//! padding inside a tensor and the expert axis is the slowest (`nb[2] = nb[1] * ne[1]`).
+//! One expert of a stacked tensor is one contiguous run, since GGML stores the matrices of a tensor
+//! without padding and the expert axis is the slowest (`nb[2] = nb[1] * ne[1]`).
 
 use std::collections::BTreeMap;
 
+use super::error::described;
 use super::names::{ExpertName, Holds, Matrix};
-use super::{LayoutError, View, described};
+use super::{LayoutError, View};
 
 use crate::form::Shown;
 use crate::gguf::{ModelHeader, OLLAMA_GPT_OSS, Tensor};
 use crate::safetensors::Shape;
 
-/// llama.cpp stops at 1,024 experts; the ceilings keep a hostile file from asking for a tree that
+/// llama.cpp allows 1,024 experts. These limits keep a hostile file from asking for a tree that
 /// does not fit into memory.
 const MAX_EXPERTS_PER_LAYER: u64 = 1 << 16;
 const MAX_EXPERTS: u64 = 1 << 18;
@@ -20,7 +21,7 @@ const MAX_EXPERTS: u64 = 1 << 18;
 /// The routed experts of one layer.
 #[derive(Debug, Default)]
 pub(super) struct Layer {
-    /// How many experts the stacked weights hold; 0 if there are none.
+    /// The number of experts in the stacked weights; 0 if there are no such weights.
     pub stacked: u32,
     /// Views of stacks: one run for each of the `stacked` experts.
     pub stacks: Vec<View>,
@@ -39,8 +40,8 @@ impl Layer {
     }
 }
 
-/// Sorts out the routed experts, by layer, and removes their tensors from `base`, where each
-/// tensor of the model has a flag at its index.
+/// Finds the routed experts, by layer, and clears the flags of their tensors in `base`, which has
+/// one for each tensor of the model.
 pub(super) fn routed_experts(
     model: &ModelHeader,
     base: &mut [bool],
@@ -94,7 +95,7 @@ fn layer(
                 layer.singles.entry(expert).or_default().push(view);
                 continue;
             }
-            // Without stacked weights, the number of experts is not known.
+            // Without stacked weights, the number of experts is unknown.
             (_, None) => continue,
             (Holds::Stack(matrix), Some(count)) => {
                 let view = stack(tensor, index, name, matrix, count)?;
@@ -109,7 +110,7 @@ fn layer(
     Ok(layer)
 }
 
-/// What shows that Ollama has written gpt-oss: the architecture, or attention sinks without the
+/// The evidence that Ollama wrote a gpt-oss: the architecture, or attention sinks without the
 /// suffix `weight` that they have in llama.cpp.
 fn sign_of_ollama(model: &ModelHeader) -> Option<String> {
     if model.architecture() == Some(OLLAMA_GPT_OSS) {
@@ -123,13 +124,13 @@ fn sign_of_ollama(model: &ModelHeader) -> Option<String> {
     Some(format!("{:?} has no suffix", sinks.info.name))
 }
 
-/// Where the gate and up rows of a fused stack alternate, no expert has a run of either.
+/// Fails if the gate and up rows of a fused stack alternate: then no expert has a run of either.
 fn check_order_of_rows(
     tensors: &[Tensor],
     layer: &Layer,
     sign: &Option<String>,
 ) -> Result<(), LayoutError> {
-    // A fused stack has two views, one after the other.
+    // A fused stack has two views, next to each other.
     let fused = (layer.stacks.windows(2)).find(|pair| pair[0].tensor == pair[1].tensor);
     let (Some([gate, _]), Some(sign)) = (fused, sign) else {
         return Ok(());
@@ -140,7 +141,7 @@ fn check_order_of_rows(
     })
 }
 
-/// Two tensors must not claim the same name in the same expert.
+/// Fails if two tensors have the same name in the same expert.
 fn check_sources(tensors: &[Tensor], layer: &Layer) -> Result<(), LayoutError> {
     let two_sources = |first: &View, second: &View| LayoutError::TwoSources {
         name: first.name.as_deref().unwrap_or_default().to_owned(),
@@ -218,7 +219,7 @@ fn expert_axis(suffix: &str) -> usize {
     }
 }
 
-/// Bytes of one of `count` experts in a stack, if the stack can be sliced between them.
+/// The bytes of one of `count` experts in a stack, if the stack can be cut between experts.
 fn expert_bytes(tensor: &Tensor, suffix: &str, count: u32) -> Option<u64> {
     let info = &tensor.info;
     let axis = expert_axis(suffix);
@@ -229,7 +230,7 @@ fn expert_bytes(tensor: &Tensor, suffix: &str, count: u32) -> Option<u64> {
     sliceable.then(|| info.bytes / u64::from(count))
 }
 
-/// An expert's slice of a row-interleaved type is exact only in whole groups of rows.
+/// Fails unless an expert's slice of a row-interleaved type is whole groups of rows.
 fn check_interleave(tensor: &Tensor, rows: u64) -> Result<(), LayoutError> {
     let interleave = tensor.info.ggml_type.interleave;
     if !rows.is_multiple_of(u64::from(interleave)) {
@@ -301,7 +302,8 @@ fn fused_stack(
             check_interleave(tensor, dims[1])?;
             &dims[..2]
         }
-        // One row per expert, its first half for the gate; it must be halved between blocks.
+        // One row per expert, whose first half is the gate's; the middle must be between two
+        // blocks.
         "bias" => {
             let two_blocks = 2 * u64::from(info.ggml_type.block_size);
             let halves = info.ne[0].is_multiple_of(two_blocks);

@@ -1,42 +1,44 @@
-//! Which file and name every tensor gets, and what each file holds.
+//! The file and name of every tensor, and the content of each file.
 //!
-//! The problem: a GGUF stores one huge tensor for all experts of a layer; loaders want one small
+//! The problem: a GGUF stores one huge tensor for all experts of a layer. Loaders want one small
 //! file per expert, and every other tensor in one of four base files. No byte may be lost.
 //!
-//! The plan: a [`View`] is a run of a tensor under a name of its own, repeated for every expert
-//! where the tensor is a stack; a file is a list of [`Piece`]s, each one repetition of a view.
-//! [`Layout::new`] sorts tensors into files (`names`, `experts`), chooses each header's
-//! padding, and proves on the finished [`Tree`] that every tensor byte is in one file, once.
+//! The plan: a [`View`] is a run of a tensor under a name of its own, repeated for every expert if
+//! the tensor is a stack. A file is a list of [`Piece`]s, each one repetition of a view.
+//! [`Layout::new`] sorts tensors into files (`names`, `experts`), chooses each header's padding,
+//! and proves on the finished [`Tree`] that every tensor byte is in exactly one file, exactly once.
 
+mod costs;
 mod counting;
 mod documents;
+mod error;
 mod experts;
+mod file;
 mod names;
 mod partition;
+mod quantization;
 mod view;
 
 use std::io::{self, Write};
-use std::ops::Range;
 
 pub use documents::{Doc, METADATA_GGUF_PATH, METADATA_PATH, Present, REGISTRY_PATH};
+pub use error::LayoutError;
+pub use file::{FileKind, Piece, Recipe, TensorFile, View};
 pub use names::{Component, ExpertName, Holds, Matrix};
 pub use partition::PartitionError;
 pub use view::{ArrayView, TensorView};
 
 use self::counting::CountingWriter;
+use self::error::check_types;
 use self::view::write_tensors;
-use crate::codec::{Codec, Float, Output};
 use crate::computed::{Job, Small};
-use crate::explain::{Explain, Hint};
-use crate::form::{Form, Shown, UnknownTypes};
-use crate::gguf::{LLAMA_CPP_GPT_OSS, ModelHeader, Tensor};
-use crate::safetensors::{
-    self, Dtype, InString, LENGTH_WORD_BYTES, METADATA_KEY, Shape, write_header_json,
-};
+use crate::form::{Form, Shown};
+use crate::gguf::{GgmlType, ModelHeader};
+use crate::safetensors::{self, InString, LENGTH_WORD_BYTES, METADATA_KEY, write_header_json};
 use crate::tree::{Content, NewFile, RecipeId, Tree};
 
-/// The version of the mapping from models to trees, `odmoe.layout`: the same parts give the same
-/// bytes under the same number.
+/// The version of the mapping from models to trees, `odmoe.layout`: with the same version, the same
+/// parts give the same bytes.
 pub const LAYOUT_VERSION: &str = "2";
 /// The folder of the always-resident tensors.
 pub const BASE_DIRECTORY: &str = "base_model";
@@ -45,247 +47,15 @@ pub const EXPERTS_DIRECTORY: &str = "experts";
 
 /// The page size that payloads are aligned to: the block size of file systems that share blocks.
 const PAGE_BYTES: u64 = 4096;
-/// Tensors of all expert files together: 15 times those of Kimi-K2.5. Each costs memory and time,
-/// so a hostile model must not multiply experts and suffixes.
+/// The most tensors in all expert files together, 15 times as many as in Kimi-K2.5. Each costs
+/// memory and time, and a hostile model must not multiply experts and suffixes.
 const MAX_EXPERT_TENSORS: usize = 1 << 20;
 /// Offsets in files are signed 64-bit numbers; headers need some room.
 const MAX_PAYLOAD_BYTES: u64 = i64::MAX as u64 - (1 << 50);
 /// A tensor is shown as three arrays at most: weight, scales, biases.
 const MAX_ARRAYS: u32 = 4;
-/// Payloads start at multiples of this, the widest dtype.
+/// Payloads start at multiples of this, the width of the widest dtype.
 const PAYLOAD_ALIGNMENT: u64 = 8;
-
-/// A run of a tensor under a name of its own; of a stack, one run per expert.
-#[derive(Debug, Clone)]
-pub struct View {
-    /// Index into [`ModelHeader::tensors`].
-    pub tensor: u32,
-    /// The name in the file; `None` is the tensor's own.
-    pub name: Option<Box<str>>,
-    /// The logical shape of one run, row-major.
-    pub shape: Shape,
-    /// Where the first run starts in the tensor, in bytes.
-    pub first: u64,
-    /// Bytes of one run.
-    pub bytes: u64,
-    /// From the start of one run to that of the next, in bytes; 0 if there is only one run.
-    pub stride: u64,
-    /// What each run is shown as.
-    pub shown: Shown,
-}
-
-impl View {
-    fn whole(index: u32, tensor: &Tensor, name: Option<Box<str>>) -> Self {
-        Self {
-            tensor: index,
-            name,
-            shape: Shape::of_dims(tensor.info.dims()),
-            first: 0,
-            bytes: tensor.info.bytes,
-            stride: 0,
-            shown: Shown::Stored,
-        }
-    }
-}
-
-/// How an array is computed: from which bytes of the model, and by what.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Recipe {
-    /// 0-based.
-    pub part: u32,
-    /// First byte of the blocks in the part's file.
-    pub offset: u64,
-    /// Bytes of blocks.
-    pub len: u64,
-    pub codec: Codec,
-}
-
-/// One run of a view.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Piece {
-    /// Index of the view.
-    view: u32,
-    /// The number of the run.
-    run: u32,
-}
-
-/// What a safetensors file is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum FileKind {
-    Base(Component),
-    Expert { layer: u32, expert: u32 },
-}
-
-impl FileKind {
-    /// The name without `.safetensors`.
-    pub fn stem(self) -> String {
-        match self {
-            Self::Base(component) => component.name().to_owned(),
-            Self::Expert { layer, expert } => format!("layer_{layer:02}_expert_{expert:03}"),
-        }
-    }
-
-    /// The path below the root of the tree.
-    pub fn path(self) -> String {
-        let directory = match self {
-            Self::Base(_) => BASE_DIRECTORY,
-            Self::Expert { .. } => EXPERTS_DIRECTORY,
-        };
-        format!("{directory}/{}.safetensors", self.stem())
-    }
-}
-
-/// One safetensors file of the tree.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TensorFile {
-    pub kind: FileKind,
-    pieces: Range<u32>,
-    /// Whether arrays lie in the order of their widths, so that each is aligned to its own. Else they
-    /// lie in the order of the model.
-    widest_first: bool,
-    /// Bytes in front of the payload: length word, JSON and padding.
-    pub header_bytes: u64,
-    /// Bytes of payload.
-    pub payload_bytes: u64,
-    /// Payload bytes whose offset in the file is not that in the model, modulo 4096.
-    pub incongruent_bytes: u64,
-}
-
-impl TensorFile {
-    /// Bytes of the whole file.
-    pub fn bytes(&self) -> u64 {
-        self.header_bytes + self.payload_bytes
-    }
-}
-
-/// Why a model has no layout.
-#[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
-#[strum(serialize_all = "snake_case", prefix = "layout.")]
-pub enum LayoutError {
-    #[error("{first} and {second} are of the same layer, but disagree on the number of experts")]
-    ExpertCounts { first: String, second: String },
-    #[error("{name} of the same expert comes from both {first} and {second}")]
-    TwoSources {
-        name: String,
-        first: String,
-        second: String,
-    },
-    #[error("{0} has a fourth dimension, but experts are stacked along the third")]
-    FourthDimension(String),
-    #[error("{0} should hold gate and up rows, half of each, but has an odd number of rows")]
-    OddFusedRows(String),
-    #[error("{tensor} holds gate and up rows in turn, as Ollama writes gpt-oss ({sign})")]
-    AlternatingRows {
-        tensor: String,
-        /// What shows that Ollama wrote the model.
-        sign: String,
-    },
-    #[error(
-        "{tensor} interleaves {interleave} rows, but one expert's matrix has {rows}, which is not a multiple of that"
-    )]
-    Interleave {
-        tensor: String,
-        rows: u64,
-        interleave: u32,
-    },
-    #[error(
-        "layer {layer} has {experts} experts, which makes {total} or more in all, more than any real model"
-    )]
-    TooManyExperts {
-        layer: u32,
-        experts: u64,
-        total: u64,
-    },
-    #[error(
-        "the experts up to layer {layer} hold {tensors} tensors together, more than any real model"
-    )]
-    TooManyExpertTensors { layer: u32, tensors: usize },
-    #[error("a tensor is called {METADATA_KEY:?}, which safetensors reserves")]
-    ReservedName,
-    #[error(
-        "the model has so many tensors that the header of {path} takes {bytes} bytes, but safetensors allows only 100000000"
-    )]
-    HeaderTooLarge { path: String, bytes: u64 },
-    #[error("the numbers of these types are not known: {0}")]
-    UnknownTypes(UnknownTypes),
-    #[error("{first} and {second} would both be shown as {name}")]
-    SameName {
-        name: String,
-        first: String,
-        second: String,
-    },
-    #[error("shown as {form}, {path} would be larger than any file system can hold")]
-    TooLarge { form: Form, path: String },
-    #[error(transparent)]
-    Partition(#[from] PartitionError),
-}
-
-/// For what a converter wrote: another download would be the same.
-const CONVERT: &str = "the model was written so: convert it again, or tell its publisher";
-/// For limits of this program, or of the format that it writes.
-const REPORT: &str = "if yours is a real model, report it to odmoe-fs";
-
-impl Explain for LayoutError {
-    fn code(&self) -> &'static str {
-        self.into()
-    }
-
-    fn hint(&self) -> Option<Hint> {
-        match self {
-            Self::Partition(cause) => cause.hint(),
-            Self::ExpertCounts { .. }
-            | Self::TwoSources { .. }
-            | Self::FourthDimension(_)
-            | Self::OddFusedRows(_) => Some(CONVERT.into()),
-            Self::AlternatingRows { .. } => Some(LLAMA_CPP_GPT_OSS.into()),
-            Self::Interleave { interleave, .. } => {
-                Some(format!("quantise the model to a type without _R{interleave}").into())
-            }
-            Self::TooManyExperts { .. }
-            | Self::TooManyExpertTensors { .. }
-            | Self::HeaderTooLarge { .. } => Some(REPORT.into()),
-            Self::ReservedName => Some("rename it".into()),
-            Self::UnknownTypes(_) => Some("use --as raw, which shows their blocks".into()),
-            Self::SameName { .. } => Some("use another form, or --as raw".into()),
-            Self::TooLarge { .. } => Some("use --as raw".into()),
-        }
-    }
-}
-
-/// A tensor as messages name it, with its GGUF dimensions.
-fn described(tensor: &Tensor) -> String {
-    let info = &tensor.info;
-    format!(
-        "tensor {:?} {:?} {}",
-        info.name,
-        info.dims(),
-        info.ggml_type
-    )
-}
-
-/// Fails if a form needs numbers of types that nobody here knows.
-fn check_types(model: &ModelHeader, form: Form) -> Result<(), LayoutError> {
-    if form == Form::Raw {
-        return Ok(());
-    }
-    let mut unknown: Vec<(&'static str, usize)> = Vec::new();
-    for tensor in &model.tensors {
-        let ggml_type = tensor.info.ggml_type;
-        let is_known = Dtype::of(ggml_type) != Dtype::U8
-            || Codec::of(ggml_type, Output::Numbers(Float::F32)).is_some();
-        if is_known {
-            continue;
-        }
-        match unknown.iter_mut().find(|(name, _)| *name == ggml_type.name) {
-            Some((_, count)) => *count += 1,
-            None => unknown.push((ggml_type.name, 1)),
-        }
-    }
-    match unknown.is_empty() {
-        true => Ok(()),
-        false => Err(LayoutError::UnknownTypes(UnknownTypes(unknown))),
-    }
-}
 
 /// The whole layout of a model.
 #[derive(Debug)]
@@ -301,7 +71,8 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// Lays a model out in a form, and checks that every byte of every tensor is in one file, once.
+    /// Lays out a model in a form, and checks that every byte of every tensor is in exactly one file,
+    /// once.
     pub fn new(model: ModelHeader, form: Form) -> Result<(Self, Tree), LayoutError> {
         check_types(&model, form)?;
         let mut layout = Self {
@@ -326,12 +97,12 @@ impl Layout {
         Ok((layout, tree))
     }
 
-    /// What quantised tensors are shown as.
+    /// The form of quantised tensors.
     pub fn form(&self) -> Form {
         self.form
     }
 
-    /// What the model's headers say.
+    /// The content of the model's headers.
     pub fn model(&self) -> &ModelHeader {
         &self.model
     }
@@ -472,10 +243,16 @@ impl Layout {
         }
     }
 
-    fn add_view(&mut self, mut view: View) -> u32 {
+    /// The type of a view's tensor, and the name of the view in its file.
+    fn type_and_name<'a>(&'a self, view: &'a View) -> (&'static GgmlType, &'a str) {
         let info = &self.model.tensors[view.tensor as usize].info;
         let name = view.name.as_deref().unwrap_or(&info.name);
-        let shown = Shown::of(self.form, info.ggml_type, name, &view.shape);
+        (info.ggml_type, name)
+    }
+
+    fn add_view(&mut self, mut view: View) -> u32 {
+        let (ggml_type, name) = self.type_and_name(&view);
+        let shown = Shown::of(self.form, ggml_type, name, &view.shape);
         view.shown = shown.expect("types without numbers are refused before");
         self.views.push(view);
         self.views.len() as u32 - 1
@@ -577,9 +354,9 @@ impl Layout {
         Ok(())
     }
 
-    /// Puts pieces into the order of the model. If that would leave an array unaligned to its own
-    /// dtype, puts them by the width of their arrays, widest first, and returns false: then arrays
-    /// are to be ordered so, too, which aligns all of them.
+    /// Sorts pieces in the order of the model, and returns true. If that leaves an array unaligned to
+    /// its own dtype, sorts them by the width of their arrays, the widest first, and returns false:
+    /// arrays in that order are all aligned.
     fn order(&self, pieces: &mut [Piece]) -> bool {
         pieces.sort_by_cached_key(|piece| {
             let view = self.view(*piece);
@@ -620,14 +397,13 @@ impl Layout {
         }
     }
 
-    /// Where the payload starts, and how many of its bytes are congruent with their place in the
-    /// model, so that whole pages of the file are whole pages of the model.
-    ///
-    /// With computed arrays that is a page boundary. Else, of the paddings below a page that align
-    /// the payload start, it is the one that makes the most bytes congruent; the smallest of equals.
+    /// Chooses the start of the payload. With computed arrays it is a page boundary. Otherwise the
+    /// padding is less than a page, aligns the payload, and makes the most of its bytes congruent with
+    /// their place in the model: their whole pages are whole pages of the model. Of equals, the
+    /// smallest. Returns the payload's start and the congruent bytes.
     fn choose_padding(&self, arrays: &[ArrayView], unpadded: u64) -> (u64, u64) {
-        // The payload start modulo a page at which each tensor becomes congruent, and its bytes.
-        let mut wishes: Vec<(u64, u64)> = Vec::with_capacity(arrays.len());
+        // For each tensor, the payload start modulo a page that makes it congruent, and its bytes.
+        let mut candidates: Vec<(u64, u64)> = Vec::with_capacity(arrays.len());
         let mut payload_offset = 0u64;
         let mut is_computed = false;
         for view in arrays {
@@ -636,19 +412,19 @@ impl Layout {
             if view.tensor.shown.is_computed() {
                 is_computed = true;
             } else if bytes > 0 && residue.is_multiple_of(PAYLOAD_ALIGNMENT) {
-                wishes.push((residue, bytes));
+                candidates.push((residue, bytes));
             }
             payload_offset += bytes;
         }
         if is_computed {
             let start = unpadded.next_multiple_of(PAGE_BYTES);
-            let congruent = wishes.iter().filter(|(residue, _)| *residue == 0);
+            let congruent = candidates.iter().filter(|(residue, _)| *residue == 0);
             return (start, congruent.map(|(_, bytes)| bytes).sum());
         }
-        wishes.sort_unstable();
+        candidates.sort_unstable();
         let smallest = unpadded.next_multiple_of(PAYLOAD_ALIGNMENT);
         let mut best = (smallest, 0);
-        for group in wishes.chunk_by(|a, b| a.0 == b.0) {
+        for group in candidates.chunk_by(|a, b| a.0 == b.0) {
             let bytes: u64 = group.iter().map(|(_, bytes)| bytes).sum();
             let start = smallest + group[0].0.wrapping_sub(smallest) % PAGE_BYTES;
             if bytes > best.1 || (bytes == best.1 && start < best.0) {
@@ -677,7 +453,7 @@ impl Layout {
         write_header_json(out, &metadata, "odmoe.tensors", tensors, arrays)
     }
 
-    /// Writes everything in front of a file's payload.
+    /// Writes everything before a file's payload.
     fn write_header(&self, file: &TensorFile, out: &mut impl Write) -> io::Result<()> {
         let length = file.header_bytes - LENGTH_WORD_BYTES;
         out.write_all(&length.to_le_bytes())?;

@@ -31,7 +31,7 @@ impl Component {
     /// The component of a tensor that is not a routed expert's.
     pub fn of(name: &str) -> Self {
         let starts = |prefixes: &[&str]| prefixes.iter().any(|prefix| name.starts_with(prefix));
-        // Tables from which a token takes single rows, however large they are.
+        // Tables of which a token needs only single rows, however large they are.
         if name.contains("token_embd")
             || name.contains("engram_embd")
             || starts(&["position_embd.", "token_types.", "per_layer_token_embd."])
@@ -78,7 +78,7 @@ impl Matrix {
     }
 }
 
-/// What the name of a tensor of routed experts says.
+/// The parsed name of a tensor of routed experts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ExpertName<'a> {
     pub layer: u32,
@@ -92,14 +92,14 @@ pub struct ExpertName<'a> {
 pub enum Holds {
     /// One matrix of every expert of the layer.
     Stack(Matrix),
-    /// Per expert, the rows of the gate and then those of the up matrix.
+    /// For each expert, the rows of the gate matrix and then those of the up matrix.
     FusedStack,
     /// One matrix of one expert.
     One { matrix: Matrix, expert: u32 },
 }
 
 impl<'a> ExpertName<'a> {
-    /// Takes the name of a tensor of routed experts apart; `None` for every other name. Names are
+    /// Parses the name of a tensor of routed experts; `None` for every other name. Names are
     /// matched whole: `v.blk.3.ffn_gate_exps.weight`, `…_chexps` and `…_shexp` are other names.
     pub fn parse(name: &'a str) -> Option<Self> {
         let (layer, name) = name.strip_prefix("blk.")?.split_once('.')?;

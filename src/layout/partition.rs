@@ -1,7 +1,7 @@
-//! The promise that nothing is lost: every byte of every tensor is in one file, exactly once.
+//! The promise that nothing is lost: every byte of every tensor is in exactly one file, once.
 //!
-//! It is checked on the finished tree, from the extents that are served, rather than on the
-//! reasoning that made them.
+//! It is checked on the finished tree, with the extents that will be served, rather than on the
+//! reasoning that produced them.
 
 use super::{Layout, Recipe};
 use crate::explain::{Explain, Hint};

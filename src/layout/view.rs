@@ -38,6 +38,14 @@ impl<'a> TensorView<'a> {
         (0..self.shown.arrays()).map(|n| self.array(n))
     }
 
+    /// Bytes of all of its arrays.
+    pub fn shown_bytes(&self) -> u64 {
+        match self.shown {
+            Shown::Stored => self.bytes,
+            shown => shown.bytes(self.ggml_type, &self.shape),
+        }
+    }
+
     /// The widest of their elements, in bytes.
     pub(super) fn width(&self) -> u64 {
         self.arrays()

@@ -1,4 +1,4 @@
-//! Making a mount: from a directory that is held to a session that serves what lies on it.
+//! Making a mount: from a directory that is held open to a session that serves the file system.
 
 #[cfg(target_os = "linux")]
 mod linux;
@@ -10,21 +10,21 @@ use linux as system;
 #[cfg(not(target_os = "linux"))]
 use other as system;
 
-pub(super) use system::{Made, make};
+pub(super) use system::{NewMount, make};
 
-/// What the kernel is told of a mount.
+/// The parameters of a mount that the kernel gets.
 #[derive(Debug)]
-pub(super) struct Wishes {
-    /// What is mounted, in mount tables.
+pub(super) struct MountParameters {
+    /// The name of the model in mount tables.
     pub source: String,
-    #[cfg_attr(not(target_os = "linux"), allow(dead_code))] // the session's ACL says it there
+    #[cfg_attr(not(target_os = "linux"), allow(dead_code))] // there it is in the session's ACL
     pub allow_other: bool,
     /// Options for SELinux.
     pub security_labels: Vec<String>,
 }
 
-impl Wishes {
-    /// What is the same for the kernel and for the helper, each option after a comma.
+impl MountParameters {
+    /// The options that the kernel and the mount helper share, each after a comma.
     #[cfg(target_os = "linux")]
     fn options(&self) -> String {
         let allow_other = self.allow_other.then_some("allow_other");

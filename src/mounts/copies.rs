@@ -1,5 +1,5 @@
-//! Where else a file system is mounted: at other places of our mount namespace, or in another one,
-//! such as a container's, which may have a copy of every mount that there was when it was made.
+//! Where else a file system is mounted: elsewhere in our mount namespace, or in another one. That
+//! of a container may hold a copy of every mount that existed when the container was started.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use super::processes::{name_of, process_folder, process_ids};
 use super::table::{MountEntry, mount_table, parse_table};
 
-/// A mount of a file system that is mounted elsewhere, too.
+/// Another mount of the same file system.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MountCopy {
     pub directory: PathBuf,
@@ -28,14 +28,14 @@ impl fmt::Display for MountCopy {
     }
 }
 
-/// The mounts of ours in a table that are of one device.
+/// The odmoe-fs mounts of one device in a table.
 pub(super) fn of_device(table: Vec<MountEntry>, device: Option<&str>) -> Vec<MountEntry> {
     let is_it = |mount: &MountEntry| mount.is_odmoe() && Some(mount.device.as_str()) == device;
     table.into_iter().filter(is_it).collect()
 }
 
-/// Every mount of a device, in our mount namespace and in those of the processes that this user may
-/// look at.
+/// Every mount of a device, in our mount namespace and in those of all processes that this user may
+/// look into.
 pub(super) fn elsewhere(device: Option<&str>) -> Vec<MountCopy> {
     let here = of_device(mount_table(), device);
     let mut found: Vec<MountCopy> = here

@@ -1,8 +1,8 @@
-//! Who keeps a mount busy: processes with a file of it open, mapped, or as their working directory;
-//! mounts that lie on it; loop devices made of its files.
+//! What keeps a mount busy: processes that have a file of it open or mapped, or their working
+//! directory in it; other mounts on it; loop devices made of its files.
 //!
-//! Nothing of the mount is touched, since its process may be stopped: `fdinfo` and `maps` name mounts
-//! and devices by their numbers, and where a process works is a text.
+//! The mount itself is never touched, since its process may be stopped. `fdinfo` and `maps` give
+//! the numbers of mounts and devices, and working directories can be read as text.
 
 use std::fmt;
 use std::fs;
@@ -18,7 +18,7 @@ use crate::sys::process::effective_ids;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Holder {
     pub pid: u32,
-    /// The name of its program, as the kernel keeps it: 15 bytes at most.
+    /// The name of its program, of which the kernel keeps 15 bytes.
     pub name: String,
 }
 
@@ -29,20 +29,20 @@ impl fmt::Display for Holder {
     }
 }
 
-/// What is known of the users of a mount. As text it continues "is in use".
+/// The known users of a mount. Its text continues "is in use".
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Use {
+pub struct Users {
     pub processes: Vec<Holder>,
-    /// Directories of the mount on which something else is mounted.
+    /// Directories of the mount on which other file systems are mounted.
     pub mounts_on_it: Vec<PathBuf>,
-    /// Block devices that are made of files of the mount, such as `/dev/loop3`.
+    /// Block devices made of files of the mount, such as `/dev/loop3`.
     pub devices: Vec<PathBuf>,
     /// Whether there are processes that this user may not look into.
     pub some_are_hidden: bool,
 }
 
-impl Use {
-    /// What to do about it.
+impl Users {
+    /// What to do about them.
     pub(super) fn advice(&self) -> &'static str {
         let is_known = !(self.processes.is_empty() && self.devices.is_empty());
         match (is_known, self.mounts_on_it.is_empty()) {
@@ -50,13 +50,13 @@ impl Use {
             (true, true) => "end that",
             (false, true) if self.some_are_hidden => "root can see more: `sudo odmoe-fs umount`",
             (false, true) => {
-                "look for a swap file, an NFS export, or a process of another PID namespace"
+                "look for a swap file, an NFS export, or a process in another PID namespace"
             }
         }
     }
 }
 
-impl fmt::Display for Use {
+impl fmt::Display for Users {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const SHOWN: usize = 4;
         let processes = self.processes.iter().map(Holder::to_string);
@@ -75,10 +75,10 @@ impl fmt::Display for Use {
     }
 }
 
-/// Everything that uses a mount, as far as this user may look.
-pub(super) fn use_of(mount: &MountEntry) -> Use {
+/// The users of a mount that this user may see.
+pub(super) fn users_of(mount: &MountEntry) -> Users {
     let others = process_ids().filter(|&pid| pid != std::process::id());
-    let mut used = Use {
+    let mut users = Users {
         processes: Vec::new(),
         mounts_on_it: mount_table()
             .into_iter()
@@ -92,14 +92,14 @@ pub(super) fn use_of(mount: &MountEntry) -> Use {
         let process = process_folder(pid);
         if works_in(&process, mount) || has_open(pid, mount) || has_mapped(&process, mount) {
             let name = name_of(pid);
-            used.processes.push(Holder { pid, name });
+            users.processes.push(Holder { pid, name });
         }
         let looked = fs::read_dir(process.join("fd"));
         let is_denied = |e: io::Error| e.kind() == io::ErrorKind::PermissionDenied;
-        used.some_are_hidden |= looked.err().is_some_and(is_denied) && effective_ids().0 != 0;
+        users.some_are_hidden |= looked.err().is_some_and(is_denied) && effective_ids().0 != 0;
     }
-    used.processes.sort_by_key(|holder| holder.pid);
-    used
+    users.processes.sort_by_key(|holder| holder.pid);
+    users
 }
 
 fn works_in(process: &Path, mount: &MountEntry) -> bool {
@@ -129,7 +129,7 @@ fn has_mapped(process: &Path, mount: &MountEntry) -> bool {
     })
 }
 
-/// The loop devices whose files lie in a directory, as the kernel names them.
+/// The loop devices whose files are in a directory, by the paths that the kernel shows.
 fn loop_devices(directory: &Path) -> Vec<PathBuf> {
     let devices = fs::read_dir("/sys/block").into_iter().flatten().flatten();
     let made_of = |device: &fs::DirEntry| {

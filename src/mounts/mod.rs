@@ -1,12 +1,12 @@
-//! A mount's life: may it be made, is it ready, when does it end.
+//! The life of a mount: whether it can be made, when it is ready, and how it ends.
 //!
 //! The problem: a command that returns before the tree answers, a daemon that holds its caller's
 //! terminal, or an unmount that hits another file system are each worse than no mount.
 //!
-//! The plan: [`Mount::prepare`] finds out everything that can be known before (so that a user
-//! reads the reason and not an errno), [`Mount::serve`] runs it until it is unmounted or told to
-//! stop, [`launch`] does both in a daemon whose fate its caller learns, and [`unmount`] ends one of
-//! ours.
+//! The plan: [`Mount::prepare`] checks everything that can be checked beforehand, since a user
+//! should read a reason and not an errno. [`Mount::serve`] serves the mount until it is unmounted
+//! or told to stop. [`launch`] does both in a daemon, and reports to the caller what became of it.
+//! [`unmount`] ends a mount of ours.
 
 mod attach;
 mod background;
@@ -30,7 +30,7 @@ use fuser::SessionACL;
 
 pub use background::{Caller, Launched, answers, launch};
 pub use copies::MountCopy;
-pub use holders::{Holder, Use};
+pub use holders::{Holder, Users};
 pub use log::open_log;
 pub use preflight::unmount_stale;
 pub use read_ahead::{ReadAheadError, set_read_ahead};
@@ -38,7 +38,7 @@ pub use status::{MountStatus, State, state_of, status};
 pub use table::{ForeignLink, MountEntry, mount_of, mount_table, odmoe_mount_of};
 pub use unmount::{StillServed, UnmountError, Unmounted, unmount};
 
-use self::attach::Wishes;
+use self::attach::MountParameters;
 use self::place::{Lock, Place};
 use self::preflight::Claim;
 use crate::explain::{ASK_DOCTOR, Explain, Hint, hint_of};
@@ -53,31 +53,31 @@ use crate::sys::process::effective_ids;
 pub const FS_TYPE: &str = "fuse.odmoe";
 const SUBTYPE: &str = "odmoe";
 
-/// What a user may choose of a mount.
+/// What a user can choose about a mount.
 #[derive(Debug, Clone, Default)]
 pub struct Options {
     /// Mount over a directory that is not empty.
     pub nonempty: bool,
-    /// First unmount what of ours is mounted on the directory, in whatever state.
+    /// First unmount an odmoe-fs mount that is on the directory, whatever its state.
     pub replace: bool,
     /// Let every user in, not only the one who mounts.
     pub allow_other: bool,
-    /// The owner of the files, instead of the one who mounts.
+    /// The owner of the files; `None` is the user who mounts.
     pub uid: Option<u32>,
-    /// The group of the files, instead of that of the one who mounts.
+    /// The group of the files; `None` is that of the user who mounts.
     pub gid: Option<u32>,
-    /// Worker threads; `None` chooses by the number of processors.
+    /// The number of worker threads; `None` chooses it by the number of processors.
     pub threads: Option<usize>,
-    /// Whose page cache keeps what was read.
+    /// Which page cache keeps what was read.
     pub cache: Cache,
-    /// Count what is asked for, and show it as extended attributes of the root ([`crate::stats`]).
+    /// Count requests, and show the counters as extended attributes of the root ([`crate::stats`]).
     pub stats: bool,
-    /// Labels that SELinux gives the mount, such as `context="..."`. Only root may set them, and a
-    /// kernel without SELinux refuses them.
+    /// SELinux labels of the mount, such as `context="..."`. Only root may set them, and a kernel
+    /// without SELinux refuses them.
     pub security_labels: Vec<String>,
 }
 
-/// Why a mount cannot be made, or ended badly. Each says what to do.
+/// Why a mount cannot be made, or ended badly.
 #[derive(Debug, thiserror::Error, strum::IntoStaticStr, strum::EnumProperty)]
 #[strum(serialize_all = "snake_case", prefix = "mount.")]
 pub enum MountError {
@@ -88,10 +88,10 @@ pub enum MountError {
     #[strum(props(hint = "a mount needs an empty one"))]
     NotADirectory(PathBuf),
     #[error("{0:?} is not empty, and mounting would hide what is in it")]
-    #[strum(props(hint = "choose another directory, or say --nonempty"))]
+    #[strum(props(hint = "choose another directory, or pass --nonempty"))]
     NotEmpty(PathBuf),
     #[error("{source_name:?} is already mounted on {directory:?}")]
-    #[strum(props(hint = "unmount it first, with `odmoe-fs umount`, or say --replace"))]
+    #[strum(props(hint = "unmount it first, with `odmoe-fs umount`, or pass --replace"))]
     AlreadyMounted {
         directory: PathBuf,
         source_name: String,
@@ -101,7 +101,7 @@ pub enum MountError {
         process(*.pid)
     )]
     #[strum(props(
-        hint = "say --replace, or unmount it with `odmoe-fs umount --lazy`, and end the process"
+        hint = "pass --replace, or unmount it with `odmoe-fs umount --lazy`, and end the process"
     ))]
     NotAnswering {
         directory: PathBuf,
@@ -113,22 +113,22 @@ pub enum MountError {
         directory: PathBuf,
         cause: UnmountError,
     },
-    #[error("what is mounted on {directory:?} cannot be replaced: {cause}")]
+    #[error("the mount on {directory:?} cannot be replaced: {cause}")]
     CannotReplace {
         directory: PathBuf,
         cause: UnmountError,
     },
     #[error("{0:?} was moved, replaced or unmounted while the mount was being made")]
-    #[strum(props(hint = "check what lies there, and mount again"))]
+    #[strum(props(hint = "check what is there now, and mount again"))]
     Moved(PathBuf),
     #[error("{0:?} is locked by another program, perhaps another mount that is being made")]
     #[strum(props(hint = "try again"))]
     DirectoryLocked(PathBuf),
     #[error("{directory:?} lies inside the odmoe-fs mount on {mount:?}")]
-    #[strum(props(hint = "choose a directory elsewhere"))]
+    #[strum(props(hint = "choose a directory outside of it"))]
     InsideMount { directory: PathBuf, mount: PathBuf },
     #[error("{directory:?} holds the model's own file {part:?}, which the mount would hide")]
-    #[strum(props(hint = "choose a directory elsewhere"))]
+    #[strum(props(hint = "choose another directory"))]
     HidesModel { directory: PathBuf, part: PathBuf },
     #[error("{directory:?} cannot be used: {cause}")]
     Directory {
@@ -140,8 +140,10 @@ pub enum MountError {
         hint = "load it with `modprobe fuse`, or start the container with `--device /dev/fuse --cap-add SYS_ADMIN`"
     ))]
     NoDevice,
-    #[error("no right to open /dev/fuse")]
-    #[strum(props(hint = "let every user with `sudo chmod 0666 /dev/fuse`, as distributions do"))]
+    #[error("this user may not open /dev/fuse")]
+    #[strum(props(
+        hint = "open it to all users with `sudo chmod 0666 /dev/fuse`, as distributions do"
+    ))]
     DeviceDenied,
     #[error("/dev/fuse cannot be opened: {0}")]
     Device(io::Error),
@@ -160,9 +162,9 @@ pub enum MountError {
     #[error("mounting on {directory:?} failed: {reason}")]
     Refused {
         directory: PathBuf,
-        /// What the mount helper or the kernel said.
+        /// The message of the mount helper or the kernel.
         reason: String,
-        /// What to do about the usual cases.
+        /// What to do, in the usual cases.
         hint: Option<Hint>,
     },
     #[error("the mount on {directory:?} ended: {cause}")]
@@ -179,7 +181,7 @@ pub enum MountError {
     Background(io::Error),
     #[error("interrupted by signal {0} before the mount could be used")]
     Interrupted(i32),
-    #[error("unmounted, since the command that asked for the mount has ended: {0}")]
+    #[error("unmounted again, since the command that asked for the mount has ended: {0}")]
     Abandoned(io::Error),
     #[error(
         "the connection of the mount on {0:?} was aborted (by `umount -f`, perhaps in a container that has a copy of the mount, or through /sys/fs/fuse)"
@@ -188,7 +190,7 @@ pub enum MountError {
     Aborted(PathBuf),
     #[error("the background process ended before the mount was ready ({0})")]
     #[strum(props(
-        hint = "if memory is short, use fewer --threads, else mount with -f to see why"
+        hint = "if memory is short, use fewer --threads; otherwise mount with -f to see why"
     ))]
     DaemonDied(String),
 }
@@ -217,20 +219,20 @@ fn process(pid: Option<u32>) -> String {
     pid.map_or("its process".into(), |pid| format!("its process {pid}"))
 }
 
-/// A mount that can be made, as far as can be known before.
+/// A mount that can be made, as far as that can be known beforehand.
 #[derive(Debug)]
 pub struct Mount {
     file_system: OdmoeFs,
     place: Place,
-    /// Keep others from mounting on the same directory meanwhile.
+    /// These keep others from mounting on the same directory meanwhile.
     locks: Vec<Lock>,
-    wishes: Wishes,
+    parameters: MountParameters,
     acl: SessionACL,
     threads: usize,
 }
 
 impl Mount {
-    /// Checks that `model` can be mounted on `directory`, and with which options.
+    /// Checks that `model` can be mounted on `directory` with these options.
     pub fn prepare(
         mut model: Model,
         directory: &Path,
@@ -244,7 +246,7 @@ impl Mount {
             model.set_page_cache(PageCache::Unchanged);
             if !model.source().can_leave_page_cache() {
                 tracing::warn!(
-                    "the model's file system reads through the page cache only, so what is read will be in memory twice; --cache direct keeps it once"
+                    "the model's file system reads only through the page cache, so what is read will be in memory twice; --cache direct keeps it once"
                 );
             }
         }
@@ -259,12 +261,12 @@ impl Mount {
                 owner.uid
             );
         }
-        let wishes = Wishes {
+        let parameters = MountParameters {
             source: source_name(&model),
             allow_other: options.allow_other,
             security_labels: options.security_labels.clone(),
         };
-        // Last, since with `replace` it takes away what is there.
+        // Last, since `replace` unmounts what is there.
         let Claim { place, locks } = preflight::claim(&model, directory, options)?;
         let mut served = Served::new(model, owner, options.cache);
         if options.stats {
@@ -274,7 +276,7 @@ impl Mount {
             file_system: OdmoeFs::new(served),
             place,
             locks,
-            wishes,
+            parameters,
             acl: if options.allow_other {
                 SessionACL::All
             } else {
@@ -295,8 +297,8 @@ impl Mount {
     }
 }
 
-/// The name of the source in mount tables: the model's path, unless that could be taken for
-/// options, since the mount helper is told them joined with commas.
+/// The name of the source in mount tables: the model's path, unless the mount helper, which gets
+/// all options in one string with commas between them, could take a part of it for an option.
 fn source_name(model: &Model) -> String {
     model
         .source()
@@ -307,7 +309,7 @@ fn source_name(model: &Model) -> String {
         .to_owned()
 }
 
-/// Workers wait for the disk as much as they work, so there are more than processors.
+/// More workers than processors, since they wait for the disk as much as they work.
 fn default_threads() -> usize {
     if !cfg!(target_os = "linux") {
         return 1; // fuser has one event loop elsewhere

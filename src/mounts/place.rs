@@ -1,10 +1,10 @@
-//! The directory to mount on, held from the moment it was checked.
+//! The directory to mount on, held open from the moment it was checked.
 //!
-//! The problem: root may mount below a folder in which another user renames things at will. What
-//! was a directory when it was checked may be a link to `/etc` when the mount is made.
+//! The problem: root may mount below a folder in which another user can rename things at will. A
+//! directory that was checked may be a link to `/etc` by the time the mount is made.
 //!
-//! The plan: open it once, component by component and through no link, and use only that descriptor:
-//! for looking, for locking, and for mounting.
+//! The plan: open it once, component by component, without following links. Looking, locking and
+//! mounting use only that descriptor.
 
 use std::fs::{File, TryLockError};
 use std::io;
@@ -13,11 +13,11 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{Dir, Mode, OFlags, open, openat};
 
-/// How long to wait for other mounts at the same place to be made, or refused.
+/// How long to wait for other commands that are mounting at the same place.
 pub(super) const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 const LOCK_POLL: Duration = Duration::from_millis(5);
 
-/// What opens a directory to hold it. Linux needs no right to read it for that.
+/// The flags that open a directory to hold it. On Linux that needs no read permission.
 #[cfg(target_os = "linux")]
 const HOLD: OFlags = OFlags::PATH;
 #[cfg(not(target_os = "linux"))]
@@ -31,7 +31,7 @@ const THE_DIRECTORY: OFlags = OFlags::DIRECTORY
 /// Opens a directory, whose path must be absolute and without links.
 ///
 /// # Errors
-/// ELOOP or ENOTDIR if there is a link by now, and whatever opening a directory meets.
+/// ELOOP or ENOTDIR if a component has become a link, and every error of opening a directory.
 pub(super) fn hold(path: &Path) -> io::Result<File> {
     let mut held = File::from(open("/", HOLD | THE_DIRECTORY, Mode::empty())?);
     for name in path.components().skip(1) {
@@ -40,7 +40,7 @@ pub(super) fn hold(path: &Path) -> io::Result<File> {
     Ok(held)
 }
 
-/// A directory that is held by a descriptor.
+/// A directory that is held open.
 #[derive(Debug)]
 pub(super) struct Place {
     path: PathBuf,
@@ -50,7 +50,7 @@ pub(super) struct Place {
 }
 
 impl Place {
-    /// Holds a directory, as [`hold`] does.
+    /// Opens a directory as [`hold`] does.
     pub fn open(path: &Path) -> io::Result<Self> {
         let held = hold(path)?;
         let readable = openat(&held, ".", OFlags::RDONLY | THE_DIRECTORY, Mode::empty())?.into();
@@ -66,8 +66,7 @@ impl Place {
         &self.path
     }
 
-    /// Whether its path still leads to it, as far as that can be known: nobody has renamed it, or a
-    /// folder around it.
+    /// Whether its path still leads to it: neither it nor a folder above it was renamed.
     #[cfg(target_os = "linux")]
     pub fn is_where_it_was(&self) -> bool {
         use std::os::fd::AsRawFd;
@@ -75,7 +74,7 @@ impl Place {
         now.is_ok_and(|now| now == self.path)
     }
 
-    /// The same; the kernel does not tell.
+    /// Always true, since the kernel does not tell.
     #[cfg(not(target_os = "linux"))]
     pub fn is_where_it_was(&self) -> bool {
         true
@@ -87,7 +86,7 @@ impl Place {
         Ok(rustix::process::fchdir(&self.held)?)
     }
 
-    /// Whether there is nothing in it.
+    /// Whether it has no entries.
     pub fn is_empty(&self) -> io::Result<bool> {
         for entry in Dir::read_from(&self.readable)? {
             let entry = entry?;
@@ -98,26 +97,27 @@ impl Place {
         Ok(true)
     }
 
-    /// Locks it against rivals, each of which is done within a moment. `None` if one is not.
+    /// Locks it against other commands that mount here. Each holds its lock only for a moment;
+    /// `None` if one holds it for longer.
     pub fn lock(&self) -> io::Result<Option<Lock>> {
         Lock::wait(self.readable.try_clone()?, File::try_lock)
     }
 }
 
-/// A lock on a directory, until it is dropped. Where locks do not exist, as on some network file
-/// systems, it locks nothing.
+/// A lock on a directory, held until it is dropped. On file systems without locks, such as some
+/// network ones, it locks nothing.
 #[derive(Debug)]
 pub(super) struct Lock {
     _folder: File,
 }
 
 impl Lock {
-    /// Locks a folder for one of several who mount below it at the same time.
+    /// Locks a folder to mount below it; others may do the same at the same time.
     pub fn shared(folder: &Path) -> Option<Self> {
         Self::wait(File::open(folder).ok()?, File::try_lock_shared).ok()?
     }
 
-    /// Locks a folder for who takes a mount below it away.
+    /// Locks a folder to remove a mount below it.
     pub fn exclusive(folder: &Path) -> Option<Self> {
         Self::wait(File::open(folder).ok()?, File::try_lock).ok()?
     }

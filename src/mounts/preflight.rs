@@ -1,5 +1,5 @@
-//! Everything that can be known to go wrong before a mount is tried, each with its own words; and
-//! taking away what of ours is in its place.
+//! The checks before a mount is made, each with an error of its own, and the removal of an odmoe-fs
+//! mount that is in the way.
 
 use std::fs::File;
 use std::io;
@@ -16,11 +16,11 @@ use crate::sys::process::effective_ids;
 /// A directory that can be mounted on.
 pub(super) struct Claim {
     pub place: Place,
-    /// Keep rivals away until the mount is made and answers.
+    /// These keep other commands away until the mount is made and answers.
     pub locks: Vec<Lock>,
 }
 
-/// Checks a directory, and claims it: nobody else who uses odmoe-fs mounts there meanwhile.
+/// Checks a directory, and claims it: no other odmoe-fs command mounts there meanwhile.
 pub(super) fn claim(model: &Model, given: &Path, options: &Options) -> Result<Claim, MountError> {
     let directory = table::resolved(given, Links::Trusted).map_err(|e| unusable(given, e))?;
     for part in model.source().paths() {
@@ -32,9 +32,9 @@ pub(super) fn claim(model: &Model, given: &Path, options: &Options) -> Result<Cl
     loop {
         not_inside_a_mount(&directory)?;
         clear(&directory, options.replace)?;
-        // Whoever takes mounts away locks the folder above for itself alone, if it can be read.
+        // A command that removes mounts locks the folder above exclusively, if it can be read.
         let above = directory.parent().and_then(Lock::shared);
-        // A rival that was faster is replaced as well.
+        // The mount of a command that was faster is replaced as well.
         let has_rival = |e: &MountError| {
             let is_replaced = matches!(e, MountError::AlreadyMounted { .. }) && options.replace;
             is_replaced && Instant::now() < give_up
@@ -46,7 +46,7 @@ pub(super) fn claim(model: &Model, given: &Path, options: &Options) -> Result<Cl
         let place = Place::open(&directory).map_err(|e| unusable(&directory, e))?;
         let locked = place.lock().map_err(|e| unusable(&directory, e))?;
         let locked = locked.ok_or_else(|| MountError::DirectoryLocked(directory.clone()))?;
-        // Again: somebody else may have mounted there before we had the lock.
+        // Again, since another command may have mounted there before we had the lock.
         match not_mounted(&directory) {
             Err(e) if has_rival(&e) => continue,
             checked => checked?,
@@ -64,14 +64,15 @@ fn unusable(directory: &Path, cause: io::Error) -> MountError {
     match cause.kind() {
         io::ErrorKind::NotFound => MountError::DirectoryMissing(directory),
         io::ErrorKind::NotADirectory => MountError::NotADirectory(directory),
-        // It was none a moment ago.
+        // It was not a link a moment ago.
         _ if cause.raw_os_error() == Some(libc::ELOOP) => MountError::Moved(directory),
         _ => MountError::Directory { directory, cause },
     }
 }
 
-/// The path of a part that lies in the directory: its name, which may be a link, or what that
-/// leads to. Parts may have to be opened again by name, and a daemon must not wait for itself.
+/// The path of a part if it is in the directory: that of its name, which may be a link, or that of
+/// the link's target. Parts may have to be opened again by name, and a daemon must not wait for
+/// itself.
 fn hidden_by(directory: &Path, part: &Path) -> Option<PathBuf> {
     let name = part.parent().and_then(|folder| folder.canonicalize().ok());
     let name = name
@@ -83,18 +84,19 @@ fn hidden_by(directory: &Path, part: &Path) -> Option<PathBuf> {
         .find(|path| path.starts_with(directory))
 }
 
-/// Unmounts what a daemon of ours that is dead has left on the directory: nobody can use it, and
-/// nothing is lost. With `replace` also what is alive.
+/// Removes a dead odmoe-fs mount from the directory, which is of no use to anybody. With `replace`
+/// also a living one.
 fn clear(directory: &Path, replace: bool) -> Result<(), MountError> {
     if in_the_way(directory, replace)?.is_none() {
         return Ok(());
     }
-    // Rivals may be about to do so, too, and a late one must not unmount what another has just
-    // mounted. The directory itself cannot be locked, but the one above it can, if it can be read.
+    // Other commands may be about to do the same, and a late one must not unmount what another has
+    // just mounted. The directory itself cannot be locked, but the one above it can, if it is
+    // readable.
     let _rivals = directory.parent().and_then(Lock::exclusive);
     while let Some((mount, state)) = in_the_way(directory, replace)? {
         match unmount::unmount(directory, true) {
-            // Somebody without the lock was faster.
+            // A command without the lock was faster.
             Err(UnmountError::NotOurs(_)) => continue,
             Err(cause) => {
                 let directory = directory.to_owned();
@@ -118,15 +120,15 @@ fn clear(directory: &Path, replace: bool) -> Result<(), MountError> {
     Ok(())
 }
 
-/// Unmounts what is on a directory if it is one of ours that nobody serves. Fails for a living one
-/// only if it does not answer.
+/// Unmounts a dead odmoe-fs mount, if there is one on a directory. Fails if there is one that does
+/// not answer.
 pub fn unmount_stale(directory: &Path) -> Result<(), MountError> {
     let directory = table::resolved(directory, Links::Any).map_err(|e| unusable(directory, e))?;
     clear(&directory, false)
 }
 
-/// The mount on a directory if it is one of ours that must be removed. Fails if that does not
-/// answer.
+/// The odmoe-fs mount on a directory if it must be removed. Fails if it does not answer and may not
+/// be replaced.
 fn in_the_way(directory: &Path, replace: bool) -> Result<Option<(MountEntry, State)>, MountError> {
     let Some(mount) = table::mounted_on(directory).filter(MountEntry::is_odmoe) else {
         return Ok(None);
@@ -138,11 +140,11 @@ fn in_the_way(directory: &Path, replace: bool) -> Result<Option<(MountEntry, Sta
             source_name: mount.source.to_string_lossy().into_owned(),
             pid: status::pid_of(&mount),
         }),
-        _ => Ok(None), // for `not_mounted` to say
+        _ => Ok(None), // `not_mounted` reports it
     }
 }
 
-/// Fails if one of our mounts is on the directory, or around it.
+/// Fails if an odmoe-fs mount is on the directory, or the directory is inside of one.
 fn not_mounted(directory: &Path) -> Result<(), MountError> {
     not_inside_a_mount(directory)?;
     match table::mounted_on(directory).filter(MountEntry::is_odmoe) {
@@ -154,7 +156,7 @@ fn not_mounted(directory: &Path) -> Result<(), MountError> {
     }
 }
 
-/// Fails if one of our mounts is around the directory. Nothing of it may be touched, since it may
+/// Fails if the directory is inside of an odmoe-fs mount. The mount is not touched, since it may
 /// not answer.
 fn not_inside_a_mount(directory: &Path) -> Result<(), MountError> {
     match table::mount_of(directory).filter(MountEntry::is_odmoe) {
@@ -169,7 +171,7 @@ fn not_inside_a_mount(directory: &Path) -> Result<(), MountError> {
 /// Whether this user can mount on this machine.
 pub(super) fn usable_fuse(options: &Options) -> Result<(), MountError> {
     if cfg!(target_os = "macos") {
-        return Ok(()); // there is no such device, and macFUSE explains itself
+        return Ok(()); // there is no such device, and macFUSE has error messages of its own
     }
     let opened = File::options().read(true).write(true).open(DEVICE);
     opened.map_err(|e| match e.raw_os_error() {

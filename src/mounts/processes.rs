@@ -1,15 +1,15 @@
-//! The process table, as far as this user may look; without touching any mount.
+//! The process table, as far as this user may look into it. Nothing here touches a mount.
 
 use std::fs;
 use std::path::PathBuf;
 
-/// The numbers of all processes.
+/// The ids of all processes.
 pub(super) fn process_ids() -> impl Iterator<Item = u32> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
 }
 
-/// The folder of a process.
+/// The folder of a process in `/proc`.
 pub(super) fn process_folder(pid: u32) -> PathBuf {
     PathBuf::from(format!("/proc/{pid}"))
 }
@@ -20,7 +20,7 @@ pub(super) fn name_of(pid: u32) -> String {
     String::from_utf8_lossy(&name).trim_end().to_owned()
 }
 
-/// The FUSE connections that a file of `/proc/PID/fdinfo` names. Only recent kernels tell.
+/// The FUSE connections in a file of `/proc/PID/fdinfo`. Only recent kernels list them.
 #[cfg(target_os = "linux")]
 pub(super) fn connections(fdinfo: &str) -> impl Iterator<Item = &str> {
     let values = fdinfo
@@ -29,8 +29,8 @@ pub(super) fn connections(fdinfo: &str) -> impl Iterator<Item = &str> {
     values.map(str::trim)
 }
 
-/// What `fdinfo` says under a name, such as `mnt_id:`, of each descriptor of a process of which it
-/// says that.
+/// The values of a field of `/proc/PID/fdinfo`, such as `mnt_id:`, one for each descriptor that has
+/// the field.
 pub(super) fn descriptor_fields(pid: u32, name: &str) -> Vec<String> {
     let infos = fs::read_dir(process_folder(pid).join("fdinfo"));
     let infos = infos.into_iter().flatten().flatten();

@@ -1,9 +1,9 @@
 //! How much the kernel reads ahead of programs that read mounted files.
 //!
-//! A file system cannot ask for more than the kernel's 128 KiB; only the number in
-//! `/sys/class/bdi` can, which belongs to root. We leave it: since we read the model
-//! ahead ourselves, more of it made nothing faster that we measured (`docs/performance.md`), and each
-//! look at a header reads that much.
+//! A file system cannot ask for more than the kernel's 128 KiB. Only root can set more, in
+//! `/sys/class/bdi`. By default we leave it alone: since we read the model ahead ourselves, a
+//! larger value made nothing faster in our measurements (`docs/performance.md`), and each look at a
+//! header reads that much.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -14,10 +14,10 @@ use crate::explain::{Explain, Hint};
 /// The largest request of the kernel, in pages.
 const MAX_PAGES: &str = "/proc/sys/fs/fuse/max_pages_limit";
 const PAGE_BYTES: u64 = 4096;
-/// What the kernel had before there was a setting.
+/// The kernel's limit before there was a setting.
 const OLD_MAX_PAGES: u64 = 256;
 
-/// Why the kernel's read-ahead is not what was asked for.
+/// Why the kernel's read-ahead is not as requested.
 #[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
 #[strum(serialize_all = "snake_case", prefix = "read_ahead.")]
 pub enum ReadAheadError {
@@ -29,7 +29,7 @@ pub enum ReadAheadError {
         kib: u64,
         cause: io::Error,
     },
-    #[error("the kernel reads ahead as asked, but in requests of {granted_kib} KiB")]
+    #[error("the kernel reads ahead as requested, but in pieces of {granted_kib} KiB")]
     SmallRequests { granted_kib: u64, pages: u64 },
 }
 
@@ -46,7 +46,7 @@ impl Explain for ReadAheadError {
             }
             Self::SmallRequests { pages, .. } => Some(
                 format!(
-                    "for larger ones: sudo sysctl fs.fuse.max_pages_limit={pages}, and mount again"
+                    "for larger pieces: sudo sysctl fs.fuse.max_pages_limit={pages}, and mount again"
                 )
                 .into(),
             ),

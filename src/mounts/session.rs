@@ -1,12 +1,12 @@
-//! Serving a mount from its making to its end, whatever ends it.
+//! Serving a mount from beginning to end, whatever ends it.
 //!
 //! The problem: the session of a mount ends when it is unmounted everywhere, but also when somebody
-//! aborts its connection (`umount -f`, even of a mere copy in another mount namespace), which leaves
-//! a dead mount behind. And between the making and the end, the mount may be moved, a folder around
-//! it renamed, or another file system mounted over it.
+//! aborts its connection (`umount -f`, even of a mere copy in another mount namespace), which
+//! leaves a dead mount behind. Until then the mount may be moved, a folder above it renamed, or
+//! another file system mounted over it.
 //!
-//! The plan: a mount is known by its device number, which no other mount has while its session
-//! lives. [`Attached`] finds it by that in the mount table, wherever it lies by then.
+//! The plan: a mount is identified by its device number, which no other mount has while its session
+//! lives. [`Attached`] finds it by that number in the mount table, wherever it is by then.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use fuser::{Config, SessionACL};
 use parking_lot::Mutex;
 
-use super::attach::{self, Made};
+use super::attach::{self, NewMount};
 use super::place::Place;
 use super::table::{self, MountEntry, mount_table};
 use super::unmount::{self, UnmountError};
@@ -31,25 +31,25 @@ use crate::sys::process::{FROM_PARENT, Signals};
 /// How long the kernel may take to remove a mount from the table once its session has ended.
 const REMOVAL: Duration = Duration::from_millis(500);
 const POLL: Duration = Duration::from_millis(50);
-/// How long readers may take to leave before the log says that they are waited for.
+/// How long readers may take to leave before the log mentions that the daemon waits for them.
 const LEAVING: Duration = Duration::from_millis(300);
 
 impl Mount {
-    /// Mounts, calls `ready`, and serves until somebody unmounts, or until SIGINT, SIGTERM or
-    /// SIGHUP: then the mount is taken out of the tree at once, readers finish, and this returns
-    /// when the last has left. A second signal ends the process.
+    /// Mounts, calls `ready`, and serves until the mount is unmounted, or until SIGINT, SIGTERM or
+    /// SIGHUP. On a signal the mount is detached at once, and this returns when the last reader has
+    /// left. A second signal ends the process.
     ///
-    /// An error of `ready` means that whoever asked for the mount is gone; then it is unmounted. What
-    /// it returns is dropped when nothing keeps others from mounting or unmounting there any more.
+    /// An error of `ready` means that the process that asked for the mount is gone; then the mount
+    /// is removed. Its result is dropped after the locks on the directory are released.
     ///
-    /// It is for a process that does nothing else, and ends when this returns: the calling thread
-    /// receives those signals no more, and the working directory becomes `/`.
+    /// For a process that does nothing else, and ends when this returns: the calling thread no
+    /// longer receives those signals, and the working directory becomes `/`.
     pub fn serve<T>(self, ready: impl FnOnce() -> io::Result<T>) -> Result<(), MountError> {
-        // Before any thread starts, so that all of them leave the signals to the one that waits.
+        // Before any thread starts: all of them must leave the signals to the one that waits.
         let signals = [Signals::STOPPING, &[FROM_PARENT]].concat();
         let signals = Signals::block(&signals).map_err(MountError::Background)?;
-        let life = Arc::<Mutex<Life>>::default();
-        let watched = life.clone();
+        let stage = Arc::<Mutex<Stage>>::default();
+        let watched = stage.clone();
         std::thread::Builder::new()
             .name("signals".into())
             .spawn(move || end_on_signal(&watched, signals))
@@ -57,13 +57,13 @@ impl Mount {
 
         let threads = self.threads;
         let directory = self.place.path().to_owned();
-        let made = attach::make(&self.place, &self.wishes)
+        let made = attach::make(&self.place, &self.parameters)
             .inspect_err(|_| remove_what_was_left(&directory))?;
         let attached = Attached::of(&self.place, &made);
-        let by_ourselves = made.by_ourselves;
+        let directly = made.directly;
         let started = start(self.file_system, made, self.acl, threads);
         let was_moved = !self.place.is_where_it_was();
-        drop(self.place); // or the file system below would stay busy
+        drop(self.place); // otherwise the file system below would stay busy
         let session = match started {
             Ok(session) if !was_moved => session,
             failed => {
@@ -74,10 +74,10 @@ impl Mount {
                 });
             }
         };
-        if by_ourselves {
+        if directly {
             give_up_privileges();
         }
-        if let Some(signal) = life.lock().begin(&attached) {
+        if let Some(signal) = stage.lock().begin(&attached) {
             attached.detach_or_log();
             return Err(MountError::Interrupted(signal));
         }
@@ -95,7 +95,7 @@ impl Mount {
         match served {
             Ok(()) => attached.after_the_end(),
             Err(cause) => {
-                // Not ended by the kernel, so the mount may still be there, and nobody serves it.
+                // The kernel did not end it, so the mount may still be there, unserved.
                 attached.detach_or_log();
                 Err(MountError::Session { directory, cause })
             }
@@ -103,10 +103,10 @@ impl Mount {
     }
 }
 
-/// Serves a mount that was just made, in threads of its own.
+/// Starts the threads that serve a mount that was just made.
 fn start(
     file_system: OdmoeFs,
-    made: Made,
+    made: NewMount,
     acl: SessionACL,
     threads: usize,
 ) -> io::Result<JoinHandle<io::Result<()>>> {
@@ -117,16 +117,16 @@ fn start(
     wait_for_workers(session.guard, threads)
 }
 
-/// A mount helper that was killed half-way may have left a mount that nobody will serve.
+/// Removes the mount that a mount helper leaves behind when it is killed halfway.
 fn remove_what_was_left(directory: &Path) {
     let left = table::mounted_on(directory).filter(MountEntry::is_odmoe);
     if left.is_some() && status::state_of(directory) == State::Stale {
-        let _ = unmount::detach(directory); // the error that matters is the one before
+        let _ = unmount::detach(directory); // the helper's error is the one to report
     }
 }
 
-/// From here on nothing is mounted, only served and unmounted. A user's daemon unmounts with the
-/// set-user-id helper, which has to keep working; it has no privileges of its own to give up.
+/// Gives up what is needed only for mounting. Not for the daemon of a normal user: it has no
+/// privileges to give up, and unmounts with the set-user-id helper, which must keep working.
 fn give_up_privileges() {
     if let Err(e) = privileges::keep_what_serving_needs() {
         tracing::warn!("the daemon keeps all its privileges: {e}");
@@ -134,19 +134,19 @@ fn give_up_privileges() {
     privileges::no_new_privileges();
 }
 
-/// How far a mount has come, for the thread that waits for signals.
+/// The stage that a mount has reached, for the thread that waits for signals.
 #[derive(Default)]
-enum Life {
-    /// There is nothing to unmount yet, or nobody knows yet what.
+enum Stage {
+    /// The mount is not made yet, or not identified yet.
     #[default]
     Starting,
-    /// A signal came meanwhile.
+    /// A signal came at that stage.
     Interrupted(i32),
     Serving(Attached),
 }
 
-impl Life {
-    /// The mount is there. Returns the signal that came before it was.
+impl Stage {
+    /// Records that the mount is made. Returns the signal that came before, if any.
     fn begin(&mut self, attached: &Attached) -> Option<i32> {
         match self {
             Self::Interrupted(signal) => Some(*signal),
@@ -157,7 +157,7 @@ impl Life {
         }
     }
 
-    /// A signal has come. Returns the mount to end because of it.
+    /// Records a signal. Returns the mount that it must end, if there is one.
     fn interrupt(&mut self, signal: i32) -> Option<Attached> {
         if let Self::Serving(attached) = self {
             return Some(attached.clone());
@@ -167,8 +167,8 @@ impl Life {
     }
 }
 
-/// Ends a mount when a signal asks for it, and the process when a user sends a second one.
-fn end_on_signal(life: &Mutex<Life>, signals: Signals) {
+/// Ends the mount on the first signal, and the process on the second one of a user.
+fn end_on_signal(stage: &Mutex<Stage>, signals: Signals) {
     let (mut has_begun, mut by_user) = (false, 0);
     while let Ok(signal) = signals.wait() {
         by_user += u32::from(signal != FROM_PARENT);
@@ -176,7 +176,7 @@ fn end_on_signal(life: &Mutex<Life>, signals: Signals) {
             std::process::exit(128 + signal);
         }
         if !std::mem::replace(&mut has_begun, true) {
-            let serving = life.lock().interrupt(signal);
+            let serving = stage.lock().interrupt(signal);
             if let Some(attached) = serving {
                 attached.end();
             }
@@ -195,9 +195,9 @@ pub(super) struct Attached {
 
 impl Attached {
     /// The mount that was just made on a directory.
-    fn of(place: &Place, made: &Made) -> Self {
+    fn of(place: &Place, made: &NewMount) -> Self {
         let device = made.device_number().or_else(|| {
-            // Older kernels do not tell. The directory is locked, so what is there is ours.
+            // An older kernel. The directory is locked, so the mount there is ours.
             let entry = table::mounted_on(place.path()).filter(MountEntry::is_odmoe);
             Some(entry?.device)
         });
@@ -207,13 +207,13 @@ impl Attached {
         }
     }
 
-    /// Wherever it is mounted in our mount namespace: moved, renamed, or bound to other places.
+    /// All its mounts in our mount namespace, also after moves, renames and bind mounts.
     fn mounts(&self) -> Vec<MountEntry> {
         copies::of_device(mount_table(), self.device.as_deref())
     }
 
-    /// Takes the mount out of the tree at once, wherever it is; open files go on. What lies under
-    /// another mount cannot be reached and stays.
+    /// Detaches the mount at once, wherever it is; open files stay usable. A mount under another
+    /// one cannot be reached and stays. Returns the directories that it was detached from.
     fn detach(&self) -> Result<Vec<PathBuf>, UnmountError> {
         if self.device.is_none() {
             unmount::detach(&self.directory)?;
@@ -235,7 +235,7 @@ impl Attached {
                     Err(e) => drop(refused.get_or_insert(e)),
                 }
             }
-            // What lay under another mount of ours can be reached now.
+            // Mounts that were under another one of ours can be reached now.
             match refused {
                 None => return Ok(detached),
                 Some(refused) if detached.len() == before => return Err(refused),
@@ -250,7 +250,7 @@ impl Attached {
         }
     }
 
-    /// Ends the mount because a signal asked for it, and tells the log what keeps it, if anything.
+    /// Ends the mount after a signal, and logs what keeps it alive, if anything.
     fn end(&self) {
         match self.detach() {
             Ok(directories) => {
@@ -262,20 +262,20 @@ impl Attached {
                     Some(copy) => format!("it is still mounted {copy}"),
                 };
                 tracing::warn!(
-                    "unmounted {directories:?}, but {used}: waiting for that to end; a second signal ends the process now"
+                    "unmounted {directories:?}, but {used}: waiting for that to end; a second signal ends the process at once"
                 );
             }
-            Err(e) => tracing::error!("{}; a second signal ends the process now", e.line()),
+            Err(e) => tracing::error!("{}; a second signal ends the process at once", e.line()),
         }
     }
 
-    /// Whether the session was ended by an unmount. If it was not, a dead mount is left, which is
-    /// removed here.
+    /// Called when the session has ended. If an unmount has ended it, no mount is left. Otherwise
+    /// the dead mount is removed, and the result is an error.
     fn after_the_end(&self) -> Result<(), MountError> {
         let give_up = Instant::now() + REMOVAL;
         loop {
             let mut left = self.mounts();
-            // The number may be another mount's by now, which lives.
+            // By now, the number may belong to another mount, which lives.
             left.retain(|mount| status::state_of(&mount.directory) == State::Stale);
             if left.is_empty() {
                 return Ok(());

@@ -1,10 +1,11 @@
-//! Which mounts of ours are there, and does each of them answer.
+//! The odmoe-fs mounts, and whether each answers.
 //!
-//! The problem: `stat` on a mount whose daemon is stopped hangs, and for one that is dead it may be
-//! answered from the kernel's memory.
+//! The problem: `stat` hangs on a mount whose daemon is stopped, and on a dead one the kernel may
+//! answer it from memory.
 //!
-//! The plan: the mount table says what there is. A child process asks each, all at the same time, and
-//! a mount that has not answered within a second does not answer. No file is kept about any of it.
+//! The plan: the mount table lists the mounts. Child processes ask all of them at the same time,
+//! and a mount that has not answered within a second counts as not answering. No state is kept in
+//! files.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
@@ -23,13 +24,14 @@ use crate::sys::probe::{Answer, Probe};
 /// How long a mount may take to answer.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// One of our mounts.
+/// An odmoe-fs mount.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MountStatus {
     pub directory: PathBuf,
-    /// The model's path; `None` where the table cannot hold it and nothing can be seen of its process.
+    /// The model's path; `None` if the table cannot hold it and this user may not look into the
+    /// process.
     pub model: Option<OsString>,
-    /// The process that serves it; `None` where that is dead, or nothing of it can be seen.
+    /// The process that serves it; `None` if it is dead or this user may not look into it.
     pub pid: Option<u32>,
     pub state: State,
     /// What it has asked of servers; `None` if its model is on this machine, or nothing is known.
@@ -40,7 +42,7 @@ pub struct MountStatus {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
     Alive,
-    /// It answers, but parts of its model have changed since it was mounted, and reads of them fail.
+    /// It answers, but parts of its model have changed since it was mounted, so reads of them fail.
     Changed,
     /// Its process is stopped, or waits for something.
     NotAnswering,
@@ -67,7 +69,7 @@ impl State {
             None => Self::NotAnswering,
             Some(Answer::Alive) => Self::Alive,
             Some(Answer::Changed) => Self::Changed,
-            // The second if somebody has aborted the connection.
+            // ECONNABORTED if the connection was aborted.
             Some(Answer::Error(libc::ENOTCONN | libc::ECONNABORTED)) => Self::Stale,
             // Most often EACCES.
             Some(Answer::Error(_)) => Self::NotReadable,
@@ -75,14 +77,15 @@ impl State {
     }
 }
 
-/// Our mounts, in the order they were made. Takes little more than a second, whatever they do.
+/// All odmoe-fs mounts, in the order they were made. This takes little more than a second, whatever
+/// state they are in.
 pub fn status() -> Vec<MountStatus> {
     let table = table::mount_table();
     let mounts: Vec<_> = table.iter().filter(|m| m.is_odmoe()).cloned().collect();
     let directories: Vec<_> = mounts.iter().map(|m| m.directory.as_path()).collect();
     let mut states = states(&directories);
     for (mount, (state, _)) in mounts.iter().zip(&mut states) {
-        // Hidden by another, which has answered instead.
+        // Another mount hides it, and has answered instead.
         if table::visible(&table, &mount.directory) != Some(mount) {
             *state = State::NotReadable;
         }
@@ -93,7 +96,7 @@ pub fn status() -> Vec<MountStatus> {
         MountStatus {
             pid: process.map(|process| process.pid),
             model: match mount.source {
-                // A path that would be taken for options of the mount.
+                // The path was not put into the table, since it could be taken for options.
                 source if source == SUBTYPE => process.and_then(Process::model),
                 source => Some(source),
             },
@@ -116,14 +119,14 @@ pub(super) fn pid_of(mount: &MountEntry) -> Option<u32> {
     Some(serving(mount, &processes)?.pid)
 }
 
-/// The process that serves a mount. The number of a connection is soon used again, while the daemon that
-/// had it before may still be ending: so the one that was started last.
+/// The process that serves a mount. The number of a connection is soon reused, while the daemon
+/// that had it before may still be ending, so this is the process that started last.
 fn serving<'a>(mount: &MountEntry, processes: &'a [Process]) -> Option<&'a Process> {
     let serving = processes.iter().filter(|process| process.serves(mount));
     serving.max_by_key(|process| process.started)
 }
 
-/// Asks all at the same time. One that has not answered when the patience is over does not answer.
+/// Asks all of them at the same time. One that has not answered in time counts as not answering.
 fn states(directories: &[&Path]) -> Vec<(State, Option<Traffic>)> {
     let mut probes: Vec<_> = directories.iter().map(|d| Probe::ask(d).ok()).collect();
     let give_up = Instant::now() + PATIENCE;
@@ -162,7 +165,7 @@ fn states(directories: &[&Path]) -> Vec<(State, Option<Traffic>)> {
             State::of(probe.is_answered().then(|| probe.answer())),
             Traffic::of_numbers(probe.numbers()),
         ),
-        None => (State::NotReadable, None), // there is no room for another process
+        None => (State::NotReadable, None), // no process could be started
     };
     probes.iter_mut().map(state).collect()
 }
@@ -172,18 +175,18 @@ struct Process {
     pid: u32,
     /// In ticks since the machine was started.
     started: u64,
-    /// The connections that it serves, which are the minor numbers of their mounts; only recent
-    /// kernels tell.
+    /// The connections that it serves, by the minor device numbers of their mounts. Only recent
+    /// kernels list them.
     connections: Vec<String>,
     arguments: Vec<Vec<u8>>,
 }
 
-/// Every process that serves a FUSE file system, as far as this user may look.
+/// Every process that serves a FUSE file system and that this user may look into.
 fn processes() -> Vec<Process> {
     process_ids().filter_map(Process::of).collect()
 }
 
-/// What the descriptors of a process lead to.
+/// The files that a process has open.
 fn open_files(pid: u32) -> impl Iterator<Item = PathBuf> {
     let descriptors = process_folder(pid).join("fd").read_dir();
     let descriptors = descriptors.into_iter().flatten().flatten();
@@ -218,7 +221,8 @@ impl Process {
 
     fn serves(&self, mount: &MountEntry) -> bool {
         if self.connections.is_empty() {
-            // An older kernel. Relative paths were those of a folder that the daemon has left.
+            // An older kernel. A relative path cannot be compared, since the daemon has changed its
+            // working directory.
             let directory = mount.directory.as_os_str().as_bytes();
             return self.arguments.iter().any(|argument| argument == directory);
         }

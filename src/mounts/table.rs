@@ -16,9 +16,9 @@ use crate::sys::process::effective_ids;
 /// One line of the table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MountEntry {
-    /// The mount's number, used by one mount at a time.
+    /// The mount's id. Ids are reused, but no two mounts have the same at the same time.
     pub id: u64,
-    /// The number of the mount that it lies on.
+    /// The id of the mount that it is mounted on.
     pub parent: u64,
     /// The file system's device, `major:minor`.
     pub device: String,
@@ -26,12 +26,12 @@ pub struct MountEntry {
     pub directory: PathBuf,
     /// Such as `fuse.odmoe`.
     pub fs_type: String,
-    /// What is mounted, in the file system's own words.
+    /// The name that the file system gives its source.
     pub source: OsString,
 }
 
 impl MountEntry {
-    /// Whether the mount is one of ours.
+    /// Whether it is an odmoe-fs mount.
     pub fn is_odmoe(&self) -> bool {
         self.fs_type == super::FS_TYPE
     }
@@ -53,7 +53,7 @@ impl MountEntry {
     }
 }
 
-/// Undoes the kernel's `\040` for characters that would break the table.
+/// Decodes the octal escapes, such as `\040`, of characters that would break the table.
 fn unescaped(field: &[u8]) -> OsString {
     let mut bytes = Vec::with_capacity(field.len());
     let mut rest = field;
@@ -70,37 +70,37 @@ fn unescaped(field: &[u8]) -> OsString {
     OsString::from_vec(bytes)
 }
 
-/// Every mount that this process sees, in the order they were made; empty where there is no such
+/// Every mount that this process sees, in the order they were made. Empty on systems without such a
 /// table.
 pub fn mount_table() -> Vec<MountEntry> {
     parse_table(&std::fs::read("/proc/self/mountinfo").unwrap_or_default())
 }
 
-/// The mounts of a table, `/proc/PID/mountinfo`.
+/// The mounts in a table, the content of `/proc/PID/mountinfo`.
 pub(super) fn parse_table(table: &[u8]) -> Vec<MountEntry> {
     let lines = table.split(|b| *b == b'\n');
     lines.filter_map(MountEntry::parse).collect()
 }
 
-/// What is mounted on exactly this directory (absolute, without links); the topmost of several.
+/// The mount on exactly this directory (absolute, without links); the topmost of several.
 pub(super) fn mounted_on(directory: &Path) -> Option<MountEntry> {
     mount_of(directory).filter(|mount| mount.directory == directory)
 }
 
-/// The mount that a path (absolute, without links) lies in.
+/// The mount that a path (absolute, without links) is in.
 pub fn mount_of(path: &Path) -> Option<MountEntry> {
     visible(&mount_table(), path).cloned()
 }
 
-/// The mount that a path leads to. The order of the table says nothing, since mounts can be moved: so
-/// it goes down the path as the kernel does, from each mount to what lies on it there.
+/// The mount that a path leads to. Mounts can be moved, so the order of the table proves nothing:
+/// this walks down the path as the kernel does, from each mount to the one on top of it.
 pub(super) fn visible<'a>(table: &'a [MountEntry], path: &Path) -> Option<&'a MountEntry> {
     let mut current: Option<&MountEntry> = None;
     let ancestors: Vec<_> = path.ancestors().collect();
     for ancestor in ancestors.into_iter().rev() {
         let lies_on = |mount: &MountEntry, below: Option<&MountEntry>| match below {
             Some(below) => mount.parent == below.id && mount.id != below.id,
-            // The root of this process, or, after a chroot, whatever of it is seen first.
+            // The root of this process or, after a chroot, the first mount below it.
             None => !table
                 .iter()
                 .any(|m| m.id == mount.parent && m.id != mount.id),
@@ -115,7 +115,8 @@ pub(super) fn visible<'a>(table: &'a [MountEntry], path: &Path) -> Option<&'a Mo
     current
 }
 
-/// The mount of ours that a path lies in, without asking it. Of a path that does not exist, where it would be made.
+/// The odmoe-fs mount that a path is in, or would be in if it existed. The mount itself is not
+/// asked.
 pub fn odmoe_mount_of(path: &Path) -> Option<MountEntry> {
     let path = std::path::absolute(path).ok()?;
     let existing = path
@@ -131,15 +132,15 @@ const MOST_LINKS: usize = 40;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Links {
     Any,
-    /// None that another user, who is not root, can exchange.
+    /// Only those that no other user, except root, can exchange.
     Trusted,
 }
 
-/// A directory's absolute path without links, found without asking a mount of ours on the way: it may
-/// be dead or stopped. There are no links below one, so what is written after it is what is meant.
+/// A directory's absolute path without links. An odmoe-fs mount on the way is not asked, since it
+/// may be dead or stopped; it contains no links, so the names behind it are taken as they are.
 ///
 /// # Errors
-/// ELOOP for too many links; EPERM, with words of ours, for a link that is not trusted.
+/// ELOOP for too many links; EPERM with a [`ForeignLink`] for a link that is not trusted.
 pub(super) fn resolved(directory: &Path, links: Links) -> io::Result<PathBuf> {
     let table = mount_table();
     let mut done = PathBuf::from("/");
@@ -178,13 +179,13 @@ pub(super) fn resolved(directory: &Path, links: Links) -> io::Result<PathBuf> {
     Ok(done)
 }
 
-/// Where a link leads to, unless another user, who is not root, can exchange it: it is theirs, and
-/// so is the folder that it lies in, or others may write to that.
+/// The target of a link, unless another user, except root, can exchange the link: it belongs to that
+/// user, and so does its folder, or others may write to the folder.
 fn trusted_target(link: &Path) -> io::Result<PathBuf> {
     let ours = [0, effective_ids().0];
     let folder = link.parent().unwrap_or(link).metadata()?;
     let is_closed = ours.contains(&folder.uid()) && folder.mode() & 0o022 == 0;
-    // Read by a descriptor, so that its owner and its target are those of the same link.
+    // Through one descriptor, so that owner and target are those of the same link.
     #[cfg(target_os = "linux")]
     let (owner, target) = {
         let held = File::options()
@@ -207,7 +208,7 @@ fn trusted_target(link: &Path) -> io::Result<PathBuf> {
     Err(io::Error::new(io::ErrorKind::PermissionDenied, problem))
 }
 
-/// A link that is not followed for root, since a user could exchange it meanwhile. It is inside of an
+/// A link that is not followed, since another user could exchange it meanwhile. It comes inside an
 /// [`io::Error`].
 #[derive(Debug, thiserror::Error)]
 #[error("{link:?} is a link of user {owner}, who can exchange it")]
@@ -222,11 +223,11 @@ impl Explain for ForeignLink {
     }
 
     fn hint(&self) -> Option<Hint> {
-        Some("name what it leads to".into())
+        Some("give the path that it leads to".into())
     }
 }
 
-/// The names of a path, the last one first.
+/// The components of a path, the last one first.
 fn reversed(path: &Path) -> Vec<OsString> {
     let names = path.components().filter_map(|part| match part {
         Component::Normal(name) => Some(name.to_owned()),

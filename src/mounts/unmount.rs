@@ -1,11 +1,11 @@
-//! Unmounting: only ever one of ours, alike for root and for others.
+//! Unmounting: only odmoe-fs mounts, and in the same way for root and for other users.
 //!
-//! The problem: a mount may be busy for the moment in which somebody looks at it; of several who
-//! unmount at the same time all but one come too late; and what was unmounted here may go on being
-//! served, for a container that has a copy of it.
+//! The problem: a mere look at a mount makes it busy for a moment; of several commands that unmount
+//! at the same time, all but one come too late; and a mount that was removed here may still be
+//! served for a container that has a copy of it.
 //!
-//! The plan: try for a moment; ask the mount table whether the mount is still there before an error
-//! is believed; and wait for the daemon, or find out what keeps it.
+//! The plan: try again for a moment; before believing an error, check in the mount table that the
+//! mount is still there; and wait for the daemon, or find out what keeps it.
 
 use std::ffi::OsStr;
 use std::io;
@@ -14,28 +14,29 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use super::copies::{self, MountCopy};
-use super::holders::{Use, use_of};
+use super::holders::{Users, users_of};
 use super::table::{self, Links, MountEntry, mount_table};
 use super::{State, status};
 use crate::explain::{Explain, Hint, hint_of};
 use crate::host::{HELPER_VARIABLE, fusermount};
 use crate::sys;
 use crate::sys::process::Watched;
-/// Why a directory was not unmounted.
+
+/// Why a mount was not removed.
 #[derive(Debug, thiserror::Error, strum::IntoStaticStr, strum::EnumProperty)]
 #[strum(serialize_all = "snake_case", prefix = "umount.")]
 pub enum UnmountError {
     #[error("{0:?} does not exist")]
-    #[strum(props(hint = "name one of those that `odmoe-fs status` lists"))]
+    #[strum(props(hint = "`odmoe-fs status` lists all mounts"))]
     Missing(PathBuf),
     #[error("{0:?} is not an odmoe-fs mount")]
-    #[strum(props(hint = "name one of those that `odmoe-fs status` lists"))]
+    #[strum(props(hint = "`odmoe-fs status` lists all mounts"))]
     NotOurs(PathBuf),
     #[error("{directory:?} is in use{users}")]
     Busy {
         directory: PathBuf,
-        /// As far as this user may see it.
-        users: Box<Use>,
+        /// Those that this user may see.
+        users: Box<Users>,
     },
     #[error("{directory:?} lies under another mount")]
     #[strum(props(hint = "unmount that first"))]
@@ -61,43 +62,45 @@ impl Explain for UnmountError {
     fn hint(&self) -> Option<Hint> {
         match self {
             Self::Busy { users, .. } => Some(
-                format!("{}, or pass --lazy to take the mount away now and end it when its last user has left", users.advice()).into(),
+                format!(
+                    "{}, or pass --lazy to detach the mount now and end it when its last user has left",
+                    users.advice()
+                )
+                .into(),
             ),
             _ => hint_of(self),
         }
     }
 }
 
-/// A mount that was taken out of the tree.
+/// A mount that was removed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unmounted {
     /// The directory without links.
     pub directory: PathBuf,
-    /// What is known of a daemon that goes on serving.
+    /// The daemon, if it has not ended.
     pub still_served: Option<StillServed>,
 }
 
-/// A daemon that has not ended though a mount of it was removed, and so holds the model.
+/// A daemon that continues after a mount of it was removed, and so keeps the model open.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StillServed {
     pub pid: u32,
-    /// Where else its file system is mounted, as far as this user may see it.
+    /// The other mounts of its file system that this user may see.
     pub copies: Vec<MountCopy>,
 }
 
-/// How long a mount may be busy before somebody is said to use it: those who merely look are gone by
-/// then.
+/// How long a mount may be busy before it counts as in use: longer than a mere look takes.
 const BUSY_PATIENCE: Duration = Duration::from_secs(1);
 const BUSY_POLL: Duration = Duration::from_millis(25);
-/// How long the daemon of what was unmounted may take to end.
+/// How long the daemon may take to end after its mount was removed.
 const ENDING: Duration = Duration::from_secs(1);
 
-/// Unmounts one of our mounts, a dead one too. A busy one is refused, or with `lazy` taken out of
-/// the tree now and ended when its last user leaves.
+/// Unmounts an odmoe-fs mount, dead or alive. A busy one is refused or, with `lazy`, detached now
+/// and ended when its last user leaves.
 ///
-/// Without `lazy` it waits for the daemon to end, after which nobody holds the model any more: the
-/// disk that the model lies on can be unmounted, too. If it does not end, the result says so, and
-/// why.
+/// Without `lazy` this waits for the daemon to end. Then nothing keeps the model open, and the disk
+/// that holds it can be unmounted as well. If the daemon does not end, the result says why.
 pub fn unmount(directory: &Path, lazy: bool) -> Result<Unmounted, UnmountError> {
     let directory = table::resolved(directory, Links::Any).map_err(|e| match e.kind() {
         io::ErrorKind::NotFound => UnmountError::Missing(directory.to_owned()),
@@ -110,10 +113,10 @@ pub fn unmount(directory: &Path, lazy: bool) -> Result<Unmounted, UnmountError> 
     let Some(entry) = entry else {
         return Err(UnmountError::NotOurs(directory));
     };
-    // It goes on as long as a lazily unmounted mount is used.
+    // With `lazy` it continues as long as the mount is used.
     let daemon = if lazy { None } else { status::pid_of(&entry) };
     let watched = daemon.and_then(|pid| Some((pid, Watched::process(pid)?)));
-    patiently(&entry, lazy)?;
+    remove(&entry, lazy)?;
     let still_served = watched
         .filter(|(_, daemon)| !daemon.ends_within(ENDING))
         .map(|(pid, _)| StillServed {
@@ -126,28 +129,28 @@ pub fn unmount(directory: &Path, lazy: bool) -> Result<Unmounted, UnmountError> 
     })
 }
 
-/// Unmounts what an entry of the table stands for, and nothing else that may be there by now.
-fn patiently(entry: &MountEntry, lazy: bool) -> Result<(), UnmountError> {
+/// Removes the mount of an entry of the table, and never one that has taken its place.
+fn remove(entry: &MountEntry, lazy: bool) -> Result<(), UnmountError> {
     let directory = &entry.directory;
     let give_up = Instant::now() + BUSY_PATIENCE;
     loop {
-        let failed = match run(directory, lazy) {
+        let failed = match try_once(directory, lazy) {
             Ok(()) => return Ok(()),
             Err(failed) => failed,
         };
         if table::mounted_on(directory).as_ref() != Some(entry) {
-            // Somebody else was faster.
+            // Another command was faster.
             return Err(UnmountError::NotOurs(directory.clone()));
         }
         match failed {
-            // Nobody can use a dead one, whoever has files of it open.
+            // A dead mount is of no use, even to processes that have files of it open.
             Failed::Busy if status::state_of(directory) == State::Stale => {
                 return detach(directory);
             }
             Failed::Busy if Instant::now() < give_up => std::thread::sleep(BUSY_POLL),
             Failed::Busy => {
                 return Err(UnmountError::Busy {
-                    users: Box::new(use_of(entry)),
+                    users: Box::new(users_of(entry)),
                     directory: directory.clone(),
                 });
             }
@@ -156,9 +159,9 @@ fn patiently(entry: &MountEntry, lazy: bool) -> Result<(), UnmountError> {
     }
 }
 
-/// Takes a mount out of the tree at once; its open files go on.
+/// Detaches a mount at once; open files stay usable.
 pub(super) fn detach(directory: &Path) -> Result<(), UnmountError> {
-    run(directory, true).map_err(|failed| match failed {
+    try_once(directory, true).map_err(|failed| match failed {
         Failed::Error(e) => e,
         Failed::Busy => UnmountError::Refused {
             directory: directory.to_owned(),
@@ -172,7 +175,7 @@ enum Failed {
     Error(UnmountError),
 }
 
-fn run(directory: &Path, lazy: bool) -> Result<(), Failed> {
+fn try_once(directory: &Path, lazy: bool) -> Result<(), Failed> {
     let refused = |reason: String| {
         Failed::Error(UnmountError::Refused {
             directory: directory.to_owned(),
@@ -182,7 +185,7 @@ fn run(directory: &Path, lazy: bool) -> Result<(), Failed> {
     match sys::mount::unmount(directory, lazy) {
         Ok(()) => return Ok(()),
         Err(e) if e.raw_os_error() == Some(libc::EBUSY) => return Err(Failed::Busy),
-        // Not root: the set-user-id helper may.
+        // Not root; but the set-user-id helper may.
         Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {}
         Err(e) => return Err(refused(e.to_string())),
     }

@@ -1,8 +1,8 @@
-//! Whether the threads that serve a mount can start, found out before it is made; and whether they
-//! have.
+//! Whether the threads of a mount can start, tested before it is made, and whether they have
+//! started.
 //!
-//! fuser starts its workers when the mount is made already. If one cannot start, the session ends
-//! and leaves a mount that nobody serves; if one has no memory, the process aborts.
+//! fuser starts its workers after the mount is made. If one cannot start, the session ends and
+//! leaves a mount that nobody serves. If one gets no memory, the process aborts.
 
 use std::io;
 use std::thread::{Builder, JoinHandle};
@@ -12,26 +12,27 @@ use memmap2::MmapMut;
 
 use crate::sys::process::use_one_arena;
 
-/// The buffer of a worker of fuser, for requests of 16 MiB, and what a reply of ours takes, 1 MiB.
+/// A worker of fuser has a buffer for requests of 16 MiB, and needs 1 MiB for a reply of ours.
 const WORKER_BYTES: usize = 18 << 20;
-/// What std reserves for a thread's stack.
+/// The stack that std reserves for a thread.
 const STACK_BYTES: usize = 2 << 20;
-/// fuser's own thread that waits for its workers, and ours that waits for signals.
+/// fuser's thread that waits for its workers, and ours that waits for signals.
 const OTHER_THREADS: usize = 2;
 /// The buffers for reading ahead (33 MiB), the stacks of its threads, and room for documents.
 const READING_BYTES: usize = 64 << 20;
-/// Threads that read ahead. They start with the first reader, and are missed if they cannot.
+/// The threads that read ahead. They start with the first reader; a mount works without them, but
+/// more slowly.
 const READING_THREADS: usize = 4;
 
-/// Starts as many threads as a mount of so many workers will have, with as much memory, and ends
-/// them again. From here on the process has one arena for all of them.
+/// Starts as many threads as a mount with so many workers has, with as much memory, and ends them
+/// again. From here on, all threads of the process share one arena of the allocator.
 ///
-/// The memory is not taken from the allocator, which would keep it, and would take later buffers from
-/// what is not fresh: then zeroing them uses them.
+/// The memory is mapped rather than allocated. The allocator would keep it for later buffers, and
+/// memory that is not fresh must be zeroed, which makes it resident.
 pub(super) fn try_workers(workers: usize) -> io::Result<()> {
     use_one_arena();
     let threads = workers + OTHER_THREADS + READING_THREADS;
-    // All at once: a lack of memory while a thread starts is no error but the end of the process.
+    // All at once: a thread that lacks memory when it starts ends the process.
     let bytes = workers * WORKER_BYTES + threads * STACK_BYTES + READING_BYTES;
     drop(MmapMut::map_anon(bytes)?);
     let gate = parking_lot::Mutex::new(());
@@ -39,7 +40,7 @@ pub(super) fn try_workers(workers: usize) -> io::Result<()> {
         let closed = gate.lock();
         let started: Vec<_> = (0..threads)
             .map(|_| {
-                // Held until all of them are there.
+                // They wait here until all of them have started.
                 Builder::new().spawn_scoped(scope, || drop(gate.lock()))
             })
             .collect();
@@ -55,7 +56,8 @@ pub(super) fn try_workers(workers: usize) -> io::Result<()> {
 const STARTING: Duration = Duration::from_secs(10);
 const POLL: Duration = Duration::from_millis(1);
 
-/// Waits until a session has all its workers. Fails with the session if it ends before that.
+/// Waits until a session has all its workers. Fails with the session's error if it ends before
+/// that.
 pub(super) fn wait_for_workers(
     session: JoinHandle<io::Result<()>>,
     workers: usize,
@@ -63,7 +65,7 @@ pub(super) fn wait_for_workers(
     let give_up = Instant::now() + STARTING;
     loop {
         let count = count();
-        // Where threads cannot be counted, that it has not ended must do.
+        // Where threads cannot be counted, a session that has not ended must suffice.
         if count.is_none_or(|count| count >= workers) {
             return Ok(session);
         }
@@ -87,7 +89,7 @@ fn ended_early() -> io::Error {
     io::Error::other("it was unmounted before it could be used")
 }
 
-/// The workers of fuser in this process, which it calls `fuser-0` and so on.
+/// The number of fuser's workers in this process, which are named `fuser-0` and so on.
 fn count() -> Option<usize> {
     let tasks = std::fs::read_dir("/proc/self/task").ok()?;
     let names = tasks

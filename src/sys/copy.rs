@@ -1,4 +1,4 @@
-//! Writing, and moving bytes between files by the kernel's cheapest means. On other systems than
+//! Writing, and moving bytes between files by the kernel's cheapest means. On systems other than
 //! Linux, these calls are refused or do the plain thing.
 
 use std::fs::File;
@@ -6,8 +6,8 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
-/// Whether an error means that this kernel or file system does not offer the operation, or not for
-/// these files, rather than that it went wrong.
+/// Whether an error means that this kernel or file system does not support the operation for these
+/// files, rather than that it failed.
 pub fn is_refusal(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),
@@ -22,7 +22,7 @@ pub fn is_refusal(error: &io::Error) -> bool {
     ) || error.kind() == io::ErrorKind::Unsupported
 }
 
-/// Writes the buffer at `offset`. Where the kernel can (`RWF_DONTCACHE`), writing to the disk
+/// Writes the buffer at `offset`. If the kernel supports it (`RWF_DONTCACHE`), writing to the disk
 /// begins at once, and the pages leave the cache afterwards.
 pub fn write_all_uncached(file: &File, mut buffer: &[u8], mut offset: u64) -> io::Result<()> {
     while !buffer.is_empty() {
@@ -74,7 +74,7 @@ mod imp {
         Ok(rustix::io::pwritev2(file, &pieces, offset, DONTCACHE)?)
     }
 
-    /// Whether writes to this file can leave the page cache by themselves. Writes one byte.
+    /// Whether this file supports uncached writes. Writes one byte to it.
     pub fn takes_uncached_writes(file: &File) -> bool {
         write_uncached(file, &[0], 0).is_ok()
     }
@@ -87,8 +87,8 @@ mod imp {
         Ok(rustix::fs::seek(file, SeekFrom::Hole(offset))?)
     }
 
-    /// Makes a range of `to` share the blocks of a range of `from`. The range consists of whole
-    /// blocks, or ends at the end of `from`.
+    /// Makes a range of `to` share the blocks of a range of `from`. The range must consist of whole
+    /// blocks, or end at the end of `from`.
     pub fn clone_range(
         from: &File,
         offset: u64,
@@ -107,8 +107,8 @@ mod imp {
         Ok(())
     }
 
-    /// Copies up to `len` bytes inside the kernel, or on the server of a network file system;
-    /// returns how many. A file system that can share blocks may share them.
+    /// Copies up to `len` bytes inside the kernel, or on the server of a network file system, and
+    /// returns how many. A file system that can share blocks may do so.
     pub fn copy_range(
         from: &File,
         mut offset: u64,
@@ -133,7 +133,7 @@ mod imp {
     }
 
     /// Whether [`flush_file_system`] works as described on the file system of a file. On overlayfs
-    /// and FUSE, which stand before another file system, it flushes or reports less.
+    /// and FUSE, which are layers on top of another file system, it flushes or reports less.
     pub fn flushes_whole(file: &File) -> bool {
         const OVERLAYFS: u64 = 0x794c_7630;
         const FUSE: u64 = 0x6573_5546;
@@ -141,8 +141,8 @@ mod imp {
             .is_ok_and(|stats| ![OVERLAYFS, FUSE].contains(&(stats.f_type as u64)))
     }
 
-    /// Waits until everything written to the file system of `file` is on its disk. Fails if
-    /// anything was lost since the file was opened, or since the last call (Linux 5.8).
+    /// Waits until everything written to the file system of `file` is on its disk. Since Linux 5.8
+    /// this fails if anything was lost since the file was opened, or since the last call.
     pub fn flush_file_system(file: &File) -> io::Result<()> {
         Ok(rustix::fs::syncfs(file)?)
     }

@@ -2,12 +2,11 @@
 
 use std::fs::File;
 
-/// File systems whose bytes come from a server or from another program: `f_type` of statfs(2).
+/// The `f_type` (statfs(2)) of file systems whose bytes come from a server or another program.
 ///
-/// Those with the kernel's name are from Linux's include/uapi/linux/magic.h. The others are from
-/// the file systems' own sources: fs/vboxsf/super.c and fs/orangefs of Linux, client_module of
-/// BeeGFS, Lustre's LL_SUPER_MAGIC; and, where these are not public, from src/stat.c of GNU
-/// coreutils.
+/// Names in capitals are from Linux's include/uapi/linux/magic.h. The others are from the file
+/// systems' own sources: fs/vboxsf/super.c and fs/orangefs of Linux, client_module of BeeGFS,
+/// Lustre's LL_SUPER_MAGIC; or, where the sources are not public, from src/stat.c of GNU coreutils.
 #[cfg(target_os = "linux")]
 const ELSEWHERE: [(u32, &str); 23] = [
     (0x6573_5546, "FUSE_SUPER_MAGIC"), // rclone, sshfs, Gluster, virtiofs, ntfs-3g, ...
@@ -39,7 +38,7 @@ const ELSEWHERE: [(u32, &str); 23] = [
 /// this machine. Unknown file systems count as being on a disk.
 #[cfg(target_os = "linux")]
 pub fn comes_from_elsewhere(file: &File) -> bool {
-    // As wide as the kernel has it, which is narrower than libc's type.
+    // As wide as in the kernel, which is narrower than libc's type.
     let kind = rustix::fs::fstatfs(file).map(|stats| stats.f_type as u32);
     kind.is_ok_and(|kind| ELSEWHERE.iter().any(|(magic, _)| *magic == kind))
 }

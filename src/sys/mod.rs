@@ -35,13 +35,13 @@ fn c_path(path: &Path) -> io::Result<CString> {
 /// Room on a file system.
 #[derive(Debug, Clone, Copy)]
 pub struct Room {
-    /// Bytes that an ordinary user may still write.
+    /// Bytes that a normal user can still write.
     pub available: u64,
-    /// Bytes of the unit in which it allocates and shares.
+    /// The unit, in bytes, in which it allocates and shares room.
     pub block: u64,
 }
 
-/// The room on the file system of a file or directory.
+/// The room on the file system that holds a file or directory.
 pub fn room(file: &File) -> io::Result<Room> {
     let stats = rustix::fs::fstatvfs(file)?;
     Ok(Room {
@@ -53,8 +53,8 @@ pub fn room(file: &File) -> io::Result<Room> {
 /// Maps a whole file for reading.
 ///
 /// # Safety
-/// While the map lives, nobody may change the file: a truncated one raises SIGBUS, a rewritten
-/// one changes bytes behind shared references.
+/// The file must not change while the map lives: reading beyond the end of a truncated file raises
+/// SIGBUS, and writing to the file changes bytes behind shared references.
 pub unsafe fn map(file: &File) -> io::Result<Mmap> {
     // SAFETY: the caller promises that the file does not change.
     unsafe { Mmap::map(file) }

@@ -1,10 +1,10 @@
-//! Mounting and unmounting with the system calls, which need CAP_SYS_ADMIN.
+//! Unmounting with the system call, which needs CAP_SYS_ADMIN.
 
 use std::io;
 use std::path::Path;
 
-/// Unmounts what is mounted at `path`. A busy mount is refused, or with `lazy` taken out of the
-/// tree now and dropped when its last user leaves.
+/// Unmounts the mount on `path`. A busy one is refused or, with `lazy`, detached now and dropped
+/// when its last user leaves.
 #[cfg(target_os = "linux")]
 pub fn unmount(path: &Path, lazy: bool) -> io::Result<()> {
     use rustix::mount::UnmountFlags;

@@ -1,5 +1,5 @@
-//! Giving up privileges that are not needed, so that a fault of ours, met by a hostile model, is worth
-//! less. Both calls hold for the calling thread and those that it starts from then on.
+//! Giving up privileges that are not needed, which limits what a hostile model could do with a bug
+//! of ours. Both calls affect the calling thread and the threads that it starts from then on.
 
 #[cfg(target_os = "linux")]
 use rustix::thread::{
@@ -7,15 +7,16 @@ use rustix::thread::{
     set_capabilities, set_no_new_privs,
 };
 
-/// What a daemon that was started by root goes on needing.
+/// The capabilities that a daemon started by root needs to the end.
 #[cfg(target_os = "linux")]
-const KEPT: CapabilitySet = CapabilitySet::SYS_ADMIN // to unmount when a signal asks for it
-    .union(CapabilitySet::DAC_READ_SEARCH) // to open parts again that only their owner may read
-    .union(CapabilitySet::FOWNER); // to ask what of them is cached
+const KEPT: CapabilitySet = CapabilitySet::SYS_ADMIN // to unmount on a signal
+    .union(CapabilitySet::DAC_READ_SEARCH) // to reopen parts that only their owner may read
+    .union(CapabilitySet::FOWNER); // to ask which of their pages are cached
 
-/// No program that this process starts gains privileges: no set-user-id helper will work.
+/// Keeps programs that this process starts from gaining privileges. Set-user-id helpers no longer
+/// work.
 pub fn no_new_privileges() {
-    // Kernels refuse it only if they are older than it.
+    // Only kernels that do not have the setting refuse it.
     #[cfg(target_os = "linux")]
     let _ = set_no_new_privs(true);
 }
@@ -25,8 +26,8 @@ pub fn keep_what_serving_needs() -> std::io::Result<()> {
     #[cfg(target_os = "linux")]
     {
         let now = capabilities(None)?;
-        // Programs that it starts, if there ever were any, would get no others either. Removing needs
-        // a capability that is given up below.
+        // Programs that it starts, if there ever are any, get no others either. Before the rest,
+        // since removing needs a capability that is given up below.
         for dropped in CapabilitySet::all().difference(KEPT).iter() {
             let _ = remove_capability_from_bounding_set(dropped);
         }

@@ -1,11 +1,11 @@
-//! Asking a mount whether it answers, without being held up by one that does not.
+//! Asking a mount whether it answers, without waiting for one that does not.
 //!
-//! The problem: whoever touches a mount whose daemon is stopped waits, and cannot even be killed.
+//! The problem: a process that touches a mount whose daemon is stopped hangs, and cannot always be
+//! killed.
 //!
-//! The plan: a child process asks and writes the answer into a pipe. Nothing is waited for but the
-//! pipe, and the child is only ever reached through a descriptor of the process, never by its
-//! number: a program that ignores SIGCHLD has no children to wait for, and their numbers are soon
-//! given to others.
+//! The plan: a child process asks and writes the answer into a pipe. Only the pipe is waited for,
+//! and the child is signalled only through a process descriptor, never by its number: in a program
+//! that ignores SIGCHLD, the kernel reaps children at once, and their numbers are soon reused.
 
 use std::ffi::CString;
 use std::fs::File;
@@ -13,22 +13,25 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
 
+use rustix::fs::{Mode, OFlags};
+
 use super::{c_path, check};
 
-/// A question to a file system that may never answer. Dropping it leaves behind a child that could
-/// not be ended, which ends when the file system does.
+/// A question to a file system that may never answer. A child that cannot be killed is left behind
+/// when this is dropped; it ends when the file system answers or is gone.
 #[derive(Debug)]
 pub struct Probe {
     pipe: File,
-    /// `None` on kernels before 5.3 and off Linux; then the child is left to itself.
+    /// `None` on kernels before 5.3 and on other systems; then the child is neither killed nor
+    /// reaped.
     #[cfg_attr(not(target_os = "linux"), allow(dead_code))]
     child: Option<OwnedFd>,
     answer: Option<Answer>,
     numbers: [u64; NUMBERS],
 }
 
-/// The ioctl by which a mount of ours is asked how many parts of its model have changed: `_IOR('o', 1,
-/// uint64_t)`, as asm-generic/ioctl.h makes such numbers.
+/// The ioctl that asks an odmoe-fs mount how many parts of its model have changed: `_IOR('o', 1,
+/// uint64_t)`, composed as in asm-generic/ioctl.h.
 pub const CHANGED_PARTS: u32 = 2 << 30 | 8 << 16 | (b'o' as u32) << 8 | 1;
 
 /// How many numbers say what a mount has asked of servers.
@@ -37,10 +40,10 @@ pub const NUMBERS: usize = 5;
 /// The ioctl by which it is asked for them: `_IOR('o', 2, uint64_t[5])`.
 pub const TRAFFIC: u32 = 2 << 30 | (8 * NUMBERS as u32) << 16 | (b'o' as u32) << 8 | 2;
 
-/// Bytes of what a child tells: an i32, and the numbers.
-const TOLD_BYTES: usize = 4 + 8 * NUMBERS;
+/// Bytes of a child's reply: an i32, and the numbers.
+const REPLY_BYTES: usize = 4 + 8 * NUMBERS;
 
-/// What a file system answered.
+/// The answer of a file system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Answer {
     Alive,
@@ -51,17 +54,16 @@ pub enum Answer {
 }
 
 impl Probe {
-    /// Asks what is mounted at `path` for something that the kernel does not remember.
+    /// Asks the mount at `path` for something that the kernel does not cache.
     pub fn ask(path: &Path) -> io::Result<Self> {
         let path = c_path(path)?;
-        let (pipe, teller) = io::pipe()?;
+        let (pipe, writer) = io::pipe()?;
         let (gate, opener) = io::pipe()?;
-        let (teller_fd, gate_fd) = (teller.as_raw_fd(), gate.as_raw_fd());
         // SAFETY: until it ends, the child only makes system calls, on memory that was there before
         // the fork and on its own stack. So it does not matter what other threads have locked.
         match check(unsafe { libc::fork() })? {
             // SAFETY: this is that child.
-            0 => unsafe { ask_and_exit(&path, teller_fd, gate_fd) },
+            0 => unsafe { ask_and_exit(&path, writer.as_fd(), gate.as_fd()) },
             child => {
                 let child = descriptor_of(child);
                 drop(opener); // from here on the child may end
@@ -75,15 +77,14 @@ impl Probe {
         }
     }
 
-    /// The answer. Waits for it, so ask for it only when the [descriptor](AsFd) is readable, which
-    /// it is from the answer on.
+    /// The answer. This waits for it; the [descriptor](AsFd) is readable once there is one.
     pub fn answer(&mut self) -> Answer {
         *self.answer.get_or_insert_with(|| {
-            let mut told = [0; TOLD_BYTES];
-            if self.pipe.read_exact(&mut told).is_err() {
-                return Answer::Error(libc::EINTR); // somebody has killed the child
+            let mut reply = [0; REPLY_BYTES];
+            if self.pipe.read_exact(&mut reply).is_err() {
+                return Answer::Error(libc::EINTR); // the child was killed
             }
-            let (answer, numbers) = told.split_first_chunk().expect("it is longer");
+            let (answer, numbers) = reply.split_first_chunk().expect("it is longer");
             for (number, bytes) in self.numbers.iter_mut().zip(numbers.as_chunks().0) {
                 *number = u64::from_ne_bytes(*bytes);
             }
@@ -133,7 +134,7 @@ impl Drop for Probe {
             if self.answer.is_none() {
                 let _ = pidfd_send_signal(child, Signal::KILL);
             }
-            // A child that answered ends at once. One that cannot be killed must not hold us up.
+            // A child that has answered ends at once. One that cannot be killed is not waited for.
             let patience = match self.answer {
                 Some(_) => WaitIdOptions::EXITED,
                 None => WaitIdOptions::EXITED | WaitIdOptions::NOHANG,
@@ -143,46 +144,47 @@ impl Drop for Probe {
     }
 }
 
-/// What the child does: waits until its parent holds a descriptor of it, asks, tells, ends.
+/// The child's work: it waits until its parent holds a descriptor of it, asks, replies and exits.
 ///
 /// # Safety
-/// Only for a child that was just forked: it closes all descriptors.
-unsafe fn ask_and_exit(path: &CString, teller: RawFd, gate: RawFd) -> ! {
-    let mut byte = 0_u8;
-    // SAFETY: the parent's end of the gate is ours as well and must be closed for the gate to open;
-    // nothing in this process uses any descriptor but these two.
-    unsafe { close_all_but(teller, gate) };
-    // SAFETY: the buffer is one byte long. At the end of the pipe nothing is written to it.
-    unsafe { libc::read(gate, (&raw mut byte).cast(), 1) };
+/// Only for a child that was just forked, since it closes all other descriptors.
+unsafe fn ask_and_exit(path: &CString, writer: BorrowedFd, gate: BorrowedFd) -> ! {
+    // This process has the parent's end of the gate as well, and the gate opens only when all
+    // copies of that end are closed.
+    // SAFETY: this process is a fresh copy with one thread, which from here on uses only these two
+    // of its descriptors.
+    unsafe { close_all_but(writer.as_raw_fd(), gate.as_raw_fd()) };
+    // If it fails, the parent has no descriptor of this child yet, and then cannot kill it.
+    let _ = rustix::io::read(gate, &mut [0_u8; 1]);
     let mut numbers = [0; NUMBERS];
     let answer = match ask(path, &mut numbers) {
         Ok(0) => 0,
         Ok(_) => CHANGED,
         Err(e) => e.raw_os_error().unwrap_or(libc::EINVAL),
     };
-    let mut told = [0; TOLD_BYTES];
-    told[..4].copy_from_slice(&answer.to_ne_bytes());
-    for (bytes, number) in told[4..].chunks_mut(8).zip(numbers) {
+    let mut reply = [0; REPLY_BYTES];
+    reply[..4].copy_from_slice(&answer.to_ne_bytes());
+    for (bytes, number) in reply[4..].chunks_mut(8).zip(numbers) {
         bytes.copy_from_slice(&number.to_ne_bytes());
     }
-    // SAFETY: the pointer and the length are those of the array; `_exit` runs nothing of the
-    // parent's.
-    unsafe {
-        libc::write(teller, told.as_ptr().cast(), told.len());
-        libc::_exit(0)
-    }
+    // A parent that is gone needs no reply.
+    let _ = rustix::io::write(writer, &reply);
+    // SAFETY: `_exit` ends the process; it runs no destructors and no exit handlers, which belong
+    // to the parent.
+    unsafe { libc::_exit(0) }
 }
 
-/// Closes all descriptors but two; also those of our output, since a caller that waits for its end
-/// would wait for this child as well.
+/// Closes all descriptors but two, standard output and error included: a caller that waits for the
+/// end of our output would wait for this child as well.
 ///
 /// # Safety
-/// Nothing in this process may use a descriptor but these.
+/// Nothing in this process may use any other descriptor from now on.
 unsafe fn close_all_but(a: RawFd, b: RawFd) {
     let (low, high) = (a.min(b), a.max(b));
     let ranges = [(0, low - 1), (low + 1, high - 1), (high + 1, i32::MAX)];
     for (first, last) in ranges.into_iter().filter(|(first, last)| first <= last) {
-        // SAFETY: the caller promises that nobody uses them.
+        // SAFETY: the call takes only numbers, and the caller promises that nothing uses the
+        // descriptors.
         #[cfg(target_os = "linux")]
         let closed = unsafe {
             libc::syscall(
@@ -195,37 +197,36 @@ unsafe fn close_all_but(a: RawFd, b: RawFd) {
         #[cfg(not(target_os = "linux"))]
         let closed = false;
         if !closed {
-            // Before Linux 5.9. These are the ones that somebody may wait for.
+            // Before Linux 5.9. Descriptors that a caller waits for have low numbers.
             for descriptor in first..=last.min(255) {
-                // SAFETY: as above; an error if it is closed already, which does no harm.
+                // SAFETY: as above. Closing a number that is not open is a harmless error.
                 unsafe { libc::close(descriptor) };
             }
         }
     }
 }
 
-/// What a child tells instead of an errno where parts have changed.
+/// The child's reply, in place of an errno, if parts have changed.
 const CHANGED: i32 = -1;
 
-/// Asks with `stat` first, which tells who may not enter: to those, `statfs` answers with zeros. And
-/// with `statfs`, since the kernel knows everything else by itself. Then for the number of changed
-/// parts, and for what was asked of servers, which older daemons of ours do not know.
+/// Asks a mount how many parts of its model have changed, and what it has asked of servers; zeros if
+/// its daemon is too old to say.
+///
+/// First with `stat`, which fails for users who may not enter, whereas `statfs` gives them zeros.
+/// Then with `statfs`, which the kernel never answers from its cache.
+///
+/// It must not allocate, and with a C string rustix does not.
 fn ask(path: &CString, numbers: &mut [u64; NUMBERS]) -> io::Result<u64> {
-    // SAFETY: both are plain data, for which zeros are a value.
-    let (mut stat, mut statfs): (libc::stat, libc::statfs) = unsafe { std::mem::zeroed() };
-    // SAFETY: the path ends with NUL and the buffer is a stat.
-    check(unsafe { libc::stat(path.as_ptr(), &mut stat) })?;
-    // SAFETY: the path ends with NUL and the buffer is a statfs.
-    check(unsafe { libc::statfs(path.as_ptr(), &mut statfs) })?;
-    let flags = libc::O_RDONLY | libc::O_DIRECTORY | libc::O_CLOEXEC;
-    // SAFETY: the path ends with NUL.
-    let root = check(unsafe { libc::open(path.as_ptr(), flags) })?;
+    rustix::fs::stat(path)?;
+    rustix::fs::statfs(path)?;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = rustix::fs::open(path, flags, Mode::empty())?;
     let mut changed = 0_u64;
-    // SAFETY: by its number, the call writes a u64 there, or nothing.
-    let asked = check(unsafe { libc::ioctl(root, CHANGED_PARTS.into(), &mut changed) });
+    // SAFETY: the number encodes that the kernel writes 8 bytes at most, and `changed` has 8.
+    let asked = check(unsafe { libc::ioctl(root.as_raw_fd(), CHANGED_PARTS.into(), &mut changed) });
     let mut traffic = [0_u64; NUMBERS];
-    // SAFETY: by its number, the call writes so many u64 there, or nothing.
-    if check(unsafe { libc::ioctl(root, TRAFFIC.into(), &mut traffic) }).is_ok() {
+    // SAFETY: the number encodes that the kernel writes as many bytes at most as `traffic` has.
+    if check(unsafe { libc::ioctl(root.as_raw_fd(), TRAFFIC.into(), &mut traffic) }).is_ok() {
         *numbers = traffic;
     }
     Ok(asked.map_or(0, |_| changed))

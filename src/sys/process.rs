@@ -1,4 +1,4 @@
-//! Processes: identity, limits, forking into the background, signals.
+//! Processes: identity, limits, forking, signals.
 
 use std::fs::File;
 use std::io;
@@ -38,26 +38,36 @@ pub fn descriptor_limit() -> u64 {
     getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
 }
 
-/// Makes writing beyond the largest file that this process may write (`ulimit -f`) an error.
-/// Otherwise the kernel ends the process.
+/// Makes it an error to write beyond the limit on file sizes (`ulimit -f`). Otherwise the kernel
+/// ends the process.
 pub fn ignore_file_size_signal() {
-    // SAFETY: SIG_IGN installs no code that could run at the wrong moment.
+    // SAFETY: SIG_IGN installs no handler, so no code of ours runs in signal context.
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
 }
 
-/// Undoes what a caller may have handed down through `exec`: ignored SIGCHLD, which makes the kernel
-/// reap our children before we can wait for them, and blocked signals, which would make Ctrl-C do
-/// nothing. SIGHUP, SIGINT and SIGTERM that are *ignored* stay so, since that is what `nohup` is for.
+/// Undoes what a caller may have handed down through `exec`: an ignored SIGCHLD, with which the
+/// kernel reaps our children before we can wait for them; an ignored SIGTERM, with which service
+/// managers and users could not end us; and blocked signals, with which Ctrl-C would do nothing.
 ///
-/// For the start of a program: it changes the calling thread's mask, and the whole process's
-/// disposition of SIGCHLD.
+/// SIGHUP and SIGINT stay *ignored* if they are: `nohup` ignores the one, and a shell that runs a
+/// command of a script in the background ignores the other.
+///
+/// For the start of a program: it changes the signal mask of the calling thread, and what the whole
+/// process does on SIGCHLD and SIGTERM.
 pub fn reset_inherited_signals() -> io::Result<()> {
-    // SAFETY: SIG_DFL installs no code that could run at the wrong moment.
-    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
+    stop_ignoring(&[libc::SIGCHLD, libc::SIGTERM]);
     set_mask(libc::SIG_SETMASK, &empty_set()?)
 }
 
-/// Which of the two processes after a fork this is.
+/// Gives signals their default action.
+pub(crate) fn stop_ignoring(signals: &[i32]) {
+    for &signal in signals {
+        // SAFETY: SIG_DFL installs no handler, so no code of ours runs in signal context.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
+}
+
+/// Which of the two processes this is after a fork.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Forked {
     Parent { child: Pid },
@@ -67,8 +77,8 @@ pub enum Forked {
 /// Forks a process that has a single thread.
 ///
 /// # Errors
-/// If it has more of them, or if that cannot be known because `/proc` is not mounted: whatever other
-/// threads held locked would stay locked in the child.
+/// If the process has more threads, since locks that they hold would stay locked in the child; or
+/// if their number is unknown, since `/proc` is not mounted.
 pub fn fork() -> io::Result<Forked> {
     #[cfg(target_os = "linux")]
     {
@@ -78,8 +88,9 @@ pub fn fork() -> io::Result<Forked> {
             return Err(io::Error::other(problem));
         }
     }
-    // SAFETY: on Linux this is the only thread, as was just counted, so the child's memory is as
-    // consistent as ours. Elsewhere nobody calls this before starting threads.
+    // SAFETY: on Linux this is the only thread, as was just counted, so no lock is held by another
+    // and the child may do whatever its parent may. Elsewhere threads are not counted, and fork is
+    // still sound as long as the caller has started none, as `launch` requires.
     match check(unsafe { libc::fork() })? {
         0 => Ok(Forked::Child),
         child => Ok(Forked::Parent {
@@ -96,7 +107,7 @@ pub enum Ended {
     Killed(i32),
 }
 
-/// Waits for a child.
+/// Waits for a child to end.
 pub fn wait_for(child: Pid) -> io::Result<Ended> {
     loop {
         match waitpid(Some(child), WaitOptions::empty()) {
@@ -110,21 +121,21 @@ pub fn wait_for(child: Pid) -> io::Result<Ended> {
     }
 }
 
-/// The signal by which a parent asks its child to end. Unlike those of [`Signals::STOPPING`] it never
-/// comes from a user, who may have sent one of these to both.
+/// The signal with which a parent asks its child to end. Those of [`Signals::STOPPING`] may come
+/// from a user, to both processes at once; this one only comes from the parent.
 pub const FROM_PARENT: i32 = libc::SIGUSR1;
 
-/// Asks a child that was not waited for yet to end.
+/// Asks a child to end that was not waited for yet.
 pub fn terminate(child: Pid) {
     // It may have ended by itself.
     let _ = rustix::process::kill_process(child, rustix::process::Signal::USR1);
 }
 
-/// A process of anybody, whose end can be waited for.
+/// A process whose end can be waited for. It need not be a child.
 pub struct Watched(#[cfg(target_os = "linux")] OwnedFd);
 
 impl Watched {
-    /// `None` if there is no such process, or where processes cannot be watched.
+    /// `None` if there is no such process, or if this system cannot watch processes.
     pub fn process(pid: u32) -> Option<Self> {
         #[cfg(target_os = "linux")]
         {
@@ -139,8 +150,8 @@ impl Watched {
         }
     }
 
-    /// Whether the process has ended, and everything that it had open is closed. Waits for it, but
-    /// no longer than `patience`.
+    /// Waits until the process has ended and its files are closed, but no longer than `patience`.
+    /// Returns whether it has ended.
     pub fn ends_within(&self, patience: Duration) -> bool {
         #[cfg(target_os = "linux")]
         {
@@ -156,8 +167,9 @@ impl Watched {
     }
 }
 
-/// Leaves the caller behind: a session of its own, `/` as working directory, and `output` (or
-/// nothing) instead of the caller's stdin, stdout and stderr.
+/// Detaches this process from its caller: a session of its own, `/` as working directory, and
+/// `output` (or nothing) in place of the caller's stdin, stdout and stderr. SIGHUP and SIGINT are no
+/// longer ignored: they can no longer come from the caller's terminal.
 ///
 /// # Errors
 /// EPERM if the process leads a process group; a forked child does not.
@@ -169,15 +181,16 @@ pub fn leave_caller(output: Option<&File>) -> io::Result<()> {
     dup2_stdin(&null)?;
     dup2_stdout(output)?;
     dup2_stderr(output)?;
+    stop_ignoring(&[libc::SIGHUP, libc::SIGINT]);
     Ok(())
 }
 
-/// Closes every descriptor but stdin, stdout and stderr: a daemon must not hold what it inherited,
-/// since its caller may wait for the end of a pipe or for a lock.
+/// Closes every descriptor but stdin, stdout and stderr. A daemon must not keep inherited
+/// descriptors, since its caller may wait for the end of a pipe or for a lock.
 ///
 /// # Safety
-/// Nothing in this process may use a descriptor that is open when this is called. So it is for the
-/// first lines of a program, before it has opened anything itself.
+/// Nothing in this process may use a descriptor that is open when this is called. So it must be
+/// called first thing in a program, before it has opened anything.
 pub unsafe fn close_inherited_descriptors() -> io::Result<()> {
     let listing = if cfg!(target_os = "linux") {
         "/proc/self/fd"
@@ -190,8 +203,8 @@ pub unsafe fn close_inherited_descriptors() -> io::Result<()> {
         .filter(|&number| number > 2)
         .collect();
     for number in numbers {
-        // SAFETY: the caller promises that nobody uses it. The one of the listing itself is closed
-        // already, which makes this call an error that does no harm.
+        // SAFETY: the caller promises that nothing uses it. That of the listing itself is closed
+        // already, and closing it again is a harmless error, since no thread opens files meanwhile.
         unsafe { libc::close(number) };
     }
     Ok(())
@@ -202,18 +215,15 @@ pub unsafe fn close_inherited_descriptors() -> io::Result<()> {
 pub struct Signals(libc::sigset_t);
 
 impl Signals {
-    /// Those by which users and service managers ask a program to end.
+    /// The signals with which users and service managers ask a program to end.
     pub const STOPPING: &'static [i32] = &[libc::SIGINT, libc::SIGTERM, libc::SIGHUP];
 
-    /// Blocks signals for the calling thread, and for the threads that it starts from now on. Those
-    /// that the caller of this process has told it to ignore, as `nohup` does, stay ignored.
+    /// Blocks signals in the calling thread and in the threads that it starts from now on.
     pub fn block(signals: &[i32]) -> io::Result<Self> {
         let mut set = empty_set()?;
         for &signal in signals {
-            if !is_ignored(signal)? {
-                // SAFETY: the pointer is to an initialised sigset_t.
-                check(unsafe { libc::sigaddset(&mut set, signal) })?;
-            }
+            // SAFETY: `set` is an initialised sigset_t.
+            check(unsafe { libc::sigaddset(&mut set, signal) })?;
         }
         set_mask(libc::SIG_BLOCK, &set)?;
         Ok(Self(set))
@@ -221,26 +231,30 @@ impl Signals {
 
     /// Lets the calling thread receive them again.
     pub fn unblock(&self) -> io::Result<()> {
-        // SAFETY: the pointer is to a sigset_t; a null old set is allowed.
+        // SAFETY: the first pointer is to a sigset_t, and the second may be null.
         match unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &self.0, std::ptr::null_mut()) } {
             0 => Ok(()),
             error => Err(io::Error::from_raw_os_error(error)),
         }
     }
 
-    /// Waits for one of the signals and takes it.
+    /// Waits for one of the signals and takes it. Those that are ignored when they come, as SIGHUP
+    /// is under `nohup`, are dropped: Linux keeps an ignored signal while it is blocked.
     pub fn wait(&self) -> io::Result<i32> {
-        let mut signal = 0;
-        // SAFETY: the pointers are to a sigset_t and an int.
-        match unsafe { libc::sigwait(&self.0, &mut signal) } {
-            0 => Ok(signal),
-            error => Err(io::Error::from_raw_os_error(error)),
+        loop {
+            let mut signal = 0;
+            // SAFETY: the pointers are to an initialised sigset_t and to an int.
+            match unsafe { libc::sigwait(&self.0, &mut signal) } {
+                0 if is_ignored(signal)? => {}
+                0 => return Ok(signal),
+                error => return Err(io::Error::from_raw_os_error(error)),
+            }
         }
     }
 }
 
 fn empty_set() -> io::Result<libc::sigset_t> {
-    // SAFETY: sigset_t is plain data, which sigemptyset then initialises.
+    // SAFETY: sigset_t consists of integers only, for which zeros are valid.
     let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
     // SAFETY: the pointer is to a sigset_t.
     check(unsafe { libc::sigemptyset(&mut set) })?;
@@ -248,7 +262,7 @@ fn empty_set() -> io::Result<libc::sigset_t> {
 }
 
 fn set_mask(how: libc::c_int, set: &libc::sigset_t) -> io::Result<()> {
-    // SAFETY: the pointer is to a sigset_t; the old set may be null.
+    // SAFETY: the first pointer is to an initialised sigset_t, and the second may be null.
     match unsafe { libc::pthread_sigmask(how, set, std::ptr::null_mut()) } {
         0 => Ok(()),
         error => Err(io::Error::from_raw_os_error(error)),
@@ -256,20 +270,22 @@ fn set_mask(how: libc::c_int, set: &libc::sigset_t) -> io::Result<()> {
 }
 
 fn is_ignored(signal: i32) -> io::Result<bool> {
-    // SAFETY: sigaction is plain data, for which zeros are a value.
+    // SAFETY: zeros are valid for all fields of sigaction: integers, and a function pointer that is
+    // optional.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
-    // SAFETY: a null new action only asks; the pointer is to a sigaction.
+    // SAFETY: a null new action only asks for the old one, which the kernel writes to `action`.
     check(unsafe { libc::sigaction(signal, std::ptr::null(), &mut action) })?;
     Ok(action.sa_sigaction == libc::SIG_IGN)
 }
 
 /// Makes the allocator use one arena for all threads.
 ///
-/// glibc reserves 64 MiB of address space for the arena of each thread, which a limit on that
-/// (`ulimit -v`) counts. The daemon allocates so seldom that its threads never wait for each other.
+/// glibc reserves 64 MiB of address space for the arena of each thread, which counts against
+/// `ulimit -v`. The daemon allocates so seldom that its threads do not contend for one arena.
 pub fn use_one_arena() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    // SAFETY: it takes numbers only. A refusal changes nothing.
+    // SAFETY: the call takes only numbers. It is not for processes with more threads only because
+    // these read the setting meanwhile; it is one word, and they may see either value.
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1);
     }

@@ -1,4 +1,4 @@
-//! Reading by range, with or without the page cache. Elsewhere than on Linux, reads are plain.
+//! Reading by range, with or without the page cache. On systems other than Linux, reads are plain.
 
 use std::cell::RefCell;
 use std::fs::File;
@@ -7,18 +7,18 @@ use std::os::unix::fs::FileExt;
 
 use super::copy::is_refusal;
 
-/// Direct reads start at, end at and go to multiples of this: the size of the largest sectors and
-/// of the smallest pages.
+/// Direct reads start and end at multiples of this in the file, and go to multiples of it in
+/// memory: the size of the largest sectors and of the smallest pages.
 pub const DIRECT_ALIGNMENT: u64 = 4096;
 
 thread_local! {
-    /// Memory for direct reads at any offset and of any length; it grows to the largest of them.
+    /// Aligned memory for direct reads of any range; it grows to the largest of them.
     static ALIGNED: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Fills the buffer from `offset`. Pages that the read brings into the cache leave it again, and
-/// those that were there stay (`RWF_DONTCACHE`, Linux 6.14). If the kernel or the file system
-/// cannot do that, `otherwise` must fill what it is given.
+/// pages that were there stay (`RWF_DONTCACHE`, Linux 6.14). If the kernel or the file system does
+/// not support that, `otherwise` fills the rest of the buffer.
 pub fn read_exact_uncached(
     file: &File,
     mut buffer: &mut [u8],
@@ -40,7 +40,7 @@ pub fn read_exact_uncached(
     Ok(())
 }
 
-/// Fills the buffer from `offset` of a file that was [opened for direct reads](reopen_direct).
+/// Fills the buffer from `offset` of a file that is [open for direct reads](reopen_direct).
 pub fn read_exact_direct(direct: &File, buffer: &mut [u8], offset: u64) -> io::Result<()> {
     let first = offset - offset % DIRECT_ALIGNMENT;
     let skip = (offset - first) as usize;
@@ -61,7 +61,7 @@ pub fn read_exact_direct(direct: &File, buffer: &mut [u8], offset: u64) -> io::R
     })
 }
 
-/// Whether reads of a file can leave the page cache as it was. Reads one byte, if there is one.
+/// Whether reads of a file can leave the page cache unchanged. Reads one byte, if there is one.
 pub fn takes_uncached_reads(file: &File) -> bool {
     imp::read_uncached(file, &mut [0], 0).is_ok()
 }
@@ -80,7 +80,7 @@ mod imp {
     use super::*;
 
     pub fn read_uncached(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
-        // rustix has no name for it.
+        // rustix does not define it.
         let flags = ReadWriteFlags::from_bits_retain(libc::RWF_DONTCACHE as u32);
         Ok(preadv2(
             file,
@@ -93,7 +93,7 @@ mod imp {
     /// Opens an open file a second time, to read past the page cache.
     ///
     /// # Errors
-    /// `EINVAL` if the file system cannot do that.
+    /// EINVAL if the file system does not support that.
     pub fn reopen_direct(file: &File) -> io::Result<File> {
         File::options()
             .read(true)
@@ -101,17 +101,18 @@ mod imp {
             .open(format!("/proc/self/fd/{}", file.as_raw_fd()))
     }
 
-    /// Whether all pages of a range are in the page cache (`cachestat`). `false` if the kernel does
+    /// Whether all pages of a range are in the page cache (`cachestat`). False if the kernel does
     /// not tell: before Linux 6.5, or for a file that this process neither owns nor may write to.
     pub fn is_cached(file: &File, offset: u64, len: u64) -> bool {
-        /// The same number on all architectures but Alpha; neither rustix nor libc has it for all.
+        /// The same on all architectures but Alpha. rustix does not have it, and libc not for all.
         const SYS_CACHESTAT: libc::c_long = 451;
         let range = [offset, len];
         // Pages: in the cache, dirty, under writeback, evicted, recently evicted.
         let mut counts = [0_u64; 5];
         let (fd, no_flags) = (file.as_raw_fd(), 0);
-        // SAFETY: the kernel reads two 64-bit numbers from the first pointer and writes five to the
-        // second, by its structs cachestat_range and cachestat; both arrays live that long.
+        // SAFETY: the kernel reads two u64 through the first pointer (struct cachestat_range) and
+        // writes five through the second (struct cachestat); the arrays have these lengths and
+        // outlive the call.
         let result = unsafe {
             let (range, counts) = (range.as_ptr(), counts.as_mut_ptr());
             libc::syscall(SYS_CACHESTAT, fd, range, counts, no_flags)
@@ -120,13 +121,12 @@ mod imp {
         result == 0 && counts[0] >= (offset + len).div_ceil(page) - offset / page
     }
 
-    /// Advises the kernel not to read ahead in a file: only what is read comes into the cache.
+    /// Advises the kernel not to read ahead in a file, so that only what is read is cached.
     pub fn only_what_is_read(file: &File) {
         let _ = fadvise(file, 0, None, Advice::Random);
     }
 
-    /// Advises the kernel to drop a file from the page cache, so that the next read is from the
-    /// disk.
+    /// Advises the kernel to drop a file from the page cache: the next read is from the disk.
     pub fn forget(file: &File) {
         let _ = fadvise(file, 0, None, Advice::DontNeed);
     }

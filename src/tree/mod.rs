@@ -1,4 +1,4 @@
-//! The immutable tree: directories, files, and what the bytes of a file are.
+//! The immutable tree: directories, files, and where the bytes of a file come from.
 //!
 //! The problem: 23,040 files must be found by name, listed, described and read by several threads
 //! at once, and all of that must fit in a few MiB.
@@ -9,13 +9,13 @@
 
 use std::ops::Range;
 
-/// An inode number: 1 is the root, as FUSE has it.
+/// An inode number. The root is 1, as in FUSE.
 pub type Ino = u64;
 
 /// The root directory.
 pub const ROOT: Ino = 1;
 
-/// A document that is rendered on demand; the layout knows what the number means.
+/// A document that is rendered on demand. The layout gives the number its meaning.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct DocId(pub u32);
 
@@ -67,7 +67,7 @@ pub enum Origin {
     Computed(RecipeId),
 }
 
-/// What a node is.
+/// The kind of a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     Directory,
@@ -194,7 +194,7 @@ impl Tree {
         self.nodes.iter().map(|node| node.size).sum()
     }
 
-    /// What a node is; `None` if there is no such node.
+    /// The kind of a node; `None` if there is no such node.
     pub fn kind(&self, ino: Ino) -> Option<Kind> {
         self.node(ino).map(|node| node.kind)
     }
@@ -265,8 +265,8 @@ impl Tree {
         }
     }
 
-    /// The slices that make up `len` bytes of a file from `offset`, in order; fewer bytes, or
-    /// none, where the file ends before.
+    /// The slices that make up `len` bytes of a file from `offset`, in order; fewer bytes, or none,
+    /// if the file ends before.
     pub fn slices(&self, ino: Ino, offset: u64, len: u64) -> impl Iterator<Item = Slice> + '_ {
         let end = offset.saturating_add(len);
         let extents = self.extents(ino);

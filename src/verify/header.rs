@@ -13,7 +13,7 @@ use std::os::unix::fs::FileExt;
 
 use serde_json::Value;
 
-use crate::safetensors::{LENGTH_WORD_BYTES, METADATA_KEY};
+use crate::safetensors::{LENGTH_WORD_BYTES, MAX_HEADER_BYTES, METADATA_KEY};
 
 /// A header longer than this, and longer than twice the expected one, is not read.
 const MOST_BYTES: u64 = 1 << 20;
@@ -30,15 +30,7 @@ pub(super) struct FoundHeader {
 impl FoundHeader {
     /// Reads the header of a file of `size` bytes. `None` if a loader would not accept it.
     pub fn read(file: &File, size: u64, expected_bytes: u64) -> Option<Self> {
-        let mut word = [0; LENGTH_WORD_BYTES as usize];
-        file.read_exact_at(&mut word, 0).ok()?;
-        let length = u64::from_le_bytes(word);
-        if length > MOST_BYTES.max(2 * expected_bytes) {
-            return None;
-        }
-        let mut json = vec![0; length as usize];
-        file.read_exact_at(&mut json, LENGTH_WORD_BYTES).ok()?;
-        let found = Self::parse(&json)?;
+        let found = Self::parse(&json_of(file, MOST_BYTES.max(2 * expected_bytes))?)?;
         // Loaders refuse a file that is longer than its tensors; its length word may be damaged.
         (found.end >= size).then_some(found)
     }
@@ -67,6 +59,27 @@ impl FoundHeader {
         }
         Some(found)
     }
+}
+
+/// The metadata of a file, if it has a header that is no longer than safetensors allows.
+pub(super) fn metadata(file: &File) -> Option<HashMap<String, String>> {
+    let json = json_of(file, MAX_HEADER_BYTES)?;
+    let mut entries: HashMap<String, Value> = serde_json::from_slice(&json).ok()?;
+    serde_json::from_value(entries.remove(METADATA_KEY)?).ok()
+}
+
+/// The JSON of a header of at most so many bytes.
+fn json_of(file: &File, most: u64) -> Option<Vec<u8>> {
+    let mut word = [0; LENGTH_WORD_BYTES as usize];
+    file.read_exact_at(&mut word, 0).ok()?;
+    let length = u64::from_le_bytes(word);
+    // A damaged length word must not make us allocate what the file does not have.
+    if length > most || length > file.metadata().ok()?.len() {
+        return None;
+    }
+    let mut json = vec![0; length as usize];
+    file.read_exact_at(&mut json, LENGTH_WORD_BYTES).ok()?;
+    Some(json)
 }
 
 #[cfg(test)]

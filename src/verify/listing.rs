@@ -27,11 +27,7 @@ pub(super) struct Listing {
 impl Listing {
     pub(super) fn of(model: &Model, path: &Path) -> Result<Self, VerifyError> {
         let tree = model.tree();
-        let root = Folder::open(path).map_err(|cause| match cause.raw_os_error() {
-            Some(libc::ENOENT) => VerifyError::Missing(path.to_owned()),
-            Some(libc::ENOTDIR) => VerifyError::NotADirectory(path.to_owned()),
-            _ => list_error(path, cause),
-        })?;
+        let root = open_root(path)?;
         let mut listing = Self {
             tree: OnDisk::at(root.clone()),
             known: HashSet::new(),
@@ -80,6 +76,15 @@ impl Listing {
             kind,
         });
     }
+}
+
+/// Opens the directory of a tree.
+pub(super) fn open_root(path: &Path) -> Result<Folder, VerifyError> {
+    Folder::open(path).map_err(|cause| match cause.raw_os_error() {
+        Some(libc::ENOENT) => VerifyError::Missing(path.to_owned()),
+        Some(libc::ENOTDIR) => VerifyError::NotADirectory(path.to_owned()),
+        _ => list_error(path, cause),
+    })
 }
 
 fn entries(folder: &Folder) -> Result<Vec<(OsString, Option<Kind>)>, VerifyError> {

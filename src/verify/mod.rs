@@ -12,6 +12,7 @@
 
 mod claims;
 mod difference;
+mod form;
 mod header;
 mod listing;
 mod unfinished;
@@ -27,6 +28,7 @@ use parking_lot::Mutex;
 
 use self::claims::Expected;
 pub use self::difference::{Difference, DifferenceKind, TensorNames};
+pub use self::form::form_of;
 use self::header::FoundHeader;
 use self::listing::Listing;
 pub use self::unfinished::Unfinished;

@@ -196,7 +196,7 @@ def file_system(kind, folder, size):
 class FailingDisk:
     """A mount of tests/support/failing_disk.rs: `at` shows the files of a folder, and `fails` makes it fail."""
 
-    def __init__(self, at, faults, requests=None):
+    def __init__(self, at, faults, requests, pid):
         self.at = at
         self.pid = pid
         self._faults = faults
@@ -208,7 +208,6 @@ class FailingDisk:
         new.write_text("".join(" ".join(map(str, fault)) + "\n" for fault in faults))
         new.rename(self._faults)  # it is read at any time
 
-
     def requests(self):
         """What came so far: `("open", name, handle)`, perhaps with `"direct"`, and `("read", name, handle, offset, size)`."""
         lines = self._requests.read_text().splitlines()
@@ -219,9 +218,10 @@ class FailingDisk:
 def failing_disk(folder, scratch, *flags):
     at = Path(scratch) / "disk"
     at.mkdir()
-    disk = FailingDisk(at, Path(scratch) / "faults", Path(scratch) / "requests")
-    command = [FAILING_DISK, folder, at, disk._faults, "--requests", disk._requests, *flags]
+    faults, requests = Path(scratch) / "faults", Path(scratch) / "requests"
+    command = [FAILING_DISK, folder, at, faults, "--requests", requests, *flags]
     with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        disk = FailingDisk(at, faults, requests, process.pid)
         try:
             wait_for(lambda: mount_at(at) or process.poll() is not None)
             assert process.poll() is None, process.stderr.read()

@@ -1,18 +1,15 @@
 """Root at work where another user renames things at will: nothing is done through a link that user has put there."""
 
-import contextlib
-import ctypes
 import os
 import subprocess
-import threading
 
 import pytest
 
+from exchange import exchanging
 from odmoe import ME, fail, mount_at, mounted, mounts, needs_root, odmoe, promises, succeed
 
 pytestmark = needs_root
 
-RENAME_EXCHANGE, AT_FDCWD = 2, -100
 NOT_THROUGH = "Root mounts, and writes logs, through no link that another user could exchange."
 
 
@@ -30,27 +27,6 @@ def link_of(person, link, target):
     os.chown(link, person.uid, person.gid, follow_symlinks=False)
 
 
-@contextlib.contextmanager
-def exchanging(first, second):
-    """Exchanges two names again and again."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    stop = threading.Event()
-    names = [os.fsencode(name) for name in (first, second)]
-
-    def work():
-        while not stop.is_set():
-            # Refused while one of them is mounted on.
-            libc.renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE)
-
-    worker = threading.Thread(target=work)
-    worker.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        worker.join()
-
-
 @promises(NOT_THROUGH)
 @pytest.mark.parametrize("flags", [[], ["--replace"]], ids=str)
 def test_root_never_mounts_through_a_link_that_is_exchanged(flags, model, public, theirs, nobody, times):
@@ -60,7 +36,7 @@ def test_root_never_mounts_through_a_link_that_is_exchanged(flags, model, public
     os.chown(theirs / "mnt", nobody.uid, nobody.gid)
     link_of(nobody, theirs / "link", victim)
     outcomes = set()
-    with exchanging(theirs / "mnt", theirs / "link"):
+    with exchanging(theirs / "mnt", theirs / "link", pause=0):
         for _ in range(times(40, long=400)):
             done = odmoe("mount", *flags, model, theirs / "mnt")
             outcomes.add(done.returncode)
@@ -104,7 +80,7 @@ def test_the_log_is_not_written_through_a_link_of_another_user(model, public, th
         fail("mount", model, folder, "--log-file", theirs / log, naming=["is a link of user 65534"])
     assert victim.read_text() == "precious\n"
     assert not (public / "new").exists() and not (public / "log").exists()
-    with exchanging(theirs / "log", theirs / "folder"):
+    with exchanging(theirs / "log", theirs / "folder", pause=0):
         for _ in range(10):
             fail("mount", model, folder, "--log-file", theirs / "log")
     link_of(ME, theirs / "ours", victim)

@@ -4,10 +4,12 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import stat
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +17,7 @@ from odmoe import (
     BINARY,
     LISTING,
     ME,
+    PYTHON,
     ask,
     daemon_of,
     detach,
@@ -69,6 +72,101 @@ def test_callers_that_block_signals_change_nothing(number, person, model, folder
         finally:
             detach(folder)
             process.kill()
+
+
+STAY_IGNORED = (
+    "Only SIGHUP and SIGINT stay ignored if they were, as with `nohup` and with `&` in a script, and only in the command "
+    "itself: the daemon obeys them. SIGTERM is always obeyed."
+)
+# How callers make a command ignore signals.
+IGNORERS = {
+    "all": [PYTHON, "-c", """
+import os, signal, sys
+for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+    signal.signal(number, signal.SIG_IGN)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""],
+    "nohup": ["nohup"],
+    "&": ["sh", "-c", '"$@" & wait $!', "sh"],
+    "trap": ["sh", "-c", 'trap "" HUP INT TERM USR1; exec "$@"', "sh"],
+}
+
+
+def started_by(ignorer, *arguments, user=ME):
+    command = [str(word) for word in (*IGNORERS[ignorer], user.binary, *arguments)]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, text=True, **pipes, **user.switch())
+
+
+def is_pending(pid, number):
+    status = dict(re.findall(r"^(SigPnd|ShdPnd):\s*(.+)$", Path(f"/proc/{pid}/status").read_text(), re.M))
+    return any(int(mask, 16) >> number - 1 & 1 for mask in status.values())
+
+
+@promises(STAY_IGNORED)
+@pytest.mark.parametrize("ignorer", IGNORERS)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_daemon_obeys_signals_that_its_caller_ignored(ignorer, number, person, model, folder):
+    with started_by(ignorer, "mount", model, folder, user=person) as mount:
+        assert mount.wait(60) == 0, mount.stderr.read()
+    daemon = daemon_of(folder)
+    os.kill(daemon, number)
+    wait_for(lambda: mount_at(folder) is None and not is_running(daemon))
+
+
+@promises(STAY_IGNORED)
+@pytest.mark.parametrize(
+    "ignorer,numbers",
+    [("all", [signal.SIGHUP, signal.SIGINT]), ("nohup", [signal.SIGHUP]), ("trap", [signal.SIGHUP, signal.SIGINT])],
+    ids=str,
+)
+def test_a_foreground_mount_ignores_what_its_caller_ignored_and_obeys_sigterm(ignorer, numbers, person, model, folder):
+    with started_by(ignorer, "mount", "-f", model, folder, user=person) as process:
+        try:
+            assert process.stdout.readline().startswith("mounted on")
+            for number in numbers * 2:  # a second one would end it at once
+                process.send_signal(number)
+                wait_for(lambda number=number: not is_pending(process.pid, number))
+                assert ask(person, LISTING, root=folder) == ["base_model", "experts"]
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+            assert mount_at(folder) is None
+        finally:
+            detach(folder)
+            process.kill()
+
+
+@promises(STAY_IGNORED)
+@pytest.mark.parametrize("ignorer", ["all", "trap"])
+def test_a_command_ignores_what_its_caller_ignored_and_obeys_sigterm(ignorer, tmp_path):
+    with started_by(ignorer, "-q", "toy", tmp_path / "big.gguf", "--layers", "60") as process:
+        try:
+            wait_for(lambda: os.listdir(tmp_path))
+            for number in [signal.SIGHUP, signal.SIGINT] * 2:
+                process.send_signal(number)
+                wait_for(lambda number=number: not is_pending(process.pid, number))
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 128 + signal.SIGTERM
+            assert os.listdir(tmp_path) == []
+        finally:
+            process.kill()
+
+
+@promises(STAY_IGNORED)
+@pytest.mark.parametrize("ignorer", ["all", "trap"])
+def test_a_mount_whose_model_hangs_obeys_sigterm_whatever_its_caller_ignored(ignorer, person, model, folder, public):
+    with mounted(model, public / "lower", user=person) as lower:
+        (public / "mnt").mkdir(exist_ok=True)
+        stopped = daemon_of(lower)
+        os.kill(stopped, signal.SIGSTOP)
+        try:
+            with started_by(ignorer, "mount", lower / "base_model/metadata.gguf", folder, user=person) as process:
+                wait_for(lambda: Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text())
+                process.send_signal(signal.SIGTERM)
+                assert process.wait(60) == 128 + signal.SIGTERM
+        finally:
+            os.kill(stopped, signal.SIGCONT)
+        assert mount_at(folder) is None
 
 
 @promises("Temporary folders are for their user alone, whatever the umask.")

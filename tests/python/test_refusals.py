@@ -160,7 +160,7 @@ def test_a_part_without_the_others_is_refused_in_these_words(tmp_path):
         f'"{lone}" is part 2 of 5, but its name does not end in "-00002-of-00005.gguf", so the other parts cannot be found; '
         "give the parts the names that they were published with"
     )
-    assert refused(tmp_path / "nothing.gguf") == f'cannot open "{tmp_path}/nothing.gguf": No such file or directory (os error 2); check the path'
+    assert refused(tmp_path / "nothing.gguf") == f'cannot open "{tmp_path}/nothing.gguf": No such file or directory (os error 2); check the path; `namei PATH` shows where it ends'
 
 
 # --- and none is forgotten ------------------------------------------------------------------------------------------

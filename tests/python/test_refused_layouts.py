@@ -78,7 +78,7 @@ def test_a_model_with_too_many_tensors_for_a_header_is_refused(tmp_path):
     said = fail("inspect", model, naming=[model.name])
     words = (
         "the model has so many tensors that the header of base_model/attention_layers.safetensors takes {} bytes, but "
-        "safetensors allows only 100000000; if yours is a real model, report it to odmoe-fs"
+        "safetensors allows only 100000000; if this is a real model, report it to odmoe-fs"
     )
     assert re.sub(r"takes \d+", "takes {}", said).endswith(f": {words}\n")
 

@@ -2,50 +2,16 @@
 nothing is waited for, and nothing is written elsewhere."""
 
 import contextlib
-import ctypes
 import json
 import os
-import threading
-import time
 
 import pytest
 
+from exchange import exchanging
 from odmoe import contents, expert_gguf, files_of, needs_root, odmoe, promises, succeed
 from test_file_systems import held_before_it_writes
 
-AT_FDCWD, RENAME_EXCHANGE = -100, 2
-LIBC = ctypes.CDLL(None, use_errno=True)
-
 EXPERT = "experts/layer_00_expert_001.safetensors"
-
-
-def exchange(one, other):
-    """Exchanges two names, at once."""
-    names = [os.fsencode(one), os.fsencode(other)]
-    if LIBC.renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) != 0:
-        raise OSError(ctypes.get_errno(), "renameat2", str(one))
-
-
-@contextlib.contextmanager
-def exchanging(one, others):
-    """Exchanges a name for each of the others, over and over, until the block ends; then all are as they were."""
-    over = threading.Event()
-
-    def swap():
-        while not over.is_set():
-            for other in others:
-                for _ in range(2):
-                    with contextlib.suppress(FileNotFoundError):  # it may have been replaced
-                        exchange(one, other)
-                    time.sleep(0.0003)
-
-    thread = threading.Thread(target=swap)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +48,7 @@ def test_the_files_of_a_run_never_go_to_two_places(tmp_path, model, times, name)
         (out / name).mkdir(parents=True)
         elsewhere.mkdir()
         link.symlink_to(elsewhere)
-        with exchanging(out / name, [link]):
+        with exchanging(out / name, link):
             done = odmoe("materialize", model, out)
         # The target itself may be a link when the run begins; then that is where it leads.
         places = [path for path in (out, elsewhere) if files_of(path)]
@@ -128,7 +94,7 @@ def test_what_a_file_is_exchanged_for_is_neither_followed_nor_waited_for(tmp_pat
         if number % 3 == 0:  # its bytes must be compared, not its time alone
             with contextlib.suppress(OSError):
                 os.utime(out / name, (1, 1), follow_symlinks=False)
-        with exchanging(out / name, instead):
+        with exchanging(out / name, *instead):
             done = odmoe(command[0], model, out, *command[1:])
         statuses.add(done.returncode)
         assert done.returncode in (0, 1, 3)

@@ -5,7 +5,9 @@ import errno
 import json
 import os
 import signal
+import subprocess
 import threading
+import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -325,6 +327,22 @@ def test_a_live_view_in_the_background_leaves_the_terminal_alone(model, public):
             shown.wait_for(shown.is_given_back)
             shown.press("exit $?\n")
             assert shown.wait() == 0
+
+
+def test_a_mount_that_stops_while_it_is_asked_is_said_not_to_answer(model, public, times):
+    with mounted(model, public / "mnt", "--stats") as root:
+        daemon = daemon_of(root)
+        for n in range(times(15, long=60)):
+            command = [ME.binary, "top", root, "--once"]
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            time.sleep(n % 15 / 1000)
+            os.kill(daemon, signal.SIGSTOP)
+            try:
+                _, errors = process.communicate(timeout=60)
+            finally:
+                os.kill(daemon, signal.SIGCONT)
+                process.kill()
+            assert process.returncode == 0 or "does not answer" in errors
 
 
 # --- pictures -------------------------------------------------------------------------------------------------------

@@ -308,22 +308,6 @@ def test_a_foreground_mount_ends_when_it_is_unmounted(person, model, folder):
         assert process.wait(60) == 0
 
 
-def test_signals_that_the_caller_ignores_stay_ignored(model, public):
-    """As under nohup: the end of a terminal must not end the mount."""
-    folder = public / "mnt"
-    folder.mkdir()
-    script = 'trap "" HUP; exec "$0" mount -f "$1" "$2"'
-    with subprocess.Popen(["sh", "-c", script, BINARY, model, folder], stdout=subprocess.PIPE) as process:
-        try:
-            process.stdout.readline()
-            process.send_signal(signal.SIGHUP)
-            assert os.listdir(folder)
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(60) == 0
-        finally:
-            detach(folder)
-
-
 def test_a_background_daemon_that_is_told_to_end_takes_the_mount_with_it(person, model, folder):
     succeed("mount", model, folder, user=person)
     daemon = daemon_of(folder)

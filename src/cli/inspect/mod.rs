@@ -8,11 +8,11 @@ mod tables;
 
 use std::str::FromStr;
 
-use odmoe_fs::form::Form;
 use odmoe_fs::inspect::{ExpertReport, Report};
 use odmoe_fs::model::Model;
 
 use super::failure::{Failure, Result};
+use super::form::FormArgs;
 use super::screen::Screen;
 use super::{ModelArg, print, print_json, text};
 
@@ -23,6 +23,8 @@ use super::{ModelArg, print, print_json, text};
 pub struct InspectArgs {
     #[command(flatten)]
     model: ModelArg,
+    #[command(flatten)]
+    form: FormArgs,
     /// List every tensor
     #[arg(long)]
     tensors: bool,
@@ -57,7 +59,7 @@ impl FromStr for ExpertName {
 }
 
 pub fn run(args: &InspectArgs) -> Result<()> {
-    let model = args.model.open(Form::Raw)?;
+    let model = args.model.open(args.form.form()?)?;
     let screen = Screen::of_stdout();
     if let Some(name) = args.expert {
         let report = expert(&model, name)?;

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use odmoe_fs::inspect::{ExpertReport, TensorReport};
+use odmoe_fs::inspect::{ArrayReport, ExpertReport, TensorReport};
 
 use super::super::screen::Screen;
 use super::super::text;
@@ -30,6 +30,7 @@ fn shape(dims: &[u64]) -> String {
 /// Where one expert lies.
 pub fn expert(report: &ExpertReport, screen: &Screen) -> String {
     let head = ["tensor", "type", "shape", "bytes", "offset", "part"].map(str::to_owned);
+    let arrays: Vec<_> = report.tensors.iter().flat_map(|t| &t.arrays).collect();
     let rows = report.tensors.iter().map(|tensor| {
         let part = Path::new(&tensor.part_path);
         let part = part.file_name().unwrap_or_default().to_string_lossy();
@@ -55,5 +56,23 @@ pub fn expert(report: &ExpertReport, screen: &Screen) -> String {
     );
     let table = screen.table(std::iter::once(head).chain(rows).collect());
     let sources = format!("from {}\n", names.join(", "));
-    screen.fit(&title) + &table + &screen.fit(&sources)
+    let shown = match arrays.is_empty() {
+        true => String::new(),
+        false => format!("\nas {}:\n{}", report.form, self::arrays(&arrays, screen)),
+    };
+    screen.fit(&title) + &table + &screen.fit(&sources) + &shown
+}
+
+/// The arrays of a file.
+fn arrays(arrays: &[&ArrayReport], screen: &Screen) -> String {
+    let head = ["array", "dtype", "shape", "bytes"].map(str::to_owned);
+    let rows = arrays.iter().map(|array| {
+        [
+            text::name(&array.name),
+            array.dtype.to_owned(),
+            shape(&array.shape),
+            text::count(array.bytes),
+        ]
+    });
+    screen.table(std::iter::once(head).chain(rows).collect())
 }

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use odmoe_fs::stats::Span;
 
 use super::super::text;
-use super::Sample;
+use super::sample::Sample;
 
 /// What makes an expert hot.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -278,7 +278,7 @@ fn cells(
 mod tests {
     use odmoe_fs::stats::Snapshot;
 
-    use super::super::LayerHeat;
+    use super::super::sample::LayerHeat;
     use super::*;
 
     fn heat() -> Heat {

@@ -4,6 +4,7 @@
 //! (`view`), printed, or drawn (`svg`).
 
 mod heat;
+mod sample;
 mod svg;
 mod terminal;
 mod view;
@@ -13,15 +14,16 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use odmoe_fs::explain::{Explain, Hint, hint_of};
+use odmoe_fs::mounts::odmoe_mount_of;
+use odmoe_fs::stats::Latency;
+
 use self::heat::{Grid, Heat, Measure};
+use self::sample::Sample;
 use super::failure::{Context, Failure, Result};
 use super::screen::Screen;
 use super::{print, print_json, say, text};
-use odmoe_fs::explain::{Explain, Hint, hint_of};
-use odmoe_fs::mounts::{State, odmoe_mount_of, state_of};
 use odmoe_fs::source::Traffic;
-use odmoe_fs::stats::{ExpertUse, HEAT_ATTRIBUTE, Latency, STATS_ATTRIBUTE, Snapshot};
-use serde::Serialize;
 
 /// Show which experts of a mount are hot, and how fast it is read
 ///
@@ -39,6 +41,9 @@ pub struct TopArgs {
     /// Print the counters as one JSON object (with --once)
     #[arg(long, requires = "once")]
     pub json: bool,
+    /// Ask the mount and wait as long as that takes, as a process that can be left waiting.
+    #[arg(long, hide = true, requires = "json")]
+    ask: bool,
     /// Write the heat map to an SVG file, and exit
     #[arg(long, value_name = "FILE.svg", conflicts_with = "once")]
     export: Option<PathBuf>,
@@ -48,20 +53,6 @@ pub struct TopArgs {
     /// Seconds between updates of the live view
     #[arg(long, value_name = "SECONDS", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=3600))]
     interval: u64,
-}
-
-/// The counters of a mount at one moment.
-#[derive(Serialize)]
-struct Sample {
-    stats: Snapshot,
-    /// The used experts of each layer, the hottest first: `[expert, opens, reads, bytes]`.
-    heat: Vec<LayerHeat>,
-}
-
-#[derive(Serialize)]
-struct LayerHeat {
-    layer: u32,
-    experts: Vec<ExpertUse>,
 }
 
 /// Why nothing can be shown.
@@ -101,6 +92,9 @@ pub fn run(args: &TopArgs) -> Result<()> {
     let mount =
         odmoe_mount_of(&args.directory).ok_or_else(|| TopError::NotOurs(args.directory.clone()))?;
     let root = mount.directory;
+    if args.ask {
+        return print_json(&Sample::ask(&root)?);
+    }
     let sample = Sample::of(&root)?;
     if let Some(path) = &args.export {
         return export(&sample, &root, args.heat, path);
@@ -114,50 +108,6 @@ pub fn run(args: &TopArgs) -> Result<()> {
         return print(&screen.spell(screen.fit(&text)));
     }
     view::run(&root, sample, args.heat, Duration::from_secs(args.interval))
-}
-
-impl Sample {
-    /// Asks a mount for its counters.
-    fn of(root: &Path) -> Result<Self> {
-        let fail = |error: fn(PathBuf) -> TopError| Err(error(root.to_owned()));
-        match state_of(root) {
-            State::Alive | State::Changed => {}
-            State::NotAnswering => fail(TopError::NotAnswering)?,
-            State::Stale => fail(TopError::Stale)?,
-            State::NotReadable => fail(TopError::NotReadable)?,
-        }
-        let stats = attribute(root, STATS_ATTRIBUTE)?;
-        let stats = stats.ok_or_else(|| TopError::NotCounted(root.to_owned()))?;
-        let stats: Snapshot = parsed(&stats)?;
-        let heat = stats.layers.iter().map(|&(layer, _)| {
-            let value = attribute(root, &format!("{HEAT_ATTRIBUTE}{layer}"))?;
-            let experts = parsed(&value.unwrap_or_default())?;
-            Ok(LayerHeat { layer, experts })
-        });
-        Ok(Self {
-            heat: heat.collect::<Result<_>>()?,
-            stats,
-        })
-    }
-}
-
-fn parsed<T: serde::de::DeserializeOwned>(json: &[u8]) -> Result<T> {
-    serde_json::from_slice(json).map_err(|e| Failure::unknown(&e))
-}
-
-/// An extended attribute; `None` if the file has no such.
-fn attribute(path: &Path, name: &str) -> Result<Option<Vec<u8>>> {
-    let mut value = vec![0; 64 << 10]; // the longest value that Linux allows
-    match rustix::fs::getxattr(path, name, &mut value) {
-        Ok(length) => {
-            value.truncate(length);
-            Ok(Some(value))
-        }
-        Err(
-            rustix::io::Errno::NODATA | rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS,
-        ) => Ok(None),
-        Err(e) => Err(std::io::Error::from(e)).with_context(|| format!("cannot ask {path:?}")),
-    }
 }
 
 /// The printed map fits the lines of a terminal.

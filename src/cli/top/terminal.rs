@@ -21,7 +21,7 @@ use ratatui::prelude::CrosstermBackend;
 use ratatui::{DefaultTerminal, Frame, Terminal};
 use rustix::process::{Signal, getpgrp, getpid, getsid, kill_process};
 
-use super::super::failure::{Failure, Result};
+use super::super::failure::{Context, Failure, Result};
 use super::super::text;
 
 /// The signals that end a process by default (signal(7)), except those for faults of its own.
@@ -73,7 +73,7 @@ impl LiveTerminal {
             // before signals are taken, since a stopped process could not obey them.
             kill_process(getpid(), Signal::TTOU).map_err(io::Error::from)?;
         }
-        let taken = take_signals()?;
+        let taken = take_signals().context("cannot start a thread")?;
         // This also restores the terminal after a panic.
         let terminal = ratatui::try_init()?;
         Ok(Self {
@@ -188,7 +188,7 @@ fn take_signals() -> io::Result<Arc<AtomicI32>> {
     let signals = Signals::block(&[ENDING, &[libc::SIGTSTP]].concat())?;
     let taken = Arc::new(AtomicI32::new(0));
     let told = taken.clone();
-    std::thread::spawn(move || {
+    let take = move || {
         while let Ok(signal) = signals.wait() {
             if signal == libc::SIGTSTP {
                 // Never replaces a signal that ends the process.
@@ -200,6 +200,7 @@ fn take_signals() -> io::Result<Arc<AtomicI32>> {
             ratatui::restore();
             std::process::exit(128 + signal);
         }
-    });
+    };
+    std::thread::Builder::new().spawn(take)?;
     Ok(taken)
 }

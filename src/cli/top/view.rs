@@ -13,8 +13,9 @@ use ratatui::text::{Line, Span};
 use super::super::failure::Result;
 use super::super::text;
 use super::heat::{Grid, Heat, Measure};
+use super::sample::Sample;
 use super::terminal::LiveTerminal;
-use super::{Sample, fetched, latencies};
+use super::{fetched, latencies};
 
 /// From grey to red, in the 256 colours that most terminals have.
 const COLOURS: [u8; 7] = [236, 58, 100, 142, 172, 202, 196];

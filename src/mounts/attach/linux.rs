@@ -1,6 +1,6 @@
-//! Linux: root mounts with the system call, on the directory that was checked and not on its name.
-//! Others mount with the set-user-id helper, which checks by itself. `fuser` could do both, but
-//! resolves the directory's name once more.
+//! Linux: root mounts with the system call, on the directory that was checked rather than on its
+//! name. Other users mount with the set-user-id helper, which makes its own checks. `fuser` can do
+//! both, but it would resolve the directory's name again.
 
 use std::fs::{self, File};
 use std::io::{self, IoSliceMut};
@@ -19,21 +19,21 @@ use rustix::net::{
 use super::super::place::Place;
 use super::super::processes::connections;
 use super::super::{MountError, SUBTYPE};
-use super::Wishes;
+use super::MountParameters;
 use crate::explain::Hint;
 use crate::fuse::OdmoeFs;
 use crate::host::{self, DEVICE};
 
 /// A mount that was just made.
-pub struct Made {
-    /// The descriptor by which it is served.
+pub struct NewMount {
+    /// The descriptor through which it is served.
     device: OwnedFd,
-    /// Whether this process made it by itself, and so can unmount it.
-    pub by_ourselves: bool,
+    /// Whether it was made without the helper, and so can be unmounted without it.
+    pub directly: bool,
 }
 
-impl Made {
-    /// Its device number, `major:minor`, if the kernel tells.
+impl NewMount {
+    /// Its device number, `major:minor`, if the kernel shows it.
     pub fn device_number(&self) -> Option<String> {
         let info = format!("/proc/self/fdinfo/{}", self.device.as_raw_fd());
         let info = fs::read_to_string(info).ok()?;
@@ -52,22 +52,22 @@ impl Made {
     }
 }
 
-/// Mounts on a directory that is held.
-pub fn make(place: &Place, wishes: &Wishes) -> Result<Made, MountError> {
+/// Mounts on a directory that is held open.
+pub fn make(place: &Place, parameters: &MountParameters) -> Result<NewMount, MountError> {
     let refused = |said: &str| {
         let said = said.trim().trim_start_matches("fusermount3: ");
         MountError::Refused {
             directory: place.path().to_owned(),
             reason: said.to_owned(),
-            hint: cure(said),
+            hint: hint_for(said),
         }
     };
     if host::may_mount() != Some(false) {
-        match by_ourselves(place, wishes) {
+        match directly(place, parameters) {
             Ok(device) => {
-                return Ok(Made {
+                return Ok(NewMount {
                     device,
-                    by_ourselves: true,
+                    directly: true,
                 });
             }
             Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {} // the helper may
@@ -75,14 +75,14 @@ pub fn make(place: &Place, wishes: &Wishes) -> Result<Made, MountError> {
         }
     }
     let helper = host::fusermount().ok_or_else(|| refused(NOT_PERMITTED))?;
-    let device = by_helper(&helper, place, wishes).map_err(|said| refused(&said))?;
-    Ok(Made {
+    let device = with_helper(&helper, place, parameters).map_err(|said| refused(&said))?;
+    Ok(NewMount {
         device,
-        by_ourselves: false,
+        directly: false,
     })
 }
 
-fn by_ourselves(place: &Place, wishes: &Wishes) -> io::Result<OwnedFd> {
+fn directly(place: &Place, parameters: &MountParameters) -> io::Result<OwnedFd> {
     let device = File::options().read(true).write(true).open(DEVICE)?;
     let user = rustix::process::getuid().as_raw();
     let group = rustix::process::getgid().as_raw();
@@ -90,17 +90,17 @@ fn by_ourselves(place: &Place, wishes: &Wishes) -> io::Result<OwnedFd> {
     let options = format!(
         "fd={},rootmode=40000,user_id={user},group_id={group},subtype={SUBTYPE},default_permissions{}",
         device.as_raw_fd(),
-        wishes.options()
+        parameters.options()
     );
     let flags = MountFlags::RDONLY
         | MountFlags::NOSUID
         | MountFlags::NODEV
         | MountFlags::NOEXEC
         | MountFlags::NOATIME;
-    // The working directory is the one name that nobody can give to another directory.
+    // The working directory is the one name that nobody else can redirect.
     place.enter()?;
     let mounted = mount(
-        wishes.source.as_str(),
+        parameters.source.as_str(),
         ".",
         "fuse",
         flags,
@@ -111,12 +111,16 @@ fn by_ourselves(place: &Place, wishes: &Wishes) -> io::Result<OwnedFd> {
     Ok(device.into())
 }
 
-/// Mounts with the helper, which sends the descriptor through a socket; fails with what it said.
+/// Mounts with the helper, which sends the descriptor through a socket. The error is its message.
 ///
 /// Protocol: fusermount3(1) and `util/fusermount.c` of libfuse 3.
-fn by_helper(helper: &Path, place: &Place, wishes: &Wishes) -> Result<OwnedFd, String> {
+fn with_helper(
+    helper: &Path,
+    place: &Place,
+    parameters: &MountParameters,
+) -> Result<OwnedFd, String> {
     let failed = |e: io::Error| format!("{helper:?} cannot be run: {e}");
-    // Not closed by `exec`: the helper inherits its end. No other program is started meanwhile.
+    // Not close-on-exec, since the helper inherits its end. No other program is started meanwhile.
     let (ours, theirs) = socketpair(
         AddressFamily::UNIX,
         SocketType::STREAM,
@@ -127,8 +131,8 @@ fn by_helper(helper: &Path, place: &Place, wishes: &Wishes) -> Result<OwnedFd, S
     rustix::io::fcntl_setfd(&ours, rustix::io::FdFlags::CLOEXEC).map_err(|e| failed(e.into()))?;
     let options = format!(
         "ro,nosuid,nodev,noexec,noatime,default_permissions,fsname={},subtype={SUBTYPE}{}",
-        wishes.source,
-        wishes.options()
+        parameters.source,
+        parameters.options()
     );
     let child = Command::new(helper)
         .args(["-o", &options, "--"])
@@ -151,13 +155,13 @@ fn by_helper(helper: &Path, place: &Place, wishes: &Wishes) -> Result<OwnedFd, S
             Ok(device)
         }
         Err(e) => Err(failed(e)),
-        // It has unmounted again what it could not hand over.
+        // The helper has unmounted again what it could not hand over.
         _ if said.trim().is_empty() => Err(format!("{helper:?} ended with {}", output.status)),
         _ => Err(said.trim().to_owned()),
     }
 }
 
-/// The descriptor that comes through a socket; `None` at its end.
+/// Receives a descriptor through a socket; `None` at its end.
 fn receive(socket: &OwnedFd) -> io::Result<Option<OwnedFd>> {
     let mut byte = [0];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
@@ -177,12 +181,12 @@ fn receive(socket: &OwnedFd) -> io::Result<Option<OwnedFd>> {
     Ok(device)
 }
 
-/// What mount(2) says to those who may not.
+/// The message of mount(2) to a process that lacks CAP_SYS_ADMIN.
 const NOT_PERMITTED: &str = "Operation not permitted";
 
-/// What to do about what the mount helper or the kernel said, in the usual cases, as far as their
-/// cause is established.
-fn cure(said: &str) -> Option<Hint> {
+/// What to do about a message of the mount helper or the kernel, in those usual cases in which the
+/// cause is certain.
+fn hint_for(said: &str) -> Option<Hint> {
     if said.contains("write access") || said.contains("ermission denied") {
         return Some("you must own the directory, or be allowed to write to it".into());
     }

@@ -7,19 +7,19 @@ use fuser::{Config, MountOption, Session, SessionACL};
 
 use super::super::place::Place;
 use super::super::{MountError, SUBTYPE};
-use super::Wishes;
+use super::MountParameters;
 use crate::fuse::OdmoeFs;
 
 /// A mount that is made when it is served.
-pub struct Made {
+pub struct NewMount {
     directory: PathBuf,
     options: Vec<MountOption>,
-    /// Whether this process can unmount it by itself.
-    pub by_ourselves: bool,
+    /// Whether it can be unmounted without a helper.
+    pub directly: bool,
 }
 
-impl Made {
-    /// There is no table to find it in.
+impl NewMount {
+    /// `None`: there is no mount table that would show it.
     pub fn device_number(&self) -> Option<String> {
         None
     }
@@ -37,9 +37,9 @@ impl Made {
     }
 }
 
-/// Chooses the options of a mount.
-pub fn make(place: &Place, wishes: &Wishes) -> Result<Made, MountError> {
-    let labels = wishes.security_labels.iter().cloned();
+/// Chooses the options; the session makes the mount.
+pub fn make(place: &Place, parameters: &MountParameters) -> Result<NewMount, MountError> {
+    let labels = parameters.security_labels.iter().cloned();
     let options = [
         MountOption::RO,
         MountOption::NoSuid,
@@ -47,15 +47,15 @@ pub fn make(place: &Place, wishes: &Wishes) -> Result<Made, MountError> {
         MountOption::NoExec,
         MountOption::NoAtime,
         MountOption::DefaultPermissions,
-        MountOption::FSName(wishes.source.clone()),
+        MountOption::FSName(parameters.source.clone()),
         MountOption::CUSTOM(format!("subtype={SUBTYPE}")),
     ];
-    Ok(Made {
+    Ok(NewMount {
         directory: place.path().to_owned(),
         options: options
             .into_iter()
             .chain(labels.map(MountOption::CUSTOM))
             .collect(),
-        by_ourselves: false,
+        directly: false,
     })
 }

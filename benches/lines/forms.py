@@ -1,0 +1,209 @@
+"""Reading and writing experts as numbers and as MLX's arrays: what is computed against the same bytes in native files."""
+
+import json
+import os
+import sys
+import time
+
+from lab import BENCHES, BINARY, KIB, MIB, experts, peak_of, process_bytes, remove, require, resident_bytes, run
+from measure import OURS, Figure, at_least, at_most, check_same_bytes, interleave
+from odmoe import daemon_of, detach, succeed
+
+from . import line
+from .materialize import timed
+
+NATIVE = "native"
+# How many experts a sample reads: of bf16 1.4 GB, of mlx 0.4 GB.
+EXPERTS = 16
+
+
+def native(lab, form):
+    """Expert files in a form, written once."""
+    require("mount", "--as")
+    root = lab.scratch / f"tree-{form}"
+    if not root.exists():
+        run(BINARY, "materialize", "--quiet", "--as", form, "--layers", 0, "--experts", f"0-{EXPERTS - 1}", lab.model, root)
+    return root
+
+
+def cold(lab, form, read, *flags):
+    """A cold sample of each side: computed by a fresh mount, and read from native files of the same bytes."""
+    files = experts(native(lab, form), EXPERTS)
+
+    def ours():
+        with lab.mount("--as", form, *flags) as mount:
+            lab.cold(*files)
+            return read(mount.experts(EXPERTS))
+
+    def theirs():
+        lab.cold(*files)
+        return read(files)
+
+    taken = interleave({OURS: ours, NATIVE: theirs}, lab.samples)
+    check_same_bytes(taken)
+    return {name: [reading.gigabytes_per_second for reading in readings] for name, readings in taken.items()}
+
+
+@line("as-mlx-cold", "cold read of 16 whole experts with --as mlx by 1 MiB preads; against native files of the same bytes")
+def as_mlx(lab):
+    for readers in (1, 4):
+        taken = cold(lab, "mlx", lambda files, n=readers: lab.reader("pread", "--readers", n, *files))
+        yield Figure(f"readers: {readers}", "GB/s", taken, at_least(0.75, 0.95))
+    taken = cold(lab, "mlx", lambda files: lab.reader("pread", *files), "--cache", "direct")
+    yield Figure("--cache direct", "GB/s", taken, at_least(0.75, 0.95))
+
+
+@line("as-bf16-cold", "the same with --as bf16: 3.6 bytes come out of each byte of Q4_K")
+def as_bf16(lab):
+    for readers in (1, 4):
+        taken = cold(lab, "bf16", lambda files, n=readers: lab.reader("pread", "--readers", n, *files))
+        yield Figure(f"readers: {readers}", "GB/s", taken, at_least(1, 1.5))
+
+
+@line("as-mlx-forward", "cold mx.load of 16 experts and one quantized_matmul forward of each; against native MLX files")
+def forward(lab):
+    taken = cold(lab, "mlx", lambda files: lab.client("forward", *files))
+    yield Figure("throughput", "GB/s", taken, at_least(0.75, 0.95))
+
+
+def blocks_of(lab, files):
+    """Bytes of blocks in the model that files of the tree are made from."""
+    total = 0
+    for path in files:
+        with open(path, "rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        tensors = json.loads(header["__metadata__"]["odmoe.tensors"])
+        elements = sum(a * b for a, b in (t["shape"] for t in tensors.values() if t["ggml_type"] == "Q4_K"))
+        # 144 bytes for 256 weights; all others are F32.
+        total += elements // 256 * 144
+        total += sum(4 * n for t in tensors.values() if t["ggml_type"] == "F32" for n in [product(t["shape"])])
+    return total
+
+
+def product(shape):
+    n = 1
+    for dim in shape:
+        n *= dim
+    return n
+
+
+@line("as-mlx-reads", "bytes read from the disk per byte of blocks, cold: whole experts, and the base files")
+def reads(lab):
+    native(lab, "mlx")
+
+    def sample(choose):
+        with lab.mount("--as", "mlx") as mount:
+            files = choose(mount)
+            blocks = blocks_of(lab, files)
+            lab.cold()
+            before = process_bytes(mount.pid, "read_bytes", "io")
+            lab.reader("pread", *files)
+            return (process_bytes(mount.pid, "read_bytes", "io") - before) / blocks
+
+    sides = {OURS: lambda: sample(lambda mount: mount.experts(EXPERTS))}
+    yield Figure("experts", "x", interleave(sides, lab.samples, warm_up=0), at_most(1.1, 1))
+    sides = {OURS: lambda: sample(lambda mount: sorted(mount.root.glob("base_model/*.safetensors")))}
+    yield Figure("base files", "x", interleave(sides, lab.samples, warm_up=0), at_most(2.2, 1.1))
+
+
+@line("as-mlx-memory", "pages of mounted files and model per byte read, and the daemon's anonymous memory, 16 readers")
+def memory(lab):
+    native(lab, "mlx")
+
+    def pages():
+        with lab.mount("--as", "mlx") as mount:
+            files = mount.experts(EXPERTS)
+            lab.cold()
+            read = lab.reader("pread", *files)
+            return resident_bytes([*files, lab.model]) / read.bytes
+
+    yield Figure("resident", "x", interleave({OURS: pages}, lab.samples, warm_up=0), at_most(1.1, 1.02))
+
+    def anonymous(form):
+        with lab.mount("--as", form) as mount:
+            lab.cold()
+            with peak_of(mount.pid, "RssAnon") as peak:
+                lab.reader("pread", "--readers", 16, *mount.experts(32))
+        return peak[0] / MIB
+
+    for form in ("mlx", "bf16"):
+        taken = interleave({OURS: lambda form=form: anonymous(form)}, lab.samples, warm_up=0)
+        yield Figure(f"RssAnon, {form}", "MiB", taken, at_most(96, 64))
+
+
+@line("as-materialize", "materialize --as of 16 experts, ext4, cold, flushed; against cp of the output, and a converter")
+def written(lab):
+    """The converter is Python: gguf-py's dequantize, MLX's packing by numpy, safetensors' save_file."""
+    for form in ("bf16", "mlx"):
+        files = experts(native(lab, form), EXPERTS)
+        total = sum(path.stat().st_size for path in files)
+
+        def flushed(write, files=files, total=total):
+            def sample():
+                out = lab.scratch / "out"
+                lab.cold(*files)
+                try:
+                    nanoseconds = write(out) + timed("sync", "-f", out)
+                    written = sum(path.stat().st_size for path in out.rglob("*.safetensors"))
+                    assert written == total, (written, total)
+                    return total / nanoseconds
+                finally:
+                    remove(out)
+
+            return sample
+
+        flags = ["--quiet", "--as", form, "--experts-only", "--layers", 0, "--experts", f"0-{EXPERTS - 1}"]
+        ours = flushed(lambda out, flags=flags: timed(BINARY, "materialize", *flags, lab.model, out))
+        copy = flushed(lambda out, form=form: timed("cp", "-r", "--reflink=never", native(lab, form) / "experts", out))
+        yield Figure(f"{form}, cp", "GB/s", interleave({OURS: ours, "cp": copy}, lab.samples), at_least(0.8, 1))
+
+        def convert(out, form=form):
+            # Blocks and numbers of one expert at a time; nothing is flushed, which is in its favour.
+            command = [sys.executable, BENCHES / "converter.py", lab.model, out, form, EXPERTS]
+            return json.loads(run(*command))
+
+        total_written = lambda out: sum(p.stat().st_size for p in out.rglob("*.safetensors"))  # noqa: E731
+
+        def converter():
+            out = lab.scratch / "out"
+            lab.cold(*files)
+            try:
+                nanoseconds = convert(out) + timed("sync", "-f", out)
+                return total_written(out) / nanoseconds
+            finally:
+                remove(out)
+
+        few = min(lab.samples, 3)
+        taken = interleave({OURS: ours, "converter": converter}, few, warm_up=0)
+        yield Figure(f"{form}, converter", "GB/s", taken, at_least(8, 20))
+
+
+@line("as-mlx-mount", "mount of sparse Kimi-K2.5 in 9 parts --as mlx until the first byte of an expert; peak memory")
+def mount(lab):
+    require("mount", "--as")
+    parts = lab.kimi_parts
+    peaks = []
+
+    def start():
+        where = lab.fresh("mnt")
+        usage = lab.scratch / "usage"
+        try:
+            lab.cold()
+            run(BINARY, "--version")
+            start = time.perf_counter_ns()
+            succeed("mount", "--as", "mlx", parts[0], where)
+            fd = os.open(where / "experts/layer_30_expert_100.safetensors", os.O_RDONLY)
+            assert len(os.pread(fd, 1, 0)) == 1
+            end = time.perf_counter_ns()
+            os.close(fd)
+            daemon = process_bytes(daemon_of(where), "VmHWM")
+            succeed("umount", where)
+            run("/usr/bin/time", "-f", "%M", "-o", usage, BINARY, "mount", "--as", "mlx", parts[0], where)
+            succeed("umount", where)
+            peaks.append(max(daemon, int(usage.read_text()) * KIB) / MIB)
+        finally:
+            detach(where)
+        return (end - start) / 1e6
+
+    yield Figure("until the first byte", "ms", interleave({OURS: start}, lab.samples), at_most(150, 50))
+    yield Figure("VmHWM", "MiB", {OURS: peaks[-lab.samples :]}, at_most(48, 32))
