@@ -57,6 +57,9 @@ def test_a_name_with_spaces_and_letters_of_all_kinds_is_found(server, tmp_path, 
         identical(parts[0], root)
 
 
+@promises(
+    "What is read of a model elsewhere is fetched once in the life of a mount, and nothing is fetched that nobody wants but the end of a piece.",
+)
 def test_what_is_read_is_fetched_once_and_hardly_more_than_that(server, tmp_path, cache):
     model = expert_gguf(tmp_path)
     with remote(server.put("/m.gguf", model), tmp_path / "mnt", cache) as root:
@@ -218,6 +221,9 @@ def test_a_signed_url_that_expires_is_asked_for_again(tmp_path, cache):
     hub.stop()
 
 
+@promises(
+    "No token, signature or query of a URL is in the mount table, the log, an error, the list of processes or the cache.",
+)
 def test_signed_urls_come_from_a_file_and_show_nowhere(server, tmp_path, cache):
     parts = models.write_small(tmp_path, split_max_tensors=8)
     signed = lambda request: "X-Amz-Signature=s3cr3t" in request.query  # noqa: E731

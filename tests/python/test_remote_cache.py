@@ -90,6 +90,9 @@ def test_a_killed_daemon_leaves_a_cache_of_true_bytes(model, expected, tmp_path,
     server.stop()
 
 
+@promises(
+    "A damaged piece of the cache is fetched again.",
+)
 def test_a_damaged_piece_is_fetched_again(server, url, expected, tmp_path, cache):
     succeed("fetch", url, "--cache-dir", cache)
     (data,) = cached_files(cache)
@@ -126,6 +129,9 @@ def test_a_damaged_index_costs_nothing_but_time(what, server, url, expected, tmp
 
 
 @needs_root
+@promises(
+    "A disk that is full under the cache costs nothing but time, and a twentieth of it stays free.",
+)
 def test_a_full_disk_under_the_cache_costs_nothing_but_time(server, url, expected, tmp_path):
     with file_system("tmpfs", tmp_path, "8M") as disk:
         with remote(url, tmp_path / "mnt", disk / "cache", "--cache-size", "1G") as root:
@@ -153,6 +159,9 @@ def test_experts_that_were_read_least_recently_leave_first_and_whole(server, url
         assert kept and kept == list(range(kept[0], 6))
 
 
+@promises(
+    "Several mounts may use one cache at the same time.",
+)
 def test_two_mounts_share_a_cache(server, url, expected, tmp_path, cache):
     with remote(url, tmp_path / "one", cache) as one, remote(url, tmp_path / "two", cache) as two:
         server.forget()
