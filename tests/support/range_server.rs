@@ -86,7 +86,8 @@ impl Server {
                 continue;
             }
             std::thread::sleep(self.latency);
-            self.answer(&mut stream, path, range)?;
+            let wants_body = !first.starts_with("HEAD");
+            self.answer(&mut stream, path, range, wants_body)?;
         }
     }
 
@@ -95,8 +96,12 @@ impl Server {
         stream: &mut TcpStream,
         path: &str,
         range: Option<(u64, Option<u64>)>,
+        wants_body: bool,
     ) -> io::Result<()> {
         self.requests.fetch_add(1, Relaxed);
+        if path.is_empty() {
+            return self.list(stream);
+        }
         let Ok(file) = File::open(self.folder.join(path)) else {
             return write!(stream, "HTTP/1.1 404 No\r\nContent-Length: 0\r\n\r\n");
         };
@@ -110,10 +115,13 @@ impl Server {
         };
         write!(
             stream,
-            "HTTP/1.1 {status}\r\nETag: \"{size}\"\r\nContent-Range: bytes {start}-{}/{size}\r\nContent-Length: {}\r\n\r\n",
+            "HTTP/1.1 {status}\r\nETag: \"{size}\"\r\nLast-Modified: Thu, 01 Jan 2026 00:00:00 GMT\r\nAccept-Ranges: bytes\r\nContent-Range: bytes {start}-{}/{size}\r\nContent-Length: {}\r\n\r\n",
             end.saturating_sub(1),
             end - start
         )?;
+        if !wants_body {
+            return Ok(());
+        }
         let (began, mut place) = (Instant::now(), start);
         let mut space = vec![0; STEP];
         while place < end {
@@ -126,5 +134,20 @@ impl Server {
             std::thread::sleep(due.saturating_sub(began.elapsed()));
         }
         Ok(())
+    }
+
+    /// The folder as a page of links.
+    fn list(&self, stream: &mut TcpStream) -> io::Result<()> {
+        let mut page = String::new();
+        for entry in self.folder.read_dir()?.flatten() {
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            page += &format!("<a href=\"{name}\">{name}</a>\n");
+        }
+        let length = page.len();
+        write!(
+            stream,
+            "HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: {length}\r\n\r\n{page}"
+        )
     }
 }

@@ -73,7 +73,7 @@ impl Client {
             .connect_timeout(STALL)
             .pool_max_idle_per_host(REQUESTS)
             .build()
-            .map_err(|e| Fault::of_client(e))?;
+            .map_err(Fault::of_client)?;
         let runtime = Builder::new_multi_thread()
             .worker_threads(THREADS)
             .thread_name("remote")

@@ -22,11 +22,13 @@ use crc_fast::{CrcAlgorithm, checksum};
 use parking_lot::Mutex;
 use rustix::fs::{FlockOperation, flock};
 
-use self::index::{Head, Index, Piece, Record};
+use self::index::{BLOCK_BYTES, Head, Index, Piece, Record};
 use self::room::Room;
 use super::pin::Pin;
 use crate::sys::copy::write_all_uncached;
-use crate::sys::read::read_exact_uncached;
+use crate::sys::read::{
+    is_cached, only_what_is_read, read_exact_direct, read_exact_uncached, reopen_direct,
+};
 
 /// The ending of an index's name.
 const INDEX: &str = ".index";
@@ -55,6 +57,8 @@ pub struct CachedPart {
     cache: Arc<Cache>,
     /// Locked, shared with other mounts, for as long as this lives.
     data: File,
+    /// The same file opened for reads past the page cache, if that is possible.
+    direct: Option<File>,
     index: Mutex<Index>,
     /// Whether it may be written to.
     writable: bool,
@@ -163,8 +167,11 @@ impl Cache {
     }
 
     fn part(self: &Arc<Self>, data: File, index: Index, writable: bool) -> CachedPart {
+        // Pages that the kernel reads ahead would be read a second time.
+        only_what_is_read(&data);
         CachedPart {
             cache: self.clone(),
+            direct: reopen_direct(&data).ok(),
             data,
             index: Mutex::new(index),
             writable,
@@ -265,27 +272,10 @@ impl CachedPart {
             return false;
         };
         let range = place - start..place - start + buffer.len() as u64;
-        if range.end > piece.len {
-            return false;
-        }
-        let blocks = piece.blocks(&range);
-        let read = if blocks == range {
-            self.read_data(start + range.start, buffer)
-                .map(|()| piece.matches(blocks.start, buffer))
-        } else {
-            BLOCKS.with_borrow_mut(|space| {
-                let bytes = (blocks.end - blocks.start) as usize;
-                if space.len() < bytes {
-                    space.resize(bytes, 0);
-                }
-                let space = &mut space[..bytes];
-                self.read_data(start + blocks.start, space)?;
-                let skip = (range.start - blocks.start) as usize;
-                buffer.copy_from_slice(&space[skip..skip + buffer.len()]);
-                Ok(piece.matches(blocks.start, space))
-            })
-        };
-        let is_right = read.unwrap_or(false);
+        let is_right = range.end <= piece.len
+            && self
+                .read_blocks(start, &piece, range, buffer)
+                .unwrap_or(false);
         if is_right {
             self.note_use(start, piece.used);
         } else {
@@ -294,7 +284,74 @@ impl CachedPart {
         is_right
     }
 
+    /// Fills the buffer with a range of a piece, counted from its start. `false` if it is not what
+    /// was written.
+    fn read_blocks(
+        &self,
+        start: u64,
+        piece: &Piece,
+        range: Range<u64>,
+        buffer: &mut [u8],
+    ) -> io::Result<bool> {
+        let blocks = piece.blocks(&range);
+        // Whole blocks go to their place; of those at the edges only a part is wanted.
+        let is_end = range.end == piece.len;
+        let first = range.start.next_multiple_of(BLOCK_BYTES).min(piece.len);
+        let last = if is_end {
+            range.end
+        } else {
+            range.end / BLOCK_BYTES * BLOCK_BYTES
+        };
+        if first >= last {
+            return self.read_part(start, piece, blocks, &range, buffer);
+        }
+        let (before, rest) = buffer.split_at_mut((first - range.start) as usize);
+        let (inner, after) = rest.split_at_mut((last - first) as usize);
+        self.read_data(start + first, inner)?;
+        Ok(piece.matches(first, inner)
+            && self.read_part(
+                start,
+                piece,
+                blocks.start..first,
+                &(range.start..first),
+                before,
+            )?
+            && self.read_part(start, piece, last..blocks.end, &(last..range.end), after)?)
+    }
+
+    /// The same of a few blocks, of which only a part is wanted.
+    fn read_part(
+        &self,
+        start: u64,
+        piece: &Piece,
+        blocks: Range<u64>,
+        wanted: &Range<u64>,
+        buffer: &mut [u8],
+    ) -> io::Result<bool> {
+        if buffer.is_empty() {
+            return Ok(true);
+        }
+        BLOCKS.with_borrow_mut(|space| {
+            let bytes = (blocks.end - blocks.start) as usize;
+            if space.len() < bytes {
+                space.resize(bytes, 0);
+            }
+            let space = &mut space[..bytes];
+            self.read_data(start + blocks.start, space)?;
+            let skip = (wanted.start - blocks.start) as usize;
+            buffer.copy_from_slice(&space[skip..skip + buffer.len()]);
+            Ok(piece.matches(blocks.start, space))
+        })
+    }
+
+    /// Reads past the page cache, as parts on a disk are read.
     fn read_data(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        let direct = self.direct.as_ref();
+        if let Some(direct) = direct.filter(|_| !is_cached(&self.data, offset, buffer.len() as u64))
+            && read_exact_direct(direct, buffer, offset).is_ok()
+        {
+            return Ok(());
+        }
         read_exact_uncached(&self.data, buffer, offset, |buffer, offset| {
             self.data.read_exact_at(buffer, offset)
         })
