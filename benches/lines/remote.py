@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from lab import BINARY, EXAMPLES, MIB, run
-from measure import OURS, Figure, Unavailable, at_least, at_most, interleave
+from measure import NO_LIMIT, OURS, Figure, Unavailable, at_least, at_most, interleave
 from odmoe import expert_gguf
 
 from . import line
@@ -190,4 +190,4 @@ def remote_rclone(lab):
                 run("umount", "-l", below)
 
         samples = interleave({OURS: ours, "rclone": rclone}, lab.samples, warm_up=0)
-    yield Figure("time", "ms", samples, at_most(0.1), "; ".join(notes.values()))
+    yield Figure("time", "ms", samples, NO_LIMIT, "; ".join(notes.values()))

@@ -33,6 +33,10 @@ const SUMS: usize = 16;
 /// Bytes of the largest piece.
 pub const PIECE_BYTES: u64 = BLOCK_BYTES * SUMS as u64;
 
+/// Notes of reads that are written together, and how old the first may become meanwhile.
+const USES: usize = 256;
+const USES_SECONDS: u64 = 10;
+
 /// What an index is of.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Head {
@@ -171,6 +175,8 @@ pub struct Index {
     /// Records that were read, those without effect included.
     records: usize,
     pub pieces: Pieces,
+    /// Notes of what was read that are not in the file yet.
+    uses: Vec<Record>,
 }
 
 impl Index {
@@ -189,6 +195,7 @@ impl Index {
             read: HEAD_BYTES as u64,
             records: 0,
             pieces: Pieces::new(),
+            uses: Vec::new(),
         })
     }
 
@@ -210,6 +217,7 @@ impl Index {
             read: HEAD_BYTES as u64,
             records: 0,
             pieces: Pieces::new(),
+            uses: Vec::new(),
         };
         index.refresh()?;
         Ok(Some(index))
@@ -261,6 +269,27 @@ impl Index {
         flock(&self.file, FlockOperation::Unlock)?;
         written?;
         self.refresh()
+    }
+
+    /// Notes that a piece was read, in the file when there are some more: a reader must not wait for
+    /// the disk of the index for each piece.
+    pub fn note_use(&mut self, start: u64, at: u64) -> io::Result<()> {
+        self.apply(Record::Used { start, at });
+        self.uses.push(Record::Used { start, at });
+        let is_old = |record: &Record| matches!(record, Record::Used { at: then, .. } if then + USES_SECONDS < at);
+        if self.uses.len() >= USES || self.uses.first().is_some_and(is_old) {
+            self.flush_uses()?;
+        }
+        Ok(())
+    }
+
+    /// Writes down what was read.
+    pub fn flush_uses(&mut self) -> io::Result<()> {
+        let uses = std::mem::take(&mut self.uses);
+        match uses.is_empty() {
+            true => Ok(()),
+            false => self.append(&uses),
+        }
     }
 
     /// Whether most records say nothing any more.

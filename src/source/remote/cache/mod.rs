@@ -361,8 +361,9 @@ impl CachedPart {
     fn note_use(&self, start: u64, used: u64) {
         let at = now();
         if self.writable && used + USED_SECONDS < at {
+            let mut index = self.index.lock();
             // That it could not be noted costs nothing but an early eviction.
-            let _ = self.index.lock().append(&[Record::Used { start, at }]);
+            let _ = index.note_use(start, at);
         }
     }
 
@@ -390,6 +391,8 @@ impl CachedPart {
             return;
         }
         let len = bytes.len() as u64;
+        // Whatever leaves the cache for this, it is not what was just read.
+        let _ = self.index.lock().flush_uses();
         match self.cache.make_room(len) {
             Ok(true) => {}
             Ok(false) => {
@@ -407,6 +410,12 @@ impl CachedPart {
         if let Err(e) = kept {
             self.cache.complain(&e);
         }
+    }
+}
+
+impl Drop for CachedPart {
+    fn drop(&mut self) {
+        let _ = self.index.lock().flush_uses();
     }
 }
 
