@@ -1,6 +1,6 @@
-"""An expert with MLX: `mx.load` reads the file as it is; only GGML blocks go through gguf-py.
+"""An expert with MLX, which computes on the packed arrays of `odmoe-fs mount --as mlx`.
 
-    pip install mlx gguf safetensors ml_dtypes    # on Linux mlx[cpu]
+    pip install mlx    # on Linux mlx[cpu]
     python mlx_expert.py MOUNT LAYER EXPERT
 """
 
@@ -8,26 +8,24 @@ import json
 import sys
 
 import mlx.core as mx
-import numpy as np
-
-from expert import as_numbers, expert_path, some_input
 
 mount, layer, expert = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-arrays, metadata = mx.load(expert_path(mount, layer, expert), return_metadata=True)
-sources = json.loads(metadata["odmoe.tensors"])
+arrays, metadata = mx.load(f"{mount}/experts/layer_{layer:02}_expert_{expert:03}.safetensors", return_metadata=True)
+tensors = json.loads(metadata["odmoe.tensors"])
 
 
-def numbers(name):
-    array = arrays[name]
-    if array.dtype != mx.uint8:
-        return array.astype(mx.float32)
-    return mx.array(as_numbers(np.array(array), sources[name]["ggml_type"]))
+def linear(name, x):
+    """Multiplies by a matrix, which is packed, or numbers where MLX cannot pack its type."""
+    weight, form = arrays[f"{name}.weight"], tensors[f"{name}.weight"].get("form", {})
+    print(f"{name}.weight", weight.shape, weight.dtype, tensors[f"{name}.weight"]["ggml_type"])
+    if "mode" not in form:
+        return x @ weight.T
+    how = {key: form[key] for key in ("mode", "bits", "group_size")}
+    # MXFP4 and NVFP4 have no biases.
+    return mx.quantized_matmul(x, weight, arrays[f"{name}.scales"], arrays.get(f"{name}.biases"), **how)
 
 
-w1, w2, w3 = (numbers(f"{name}.weight") for name in ("w1", "w2", "w3"))
-x = mx.array(some_input(w1.shape[1]))
-gate = w1 @ x
-y = w2 @ (gate * mx.sigmoid(gate) * (w3 @ x))
-for name, matrix in (("w1.weight", w1), ("w2.weight", w2), ("w3.weight", w3)):
-    print(name, matrix.shape, matrix.dtype)
+x = mx.sin(mx.arange(tensors["w1.weight"]["shape"][1]))[None]
+gate = linear("w1", x)
+y = linear("w2", gate * mx.sigmoid(gate) * linear("w3", x))
 print(f"norm {mx.linalg.norm(y).item():.6g}")

@@ -1,163 +1,151 @@
-"""An LRU store of experts for MLX, fed from a mount, and a MoE layer that runs on it.
+"""MoE layers in MLX whose experts come from a mount when they are needed: `odmoe-fs mount --as mlx`.
 
-The store keeps a working set of experts in memory and drops the least recently used one. While a layer
-computes, it asks the kernel to read the next experts' files ahead (posix_fadvise WILLNEED): the mount
-passes that on to the model. `main` runs the MoE layers of a model on one vector. With `--check` it also
-computes them from the GGUF itself, with gguf-py, and compares the weights and the results.
+The store holds experts up to a number of bytes; beyond that, those that were used longest ago go. While a
+layer computes, a thread loads what the *next* layer's router picks for the hidden state of *this* layer:
+a layer changes the state little, so most of these experts are those that it picks in its turn.
 
-    pip install mlx gguf safetensors ml_dtypes    # on Linux mlx[cpu]
-    python mlx_expert_store.py MOUNT [--capacity N] [--check MODEL.gguf]
+    pip install mlx    # on Linux mlx[cpu]
+    python mlx_expert_store.py MOUNT [--memory MIB] [--tokens N]
 """
 
 import argparse
 import collections
+import concurrent.futures
 import json
-import os
+import time
 
-import gguf
 import mlx.core as mx
-import numpy as np
 
-from expert import as_numbers, expert_path, some_input
+
+class Mount:
+    """The tree of a mount: matrices by name, and where the experts are."""
+
+    def __init__(self, path):
+        self.path = path
+        with open(f"{path}/base_model/metadata.json") as metadata, open(f"{path}/experts/registry.json") as registry:
+            self.metadata = json.load(metadata)
+            self.registry = {(entry["layer"], entry["expert_id"]): entry for entry in json.load(registry).values()}
+        if self.metadata.get("form") != "mlx":
+            raise SystemExit(f"{path} is not a mount --as mlx")
+
+    def matrices(self, path):
+        """The weights of a file by name, each a function that multiplies by it; nothing is read yet."""
+        # On Metal, a kernel that waits for a slow disk can exceed its time limit, so the processor reads.
+        arrays, metadata = mx.load(f"{self.path}/{path}", return_metadata=True, stream=mx.cpu)
+        tensors = json.loads(metadata["odmoe.tensors"])
+        return {name: self._matrix(arrays, name, tensors[name]["gguf_name"]) for name in tensors if name.endswith(".weight")}
+
+    def _matrix(self, arrays, name, gguf_name):
+        # As `mx.quantized_matmul` calls them: mode, bits, group_size. What is not listed is plain numbers.
+        how = self.metadata["quantization"].get(gguf_name)
+        parts = [arrays.get(name.removesuffix("weight") + part) for part in ("weight", "scales", "biases")]
+        return Matrix(how, [part for part in parts if part is not None] if how else [arrays[name]])
+
+
+class Matrix:
+    """Multiplies by a weight of shape [out, in], packed or plain."""
+
+    def __init__(self, how, arrays):
+        self.how, self.arrays = how, arrays
+
+    def __call__(self, x):
+        if self.how:
+            return mx.quantized_matmul(x, *self.arrays, **self.how)
+        return x @ self.arrays[0].T
 
 
 class ExpertStore:
-    """Experts of a mount as float32 arrays, at most `capacity` of them in memory."""
+    """Experts in memory, at most `budget` bytes of them."""
 
-    def __init__(self, mount, capacity):
-        self.mount = mount
-        self.capacity = capacity
-        self.hits = self.misses = 0
-        self._experts = collections.OrderedDict()  # the most recently used one is last
+    def __init__(self, mount, budget):
+        self.mount, self.budget = mount, budget
+        self.bytes = 0  # held, or being loaded
+        self.counts = collections.defaultdict(collections.Counter)  # by layer
+        self._experts = collections.OrderedDict()  # futures; the one that was used last is last
+        self._loader = concurrent.futures.ThreadPoolExecutor(max_workers=1)
 
-    def get(self, layer, expert):
-        """The weights of an expert by name."""
-        key = layer, expert
-        if key in self._experts:
-            self.hits += 1
-            self._experts.move_to_end(key)
-            return self._experts[key]
-        self.misses += 1
-        while len(self._experts) >= self.capacity:
-            self._experts.popitem(last=False)
-        self._experts[key] = load(expert_path(self.mount, layer, expert))
+    def get(self, layer, experts):
+        """These experts of a layer, as futures: what is not here is being loaded."""
+        for expert in experts:
+            self.counts[layer]["hits" if (layer, expert) in self._experts else "misses"] += 1
+        return [self._load(layer, expert) for expert in experts]
+
+    def prefetch(self, layer, experts):
+        """Loads experts that will be needed, without waiting for them."""
+        for expert in experts:
+            self._load(layer, expert)
+
+    def _load(self, *key):
+        if key not in self._experts:
+            entry = self.mount.registry[key]
+            self.counts[key[0]]["bytes"] += entry["size"]
+            self.bytes += entry["size"]
+            while self._experts and self.bytes > self.budget:
+                oldest, _ = self._experts.popitem(last=False)
+                self.bytes -= self.mount.registry[oldest]["size"]
+            self._experts[key] = self._loader.submit(self._read, entry["path"])
+        self._experts.move_to_end(key)
         return self._experts[key]
 
-    def prefetch(self, keys):
-        """Asks the kernel to read the files of experts that will be needed, without waiting for it."""
-        for layer, expert in keys:
-            if (layer, expert) not in self._experts:
-                file = os.open(expert_path(self.mount, layer, expert), os.O_RDONLY)
-                try:
-                    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
-                finally:
-                    os.close(file)
+    def _read(self, path):
+        expert = self.mount.matrices(path)
+        mx.eval([matrix.arrays for matrix in expert.values()])
+        return expert
 
 
-def load(path):
-    """The tensors of a safetensors file of the mount, as float32 arrays of MLX."""
-    arrays, metadata = mx.load(path, return_metadata=True)
-    sources = json.loads(metadata["odmoe.tensors"])
-    mx.eval(arrays)  # reads now, and closes the file
-    return {name: to_float(array, sources[name]["ggml_type"]) for name, array in arrays.items()}
-
-
-def to_float(array, ggml_type):
-    if array.dtype == mx.uint8:
-        array = mx.array(as_numbers(np.array(array), ggml_type))
-    return array.astype(mx.float32)
-
-
-def feed_forward(weights, x):
-    gate = weights["w1.weight"] @ x
-    return weights["w2.weight"] @ (gate * mx.sigmoid(gate) * (weights["w3.weight"] @ x))
+def feed_forward(expert, x):
+    gate = expert["w1.weight"](x)
+    return expert["w2.weight"](gate * mx.sigmoid(gate) * expert["w3.weight"](x))
 
 
 def route(router, x, used):
-    """The experts that a token uses, and their shares: the softmax over the highest logits."""
-    logits = router @ x
-    chosen = np.argsort(-np.array(logits), kind="stable")[:used]
-    shares = mx.softmax(logits[mx.array(chosen)])
-    return [int(expert) for expert in chosen], shares
+    """The experts that a token uses, and their shares: the softmax over the highest scores."""
+    scores = router(x)[0]
+    chosen = mx.argsort(-scores)[:used]
+    return chosen.tolist(), mx.softmax(scores[chosen])
 
 
-def forward(layers, routers, used, experts, prefetch, x):
-    """Runs one vector through the MoE part of each layer. `experts(layer, expert)` gives weights."""
-    for layer in layers:
+def forward(layers, routers, used, store, x):
+    """Runs one vector [1, dim] through the MoE part of each layer."""
+    for layer, following in zip(layers, [*layers[1:], None]):
+        start = time.perf_counter()
         chosen, shares = route(routers[layer], x, used)
-        prefetch([(layer, expert) for expert in chosen])
-        y = sum(share * feed_forward(experts(layer, expert), x) for expert, share in zip(chosen, shares))
-        x = x + y
-        x = x / mx.linalg.norm(x) * x.size**0.5  # as a norm does between layers
+        experts = store.get(layer, chosen)
+        if following is not None:
+            store.prefetch(following, route(routers[following], x, used)[0])
+        y = sum(share * feed_forward(expert.result(), x) for share, expert in zip(shares, experts))
+        x = mx.fast.rms_norm(x + y.astype(x.dtype), None, 1e-6)
+        mx.eval(x)
+        store.counts[layer]["time"] += time.perf_counter() - start
     return x
-
-
-def routers_of(mount, layers):
-    metadata = json.load(open(f"{mount}/base_model/metadata.json"))
-    names = {layer: f"blk.{layer}.ffn_gate_inp.weight" for layer in layers}
-    files = {metadata["weight_map"][name] for name in names.values()}
-    tensors = {}
-    for file in files:
-        tensors |= load(f"{mount}/base_model/{file}")
-    return {layer: tensors[name] for layer, name in names.items()}
-
-
-class Gguf:
-    """The same weights, from the GGUF itself."""
-
-    def __init__(self, path):
-        self.tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-
-    def whole(self, name):
-        tensor = self.tensors[name]
-        # gguf-py gives BF16 as bytes, and knows how to take them.
-        return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-
-    def expert(self, layer, expert):
-        words = {"w1.weight": "gate", "w2.weight": "down", "w3.weight": "up"}
-        stacks = {name: f"blk.{layer}.ffn_{word}_exps.weight" for name, word in words.items()}
-        return {name: mx.array(self.whole(stack)[expert].astype(np.float32)) for name, stack in stacks.items()}
-
-
-def check(path, store, layers, routers, used, x, y):
-    """Fails unless the GGUF gives the same weights, bit by bit, and the same result."""
-    model = Gguf(path)
-    for layer in layers:
-        assert np.array_equal(np.array(routers[layer]), model.whole(f"blk.{layer}.ffn_gate_inp.weight")), "router"
-        chosen, _ = route(routers[layer], x, used)
-        for expert in chosen:
-            ours, theirs = store.get(layer, expert), model.expert(layer, expert)
-            for name in theirs:
-                same = np.array_equal(np.array(ours[name]), np.array(theirs[name]), equal_nan=True)
-                assert same, f"{name} of expert {expert} of layer {layer}"
-    direct = forward(layers, routers, used, model.expert, lambda keys: None, x)
-    assert np.array_equal(np.array(y), np.array(direct)), "the result differs"
-    print("the same as from the GGUF")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("mount")
-    parser.add_argument("--capacity", type=int, default=8, help="experts in memory")
+    parser.add_argument("--memory", type=float, default=1024, metavar="MIB", help="for experts")
     parser.add_argument("--tokens", type=int, default=3, help="how often the layers are run")
-    parser.add_argument("--check", metavar="MODEL.gguf")
     args = parser.parse_args()
 
-    registry = json.load(open(f"{args.mount}/experts/registry.json"))
-    layers = sorted({entry["layer"] for entry in registry.values()})
-    metadata = json.load(open(f"{args.mount}/base_model/metadata.json"))
-    used = metadata["expert_used_count"] or 2
-    routers = routers_of(args.mount, layers)
-    store = ExpertStore(args.mount, args.capacity)
+    mount = Mount(args.mount)
+    store = ExpertStore(mount, args.memory * 2**20)
+    layers = mount.metadata["moe_layers"]
+    used = mount.metadata["expert_used_count"] or 2
+    names = {layer: f"blk.{layer}.ffn_gate_inp.weight" for layer in layers}
+    files = {mount.metadata["weight_map"][name] for name in names.values()}
+    base = {name: matrix for file in files for name, matrix in mount.matrices(f"base_model/{file}").items()}
+    routers = {layer: base[name] for layer, name in names.items()}
 
-    start = x = mx.array(some_input(routers[layers[0]].shape[1]))
-    for token in range(args.tokens):
-        y = forward(layers, routers, used, store.get, store.prefetch, x)
-        print(f"token {token}: norm of the change {mx.linalg.norm(y - x).item():.6g}, {store.hits} hits, {store.misses} misses")
-        x = y
-    if args.check:
-        y = forward(layers, routers, used, store.get, store.prefetch, start)
-        check(args.check, store, layers, routers, used, start, y)
+    # Activations of another dtype than the scales would make MLX compute in F32.
+    dtype = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32}[mount.metadata["scales"]]
+    x = mx.sin(mx.arange(mount.metadata["embedding_length"]))[None].astype(dtype)
+    for _ in range(args.tokens):
+        x = forward(layers, routers, used, store, x)
+    print(f"first numbers {[round(number, 4) for number in x[0, :4].tolist()]}")
+    for layer in layers:
+        n = store.counts[layer]
+        mib, ms = n["bytes"] / 2**20, n["time"] / args.tokens * 1000
+        print(f"layer {layer}: {n['hits']} hits, {n['misses']} misses, {mib:.1f} MiB read, {ms:.1f} ms a token")
 
 
 if __name__ == "__main__":

@@ -1,27 +1,21 @@
-"""An expert with PyTorch.
+"""An expert with PyTorch, on the numbers of `odmoe-fs mount --as bf16`.
 
-    pip install torch safetensors gguf ml_dtypes
+    pip install torch safetensors
     python pytorch_expert.py MOUNT LAYER EXPERT
 """
 
-import json
 import sys
 
 import torch
-from safetensors import safe_open
-
-from expert import as_numbers, expert_path, some_input
+from safetensors.torch import load_file
 
 mount, layer, expert = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-with safe_open(expert_path(mount, layer, expert), framework="pt") as file:
-    sources = json.loads(file.metadata()["odmoe.tensors"])
-    weights = {name: file.get_tensor(name) for name in file.keys()}
+weights = load_file(f"{mount}/experts/layer_{layer:02}_expert_{expert:03}.safetensors")
 for name, tensor in weights.items():
-    if tensor.dtype == torch.uint8:
-        tensor = torch.from_numpy(as_numbers(tensor.numpy(), sources[name]["ggml_type"]))
-    weights[name] = tensor.float()
-    print(name, tuple(weights[name].shape), weights[name].dtype)
+    print(name, tuple(tensor.shape), tensor.dtype)
 
-x = torch.from_numpy(some_input(weights["w1.weight"].shape[1]))
-hidden = torch.nn.functional.silu(weights["w1.weight"] @ x) * (weights["w3.weight"] @ x)
-print(f"norm {torch.linalg.norm(weights['w2.weight'] @ hidden):.6g}")
+# The arithmetic is in F32, so that the result can be compared with those of the other examples.
+w1, w2, w3 = (weights[f"{name}.weight"].float() for name in ("w1", "w2", "w3"))
+x = torch.sin(torch.arange(w1.shape[1], dtype=torch.float32))
+y = w2 @ (torch.nn.functional.silu(w1 @ x) * (w3 @ x))
+print(f"norm {torch.linalg.norm(y):.6g}")

@@ -61,6 +61,18 @@ impl Form {
     }
 }
 
+impl Form {
+    /// The options of the command line that ask for it.
+    pub fn options(self) -> String {
+        let mut options = format!("--as {self}");
+        if let Self::Mlx { scales, requant } = self {
+            options += &format!(" --scales {}", Self::Numbers(scales));
+            options += if requant { " --requant" } else { "" };
+        }
+        options
+    }
+}
+
 impl fmt::Display for Form {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())

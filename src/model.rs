@@ -260,24 +260,23 @@ impl Model {
         let mut runs: Vec<Run> = Vec::new();
         let mut tensors = Vec::new();
         let len = range.end.saturating_sub(range.start);
+        let mut add = |run: Run| match runs.last_mut() {
+            Some(last) if last.is_followed_by(&run) => last.len += run.len,
+            _ => runs.push(run),
+        };
         for slice in self.tree.slices(file, range.start, len) {
-            let run = match slice.origin {
-                Origin::Made(_) => None,
-                Origin::Part(_) => run_of(&slice),
+            match slice.origin {
+                Origin::Made(_) => {}
+                Origin::Part(_) => run_of(&slice).into_iter().for_each(&mut add),
                 Origin::Computed(id) => {
                     let job = self.layout.job(id);
-                    let wanted = slice.offset..slice.offset + slice.len;
-                    let is_here = job.array > 0
-                        && (tensors.contains(&job.tensor)
-                            || self.stash.has(job.tensor, job.array - 1, &wanted));
+                    if job.array == 0 || !tensors.contains(&job.tensor) {
+                        self.missing_runs(id, &job, &slice)
+                            .into_iter()
+                            .for_each(&mut add);
+                    }
                     tensors.push(job.tensor);
-                    (!is_here).then(|| blocks_run(&self.layout.recipe(id), &job, wanted))
                 }
-            };
-            let Some(run) = run else { continue };
-            match runs.last_mut() {
-                Some(last) if last.is_followed_by(&run) => last.len += run.len,
-                _ => runs.push(run),
             }
         }
         runs
@@ -290,13 +289,28 @@ impl Model {
             return;
         };
         let job = self.layout.job(id);
-        let wanted = slice.offset..slice.offset + slice.len;
-        if job.array == 0 || self.stash.has(job.tensor, job.array - 1, &wanted) {
+        if job.array == 0 {
             return;
         }
-        let run = blocks_run(&self.layout.recipe(id), &job, wanted);
-        // Far from the numbers of predicted readers, which count from 0.
-        self.source.fetch_ahead(u64::MAX - file, &[run], run.len);
+        let runs = self.missing_runs(id, &job, slice);
+        let bytes = runs.iter().map(|run| run.len).sum();
+        if bytes > 0 {
+            // Far from the numbers of predicted readers, which count from 0.
+            self.source.fetch_ahead(u64::MAX - file, &runs, bytes);
+        }
+    }
+
+    /// The blocks from which a range of an array is computed, other than those of which the result
+    /// is kept.
+    fn missing_runs(&self, id: RecipeId, job: &Job, slice: &Slice) -> Vec<Run> {
+        let wanted = slice.offset..slice.offset + slice.len;
+        let missing = match job.array.checked_sub(1) {
+            Some(n) => self.stash.missing(job.tensor, n, &wanted),
+            None => vec![wanted],
+        };
+        let recipe = self.layout.recipe(id);
+        let runs = missing.into_iter();
+        runs.map(|gap| blocks_run(&recipe, job, gap)).collect()
     }
 
     /// Reads a whole file of the tree into memory.
@@ -314,6 +328,8 @@ impl Model {
             source: &self.source,
             recipe: self.layout.recipe(id),
         };
+        // What was computed before a change is right, but nobody must see a mixture of both states.
+        self.source.check_unchanged(blocks.recipe.part)?;
         computed::range(&job, &self.stash, &blocks, offset, out)
     }
 

@@ -2,6 +2,7 @@
 
 use std::io::Cursor;
 
+use odmoe_fs::codec::Float;
 use odmoe_fs::explain::Explain;
 use odmoe_fs::form::Form;
 use odmoe_fs::gguf::write::Writer;
@@ -15,6 +16,10 @@ fn lay_out(tensors: &[Tensor]) -> Result<Layout, LayoutError> {
 }
 
 fn lay_out_of(architecture: &str, tensors: &[Tensor]) -> Result<Layout, LayoutError> {
+    lay_out_as(Form::Raw, architecture, tensors)
+}
+
+fn lay_out_as(form: Form, architecture: &str, tensors: &[Tensor]) -> Result<Layout, LayoutError> {
     let mut writer = Writer::new();
     writer.key_value("general.architecture", &Value::String(architecture.into()));
     for (name, dims, ggml_type) in tensors {
@@ -23,7 +28,7 @@ fn lay_out_of(architecture: &str, tensors: &[Tensor]) -> Result<Layout, LayoutEr
     let written = writer.header();
     let header = Header::read(Cursor::new(&written.bytes), written.file_bytes).unwrap();
     let model = ModelHeader::join(vec![(header, written.file_bytes)]).unwrap();
-    Layout::new(model, Form::Raw).map(|(layout, _)| layout)
+    Layout::new(model, form).map(|(layout, _)| layout)
 }
 
 /// `file: name [shape] at byte of its tensor`, for each tensor of each file.
@@ -332,5 +337,55 @@ fn models_without_a_layout_are_refused_with_their_tensors_named() {
         ),
     ] {
         assert_eq!(refusal(tensors), expected);
+    }
+}
+
+#[test]
+fn arrays_of_one_name_are_refused_in_the_form_that_makes_them() {
+    let tensors = [
+        ("blk.0.x.weight", &[256, 2][..], "Q4_K"),
+        ("blk.0.x.scales", &[2][..], "F32"),
+    ];
+    let refused = lay_out_as(Form::MLX, "moe", &tensors).unwrap_err();
+    assert_eq!(
+        refused.line(),
+        "\"blk.0.x.weight\" and \"blk.0.x.scales\" would both be shown as blk.0.x.scales; \
+         use another form, or --as raw"
+    );
+    assert_eq!(refused.code(), "layout.same_name");
+    for form in [Form::Raw, Form::Numbers(Float::F32)] {
+        lay_out_as(form, "moe", &tensors).unwrap();
+    }
+    // Of a packed expert, too.
+    let tensors = [
+        ("blk.0.ffn_up_exps.weight", &[256, 2, 3][..], "Q4_K"),
+        ("blk.0.ffn_up_exps.biases", &[3][..], "F32"),
+    ];
+    let refused = lay_out_as(Form::MLX, "moe", &tensors).unwrap_err();
+    assert!(
+        refused
+            .to_string()
+            .contains("would both be shown as w3.biases")
+    );
+}
+
+#[test]
+fn what_would_be_larger_than_any_file_is_refused_in_that_form() {
+    // 2^64 numbers of 1.5625 bits are less than 2^63 bytes.
+    let tensors = [("blk.0.x.weight", &[1 << 40, 1 << 22][..], "IQ1_S")];
+    for form in [Form::Numbers(Float::F32), Form::Numbers(Float::Bf16)] {
+        let refused = lay_out_as(form, "moe", &tensors).unwrap_err();
+        let name = form.name();
+        let path = "base_model/attention_layers.safetensors";
+        assert_eq!(
+            refused.line(),
+            format!(
+                "shown as {name}, {path} would be larger than any file system can hold; use --as raw"
+            )
+        );
+        assert_eq!(refused.code(), "layout.too_large");
+    }
+    for form in [Form::Raw, Form::MLX] {
+        lay_out_as(form, "moe", &tensors).unwrap();
     }
 }

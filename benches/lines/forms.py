@@ -91,17 +91,18 @@ def product(shape):
 def reads(lab):
     native(lab, "mlx")
 
-    def sample(choose):
+    def sample(choose, way="pread"):
         with lab.mount("--as", "mlx") as mount:
             files = choose(mount)
             blocks = blocks_of(lab, files)
             lab.cold()
             before = process_bytes(mount.pid, "read_bytes", "io")
-            lab.reader("pread", *files)
+            lab.reader(way, *files) if way == "pread" else lab.client(way, *files)
             return (process_bytes(mount.pid, "read_bytes", "io") - before) / blocks
 
-    sides = {OURS: lambda: sample(lambda mount: mount.experts(EXPERTS))}
-    yield Figure("experts", "x", interleave(sides, lab.samples, warm_up=0), at_most(1.1, 1))
+    for way in ("pread", "mlx", "safe-open"):
+        sides = {OURS: lambda way=way: sample(lambda mount: mount.experts(EXPERTS), way)}
+        yield Figure(f"experts, {way}", "x", interleave(sides, lab.samples, warm_up=0), at_most(1.1, 1))
     sides = {OURS: lambda: sample(lambda mount: sorted(mount.root.glob("base_model/*.safetensors")))}
     yield Figure("base files", "x", interleave(sides, lab.samples, warm_up=0), at_most(2.2, 1.1))
 

@@ -1,4 +1,4 @@
-//! `doctor`: whether mounts work on this machine, and what to do if not.
+//! `doctor`: whether mounts work on this machine, and what to do if not; and what a model would take.
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
@@ -6,15 +6,17 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use odmoe_fs::doctor::{Check, Verdict, examine};
+use odmoe_fs::inspect::{FormsReport, Memory};
+use odmoe_fs::model::Model;
 #[cfg(feature = "remote")]
-use odmoe_fs::source::remote::Address;
+use odmoe_fs::source::remote::{Address, is_url};
 use odmoe_fs::toy::Toy;
 use serde::Serialize;
 
 use super::demo::{Mounted, temporary_folder};
 use super::failure::{Failure, Result};
 use super::screen::Screen;
-use super::{Stop, print, print_json, text};
+use super::{Stop, forms, print, print_json, text};
 
 /// Check whether this machine can mount, or whether a model elsewhere can be read
 ///
@@ -23,13 +25,13 @@ use super::{Stop, print, print_json, text};
 /// that could not be found out.
 #[derive(clap::Args)]
 pub struct DoctorArgs {
-    /// The address of a model: looks at its server instead of this machine, and fetches at most 17 MiB
-    #[cfg(feature = "remote")]
-    #[arg(value_name = "URL")]
-    url: Option<String>,
+    /// Also say what this model takes in each form (--as), beside the memory that is free. Of the address
+    /// of a model, look at its server instead of this machine; that fetches at most 17 MiB
+    #[arg(value_name = "MODEL.gguf")]
+    model: Option<PathBuf>,
     /// Read the address from a file, as `mount` does
     #[cfg(feature = "remote")]
-    #[arg(long, value_name = "FILE", conflicts_with = "url")]
+    #[arg(long, value_name = "FILE", conflicts_with = "model")]
     url_file: Option<PathBuf>,
     /// Allow plain http:// to other machines
     #[cfg(feature = "remote")]
@@ -48,6 +50,27 @@ struct Report {
     /// That it works, and that it does not, in words.
     #[serde(skip)]
     words: (&'static str, &'static str),
+    /// If a model was given.
+    #[serde(flatten)]
+    model: Option<ModelReport>,
+}
+
+/// What a model takes here.
+#[derive(Serialize)]
+struct ModelReport {
+    #[serde(flatten)]
+    forms: FormsReport,
+    /// `None` where the system does not tell.
+    memory: Option<Memory>,
+}
+
+impl ModelReport {
+    fn new(path: &Path) -> Result<Self> {
+        Ok(Self {
+            forms: FormsReport::new(&Model::open(path)?),
+            memory: Memory::of_this_machine(),
+        })
+    }
 }
 
 #[cfg(feature = "remote")]
@@ -55,13 +78,12 @@ impl DoctorArgs {
     /// The address to look at, if there is one.
     fn address(&self) -> Result<Option<Address>> {
         if let Some(file) = &self.url_file {
-            return Ok(Address::of_file(file, self.insecure_http)?
-                .into_iter()
-                .next());
+            let all = Address::of_file(file, self.insecure_http)?;
+            return Ok(all.into_iter().next());
         }
-        let url = self.url.as_deref();
-        let address = url.map(|url| Address::parse(url, self.insecure_http));
-        Ok(address.transpose()?)
+        let url = self.model.as_deref().filter(|model| is_url(model));
+        let parse = |url: &Path| Address::parse(&url.to_string_lossy(), self.insecure_http);
+        Ok(url.map(parse).transpose()?)
     }
 }
 
@@ -78,10 +100,12 @@ pub fn run(args: &DoctorArgs) -> Result<bool> {
                 "the model can be read from there",
                 "the model cannot be read from there",
             ),
+            model: None,
         };
         return report.print(args.json).map(|()| works);
     }
     let stop = Stop::on_signals()?;
+    let model = args.model.as_deref().map(ModelReport::new).transpose()?;
     let mut checks = examine();
     let trial = trial(&stop);
     stop.check()?;
@@ -102,6 +126,7 @@ pub fn run(args: &DoctorArgs) -> Result<bool> {
         works,
         checks,
         words,
+        model,
     }
     .print(args.json)?;
     works.ok_or_else(|| {
@@ -238,6 +263,11 @@ impl Report {
             Some(false) => no.to_owned(),
             None => format!("whether {yes} could not be found out"),
         };
-        out + "\n" + &end + "\n"
+        out += &format!("\n{end}\n");
+        if let Some(model) = &self.model {
+            out += "\n";
+            out += &forms::table(&model.forms, model.memory, screen);
+        }
+        out
     }
 }

@@ -57,6 +57,8 @@ pub struct Failure {
 enum End {
     #[default]
     Failed,
+    /// The command line asks for what does not go together.
+    WrongUsage,
     /// The reader of its output has seen enough, as `head` does.
     OutputClosed,
     Signal(i32),
@@ -87,6 +89,7 @@ impl Failure {
     pub fn usage(message: impl Into<String>) -> Self {
         Self {
             code: "usage".into(),
+            end: End::WrongUsage,
             ..Self::new(message).hint("see --help")
         }
     }
@@ -181,6 +184,7 @@ impl Failure {
         match self.end {
             End::OutputClosed => 0,
             End::Failed => 1,
+            End::WrongUsage => WRONG_USAGE,
             End::Signal(signal) => 128 + signal as u8,
         }
     }

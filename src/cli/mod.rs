@@ -8,6 +8,7 @@ mod failure;
 #[cfg(feature = "remote")]
 mod fetch;
 mod form;
+mod forms;
 mod fstab;
 mod inspect;
 mod materialize;
@@ -159,6 +160,7 @@ fn help_mount(call: Result<HelperCall>) -> ExitCode {
             }
             match execute(&cli) {
                 ExitCode::SUCCESS => ExitCode::SUCCESS,
+                code if code == ExitCode::from(WRONG_USAGE) => ExitCode::from(WRONG_CALL),
                 _ => ExitCode::from(NOT_MOUNTED),
             }
         }

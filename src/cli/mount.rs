@@ -152,6 +152,8 @@ fn read_ahead(text: &str) -> std::result::Result<ReadAheadArg, String> {
 }
 
 pub fn run(args: &MountArgs) -> Result<()> {
+    // A wrong command line, which is known before anything is begun.
+    args.form.form()?;
     if args.is_fake {
         return open_model(args).map(drop);
     }

@@ -38,6 +38,8 @@ pub struct Job {
     /// Which of the tensor's arrays is asked for: 0 is the largest.
     pub array: usize,
     pub codec: Codec,
+    /// Bytes of the tensor's first array.
+    pub largest: u64,
     /// The scales and biases of the tensor, as far as it has them.
     pub small: [Option<Small>; 2],
 }
@@ -76,12 +78,11 @@ pub fn range<B: Blocks>(
     offset: u64,
     out: &mut [u8],
 ) -> Result<(), B::Error> {
-    if stash.give(job, offset, out) {
-        return Ok(());
+    for gap in stash.give(job, offset, out) {
+        let (offset, out) = (offset + gap.start as u64, &mut out[gap]);
+        BLOCKS.with_borrow_mut(|space| steps(job, stash, blocks, space, offset, out))?;
     }
-    let len = out.len() as u64;
-    BLOCKS.with_borrow_mut(|space| steps(job, stash, blocks, space, offset, out))?;
-    stash.gave(job, len);
+    stash.gave(job, out.len() as u64);
     Ok(())
 }
 

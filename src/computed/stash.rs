@@ -13,7 +13,7 @@ use std::ops::Range;
 
 use parking_lot::Mutex;
 
-use super::Job;
+use super::{Job, Small};
 
 /// Bytes of all arrays that are kept: with the buffers of `source::fetch`, three quarters of the 64
 /// MiB that a daemon may use.
@@ -44,6 +44,8 @@ struct Inner {
 struct Tensor {
     id: u32,
     last_used: u64,
+    /// How many bytes of the first array were given to readers.
+    given: u64,
     small: [Kept; 2],
 }
 
@@ -59,30 +61,37 @@ struct Kept {
 }
 
 impl Stash {
-    /// Gives out a range of a small array, if all of it is here.
-    pub fn give(&self, job: &Job, offset: u64, out: &mut [u8]) -> bool {
-        let Some(n) = job.array.checked_sub(1) else {
-            return false;
-        };
-        let mut inner = self.0.lock();
-        let Some(kept) = inner.kept(job.tensor, n) else {
-            return false;
-        };
-        let range = offset as usize..offset as usize + out.len();
-        if !kept.has(&range) {
-            return false;
+    /// Gives out what is here of a range of an array; returns what is missing of it, as ranges of
+    /// `out` in order.
+    pub fn give(&self, job: &Job, offset: u64, out: &mut [u8]) -> Vec<Range<usize>> {
+        let start = offset as usize;
+        let range = start..start + out.len();
+        let mut missing = vec![range.clone()];
+        if let Some(n) = job.array.checked_sub(1)
+            && let Some(kept) = self.0.lock().kept(job.tensor, n)
+        {
+            missing = kept.missing(&range);
+            let mut at = range.start;
+            for gap in missing.iter().chain([&(range.end..range.end)]) {
+                if at < gap.start {
+                    out[at - start..gap.start - start].copy_from_slice(&kept.bytes[at..gap.start]);
+                }
+                at = gap.end;
+            }
         }
-        out.copy_from_slice(&kept.bytes[range]);
-        drop(inner);
-        self.gave(job, out.len() as u64);
-        true
+        let in_out = |gap: Range<usize>| gap.start - start..gap.end - start;
+        missing.into_iter().map(in_out).collect()
     }
 
-    /// Whether a range of a small array is here.
-    pub fn has(&self, tensor: u32, n: usize, range: &Range<u64>) -> bool {
+    /// What is missing here of a range of a small array.
+    pub fn missing(&self, tensor: u32, n: usize, range: &Range<u64>) -> Vec<Range<u64>> {
         let mut inner = self.0.lock();
-        let range = range.start as usize..range.end as usize;
-        inner.kept(tensor, n).is_some_and(|kept| kept.has(&range))
+        let Some(kept) = inner.kept(tensor, n) else {
+            return vec![range.clone()];
+        };
+        let missing = kept.missing(&(range.start as usize..range.end as usize));
+        let wide = |gap: Range<usize>| gap.start as u64..gap.end as u64;
+        missing.into_iter().map(wide).collect()
     }
 
     /// Whether a range of a small array, whose length in bytes is `all`, is worth keeping: not if it
@@ -126,20 +135,35 @@ impl Stash {
 
     /// Notes that bytes of an array were given to a reader.
     pub fn gave(&self, job: &Job, bytes: u64) {
-        let Some(n) = job.array.checked_sub(1) else {
+        if job.small.iter().all(Option::is_none) {
             return;
-        };
-        let all = job.small[n].map_or(0, |small| small.bytes);
+        }
         let mut inner = self.0.lock();
         inner.add(job.tensor);
-        let Some(kept) = inner.kept(job.tensor, n) else {
+        let inner = &mut *inner;
+        let Some(at) = inner
+            .tensors
+            .iter()
+            .position(|known| known.id == job.tensor)
+        else {
             return;
         };
-        kept.given += bytes;
-        if kept.given >= all {
-            let freed = std::mem::take(&mut kept.bytes).len();
-            kept.filled.clear();
-            inner.bytes -= freed;
+        let tensor = &mut inner.tensors[at];
+        match job.array.checked_sub(1) {
+            None => tensor.given += bytes,
+            Some(n) => {
+                let kept = &mut tensor.small[n];
+                kept.given += bytes;
+                if kept.is_given(job.small[n]) {
+                    inner.bytes -= std::mem::take(&mut kept.bytes).len();
+                    kept.filled.clear();
+                }
+            }
+        }
+        // Whoever reads it again is like the first reader.
+        if tensor.is_given(job) {
+            inner.bytes -= tensor.bytes();
+            inner.tensors.swap_remove(at);
         }
     }
 }
@@ -168,6 +192,7 @@ impl Inner {
         self.tensors.push(Tensor {
             id: tensor,
             last_used: self.now,
+            given: 0,
             small: Default::default(),
         });
     }
@@ -187,15 +212,42 @@ impl Inner {
 }
 
 impl Tensor {
+    /// Whether as much as all of its arrays was given to readers.
+    fn is_given(&self, job: &Job) -> bool {
+        let mut pairs = self.small.iter().zip(job.small);
+        self.given >= job.largest && pairs.all(|(kept, small)| kept.is_given(small))
+    }
+
     fn bytes(&self) -> usize {
         self.small.iter().map(|kept| kept.bytes.len()).sum()
     }
 }
 
 impl Kept {
+    /// Whether as much as all of the array was given to readers.
+    fn is_given(&self, small: Option<Small>) -> bool {
+        small.is_none_or(|small| self.given >= small.bytes)
+    }
+
     fn has(&self, range: &Range<usize>) -> bool {
-        let is_in = |filled: &Range<usize>| filled.start <= range.start && range.end <= filled.end;
-        self.filled.iter().any(is_in)
+        self.missing(range).is_empty()
+    }
+
+    /// What of a range was not computed, in order.
+    fn missing(&self, range: &Range<usize>) -> Vec<Range<usize>> {
+        let mut missing = Vec::new();
+        let mut at = range.start;
+        for filled in &self.filled {
+            let gap = at..filled.start.min(range.end);
+            if !gap.is_empty() {
+                missing.push(gap);
+            }
+            at = at.max(filled.end);
+        }
+        if at < range.end {
+            missing.push(at..range.end);
+        }
+        missing
     }
 
     /// Adds a range to those that were computed, and joins it with those that it touches.
@@ -217,7 +269,6 @@ impl Kept {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Small;
     use super::*;
     use crate::codec::{Codec, Float, Map, Output};
     use crate::gguf::GgmlType;
@@ -235,6 +286,7 @@ mod tests {
             tensor,
             array,
             codec: codec(Output::Weight(Map::Exact)),
+            largest: 8 * bytes,
             small: [
                 small(Output::Scales(Map::Exact, Float::F16)),
                 small(Output::Biases(Map::Exact, Float::F16)),
@@ -242,27 +294,49 @@ mod tests {
         }
     }
 
+    fn has(stash: &Stash, tensor: u32, n: usize, range: &Range<u64>) -> bool {
+        stash.missing(tensor, n, range).is_empty()
+    }
+
+    /// One gap; an array of one range would look like a mistake.
+    fn gap(range: Range<usize>) -> Vec<Range<usize>> {
+        vec![range; 1]
+    }
+
     #[test]
     fn what_was_computed_is_given_out_and_forgotten_once_all_of_it_was() {
         let stash = Stash::default();
         let scales = job(7, 1, 100);
         let mut out = [0; 40];
-        assert!(!stash.give(&scales, 0, &mut out));
+        assert_eq!(stash.give(&scales, 0, &mut out), gap(0..40));
         assert!(stash.wants(7, 0, 100, &(0..60)));
         assert!(stash.put(7, 0, 40, &[2; 60]));
-        assert!(!stash.give(&scales, 0, &mut out));
+        assert_eq!(stash.give(&scales, 0, &mut out), gap(0..40));
+        assert_eq!(stash.give(&scales, 20, &mut out), gap(0..20));
+        assert_eq!(out[20..], [2; 20]);
+        assert_eq!(stash.missing(7, 0, &(10..110)), [10..40, 100..110]);
+        assert_eq!(stash.give(&scales, 90, &mut out), gap(10..40));
+        assert_eq!(stash.give(&scales, 120, &mut out), gap(0..40));
         assert!(stash.put(7, 0, 0, &[1; 50]));
         assert!(!stash.wants(7, 0, 100, &(0..100)));
-        assert!(stash.give(&scales, 20, &mut out));
+        assert_eq!(stash.give(&scales, 20, &mut out), []);
+        stash.gave(&scales, 40);
         assert_eq!((&out[..30], &out[30..]), (&[1; 30][..], &[2; 10][..]));
-        assert!(stash.give(&scales, 60, &mut out));
+        assert_eq!(stash.give(&scales, 60, &mut out), []);
+        stash.gave(&scales, 40);
         assert_eq!(stash.0.lock().bytes, 100);
         stash.gave(&scales, 20);
         assert_eq!(stash.0.lock().bytes, 0);
-        assert!(!stash.has(7, 0, &(0..1)));
+        assert!(!has(&stash, 7, 0, &(0..1)));
         // It was given out, so it need not be computed beside another array again.
         assert!(!stash.wants(7, 0, 100, &(0..100)));
         assert!(stash.wants(7, 1, 100, &(0..100)));
+        // Once all arrays were, the next reader is like the first one.
+        stash.gave(&job(7, 0, 100), 800);
+        assert!(!stash.wants(7, 0, 100, &(0..100)));
+        stash.gave(&job(7, 2, 100), 100);
+        assert!(stash.wants(7, 0, 100, &(0..100)));
+        assert_eq!(stash.0.lock().bytes, 0);
     }
 
     #[test]
@@ -274,15 +348,15 @@ mod tests {
             assert!(stash.put(n, 0, 0, &piece));
         }
         assert!(!stash.put(9, 0, 0, &piece));
-        assert!(!stash.has(9, 0, &(0..1)));
-        assert!(stash.has(0, 0, &(0..1)));
+        assert!(!has(&stash, 9, 0, &(0..1)));
+        assert!(has(&stash, 0, 0, &(0..1)));
         // What nobody has asked for since long makes room.
         for _ in 0..IDLE_REQUESTS {
-            assert!(stash.has(3, 0, &(0..1)));
+            assert!(has(&stash, 3, 0, &(0..1)));
         }
         assert!(stash.put(9, 0, 0, &piece));
-        assert!(stash.has(9, 0, &(0..1)) && stash.has(3, 0, &(0..1)));
-        assert!(!stash.has(0, 0, &(0..1)));
+        assert!(has(&stash, 9, 0, &(0..1)) && has(&stash, 3, 0, &(0..1)));
+        assert!(!has(&stash, 0, 0, &(0..1)));
         assert!(stash.0.lock().bytes <= STASH_BYTES);
     }
 
@@ -293,7 +367,7 @@ mod tests {
             assert!(stash.put(n, 1, 0, &[1; 10]));
             assert_eq!(stash.0.lock().bytes, 10 * (n as usize + 1).min(MAX_TENSORS));
         }
-        assert!(!stash.has(0, 1, &(0..1)));
+        assert!(!has(&stash, 0, 1, &(0..1)));
     }
 
     #[test]

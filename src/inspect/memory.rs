@@ -27,6 +27,15 @@ impl Memory {
             available: machine.available.min(limit),
         })
     }
+
+    /// Whether so many bytes fit, in words.
+    pub fn verdict(self, bytes: u64) -> &'static str {
+        match bytes {
+            bytes if bytes <= self.available => "fits",
+            bytes if bytes <= self.total => "fits if others make room",
+            _ => "does not fit",
+        }
+    }
 }
 
 /// `MemTotal:       24617552 kB`

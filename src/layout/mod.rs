@@ -17,6 +17,7 @@ mod file;
 mod names;
 mod partition;
 mod quantization;
+mod recipes;
 mod view;
 
 use std::io::{self, Write};
@@ -31,7 +32,6 @@ pub use view::{ArrayView, TensorView};
 use self::counting::CountingWriter;
 use self::error::check_types;
 use self::view::write_tensors;
-use crate::computed::{Job, Small};
 use crate::form::{Form, Shown};
 use crate::gguf::{GgmlType, ModelHeader};
 use crate::safetensors::{self, InString, LENGTH_WORD_BYTES, METADATA_KEY, write_header_json};
@@ -179,52 +179,6 @@ impl Layout {
             arrays.sort_by_key(|view| std::cmp::Reverse(view.array.dtype.width()));
         }
         arrays
-    }
-
-    /// How an array of the tree is computed.
-    pub fn recipe(&self, id: RecipeId) -> Recipe {
-        let (piece, n) = (id.0 / MAX_ARRAYS, id.0 % MAX_ARRAYS);
-        let tensor = self.view(self.pieces[piece as usize]);
-        let codec = tensor.shown.codec(n as usize, tensor.ggml_type);
-        Recipe {
-            part: tensor.gguf_part,
-            offset: tensor.gguf_offset,
-            len: tensor.bytes,
-            codec: codec.expect("only computed arrays have recipes"),
-        }
-    }
-
-    /// What the computation of an array needs to know.
-    pub(crate) fn job(&self, id: RecipeId) -> Job {
-        let (piece, array) = (id.0 / MAX_ARRAYS, (id.0 % MAX_ARRAYS) as usize);
-        let tensor = self.view(self.pieces[piece as usize]);
-        let codec = |n| tensor.shown.codec(n, tensor.ggml_type);
-        let small = |n| {
-            let codec = (n < tensor.shown.arrays()).then(|| codec(n))??;
-            let unit = codec.unit();
-            let bytes = tensor.bytes / unit.blocks as u64 * unit.out as u64;
-            Some(Small { codec, bytes })
-        };
-        Job {
-            tensor: piece,
-            array,
-            codec: codec(array).expect("only computed arrays have recipes"),
-            small: [small(1), small(2)],
-        }
-    }
-
-    /// Bytes of the model that are read for an array and for no array before it.
-    pub(crate) fn source_bytes(&self, id: RecipeId) -> u64 {
-        match self.array_of(id) {
-            (0, _) => self.recipe(id).len,
-            _ => 0,
-        }
-    }
-
-    /// Which of its tensor's arrays a computed array is, and how many there are.
-    fn array_of(&self, id: RecipeId) -> (usize, usize) {
-        let tensor = self.view(self.pieces[(id.0 / MAX_ARRAYS) as usize]);
-        ((id.0 % MAX_ARRAYS) as usize, tensor.shown.arrays())
     }
 
     fn view(&self, piece: Piece) -> TensorView<'_> {

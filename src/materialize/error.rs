@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::explain::{Explain, Hint, hint_of};
+use crate::form::Form;
 use crate::source::ReadError;
 use crate::units::Size;
 
@@ -22,6 +23,8 @@ pub enum MaterializeError {
         hint = "it was not made from this model as it is now. Remove it, replace such files with --force, or choose another directory"
     ))]
     Foreign { path: PathBuf, reason: String },
+    #[error("{target:?} holds a model in another form ({})", .form.options())]
+    OtherForm { target: PathBuf, form: Form },
     #[error("{0:?} is a directory, where a file must be written")]
     #[strum(props(hint = "remove it, or choose another directory"))]
     FolderInTheWay(PathBuf),
@@ -98,6 +101,13 @@ impl Explain for MaterializeError {
         match self {
             Self::Io { cause, .. } => io_hint(cause),
             Self::Source(cause) => cause.hint(),
+            Self::OtherForm { form, .. } => Some(
+                format!(
+                    "choose another directory, or use {} as before",
+                    form.options()
+                )
+                .into(),
+            ),
             Self::NotThere { what, existing, .. } => {
                 Some(format!("its {what} are {existing}").into())
             }

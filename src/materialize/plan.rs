@@ -13,6 +13,7 @@ use crate::layout::{FileKind, METADATA_GGUF_PATH, REGISTRY_PATH, TensorFile};
 use crate::model::Model;
 use crate::on_disk::OnDisk;
 use crate::tree::Ino;
+use crate::verify::known_form_of;
 
 /// The files to write to a target, and those that are there already.
 #[derive(Debug)]
@@ -48,6 +49,9 @@ impl<'a> Plan<'a> {
         let selection = &options.selection;
         selection.check(layout)?;
         let target = Target::open(target, model.tree())?;
+        if !options.force {
+            check_form(model, target.path())?;
+        }
         let methods = Methods::probe(model, target.nearest(), options)?;
         let mut plan = Self {
             model,
@@ -301,5 +305,16 @@ impl<'a> Plan<'a> {
         files
             .map(|(file, &chosen)| Ok(chosen || is_done(file)?))
             .collect()
+    }
+}
+
+/// Fails if the target holds a tree of another form: files of two forms would never be one tree.
+fn check_form(model: &Model, target: &Path) -> Result<(), MaterializeError> {
+    match known_form_of(target) {
+        Some(form) if form != model.layout().form() => Err(MaterializeError::OtherForm {
+            target: target.to_owned(),
+            form,
+        }),
+        _ => Ok(()),
     }
 }

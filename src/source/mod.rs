@@ -323,6 +323,11 @@ impl Source {
         &self.shared.parts[part as usize]
     }
 
+    /// Fails if a part is not as it was when the model was opened.
+    pub(crate) fn check_unchanged(&self, part: u32) -> Result<(), ReadError> {
+        self.part(part).is_unchanged()
+    }
+
     /// How many parts are not as they were when the model was opened.
     pub fn changed_parts(&self) -> u64 {
         let parts = self.shared.parts.iter();

@@ -24,6 +24,9 @@ const MOST_METADATA_BYTES: u64 = 1 << 30;
 /// What `metadata.json` says of the form.
 #[derive(Deserialize)]
 struct Metadata {
+    /// What every version of it has.
+    #[serde(rename = "extracted")]
+    _extracted: bool,
     /// Absent in a raw tree.
     form: Option<String>,
     scales: Option<String>,
@@ -33,10 +36,16 @@ struct Metadata {
 
 /// The form that a tree was made in. What says nothing about it counts as raw blocks.
 pub fn form_of(root: &Path) -> Result<Form, VerifyError> {
-    let root = open_root(root)?;
-    Ok(by_metadata(&root)
-        .or_else(|| by_headers(&root))
-        .unwrap_or_default())
+    Ok(known_form(&open_root(root)?).unwrap_or_default())
+}
+
+/// The form that a folder was made in, if it holds a tree that says so.
+pub(crate) fn known_form_of(root: &Path) -> Option<Form> {
+    known_form(&open_root(root).ok()?)
+}
+
+fn known_form(root: &Folder) -> Option<Form> {
+    by_metadata(root).or_else(|| by_headers(root))
 }
 
 fn by_metadata(root: &Folder) -> Option<Form> {

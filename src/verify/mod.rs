@@ -29,6 +29,7 @@ use parking_lot::Mutex;
 use self::claims::Expected;
 pub use self::difference::{Difference, DifferenceKind, TensorNames};
 pub use self::form::form_of;
+pub(crate) use self::form::known_form_of;
 use self::header::FoundHeader;
 use self::listing::Listing;
 pub use self::unfinished::Unfinished;

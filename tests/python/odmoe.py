@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import dataclasses
 import json
+import mmap
 import os
 import re
 import shutil
@@ -236,7 +237,7 @@ class FailingBlocks(FailingDisk):
     """A file system on a disk that fails: `at` shows copies of the files of a folder, of which `fails` takes offsets."""
 
     def __init__(self, at, disk, image, model):
-        super().__init__(at, disk._faults)
+        super().__init__(at, disk._faults, disk._requests, disk.pid)
         self._model = model.read_bytes()
         self._image = image.read_bytes()
 
@@ -469,6 +470,27 @@ def files_of(root):
 def contents(root):
     """Every byte of a small tree."""
     return {name: path.read_bytes() for name, path in files_of(root).items()}
+
+
+def read_direct(path):
+    """The whole file past the page cache, into a page-aligned buffer."""
+    size = path.stat().st_size
+    buffer = mmap.mmap(-1, -(-size // 4096) * 4096)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    try:
+        done = 0
+        while done < size:
+            n = os.preadv(fd, [memoryview(buffer)[done : done + (1 << 20)]], done)
+            assert n > 0
+            done += n
+        return buffer[:size]
+    finally:
+        os.close(fd)
+
+
+def read_on(path, chunk):
+    with open(path, "rb", buffering=0) as file:
+        return b"".join(iter(lambda: file.read(chunk), b""))
 
 
 def public_copy(folder):

@@ -27,7 +27,7 @@ from odmoe import (
     succeed,
     wait_for,
 )
-from reference import PLAIN, Shown
+from reference import PLAIN, Shown, read_header
 
 TINY = ("--layers", 1, "--experts", 2, "--dim", 256, "--ffn-dim", 256, "--vocab", 32)
 
@@ -200,3 +200,18 @@ def test_inspect_needs_no_fuse_and_changes_nothing(small):
     succeed("inspect", small[0], "--tensors", "--json")
     after = small[0].stat()
     assert (before.st_mtime_ns, before.st_size) == (after.st_mtime_ns, after.st_size)
+
+
+@pytest.mark.parametrize("naming", ["stacked", "fused", "per-expert", "reference"])
+@pytest.mark.parametrize("kind", ["q4_k", "iq2_xs"])
+def test_toys_of_every_naming_can_be_shown_in_every_form(kind, naming, tmp_path):
+    sizes = ["--dim", 256, "--ffn-dim", 256, "--vocab", 256, "--layers", 1, "--experts", 2]
+    model, _ = toy(tmp_path / "toy.gguf", *sizes, "--type", kind, "--naming", naming, "--split", 2)
+    for form in (["f32"], ["f16"], ["bf16"], ["mlx"], ["mlx", "--requant"]):
+        out = tmp_path / "-".join(form)
+        succeed("materialize", model, out, "--as", *form)
+        assert json.loads(succeed("verify", model, out, "--json"))["identical"] is True
+        header = read_header(out / "experts/layer_00_expert_001.safetensors")
+        packed = form[0] == "mlx" and (kind == "q4_k" or "--requant" in form)
+        names = ["weight", "scales", "biases"] if packed else ["weight"]
+        assert set(header.tensors) == {f"w{n}.{name}" for n in (1, 2, 3) for name in names}

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from odmoe import ME, NO_FUSE, User, fail, in_private_mounts, needs_root, odmoe, run, succeed
+from odmoe import ME, NO_FUSE, User, fail, in_private_mounts, needs_root, odmoe, run, sparse_gguf, succeed
 
 CLOSED = 'cp -a /dev/fuse "$1/fuse" && chmod 600 "$1/fuse" && mount --bind "$1/fuse" /dev/fuse'
 ANOTHER = 'cp -a /dev/null "$1/fuse" && mount --bind "$1/fuse" /dev/fuse'
@@ -133,3 +133,61 @@ def test_errors_are_told_on_screen_and_as_json(tmp_path):
     error = json.loads(done.stdout)["error"]
     assert set(error) == {"code", "message", "hint"} and error["code"] == "model.io"
     assert said == f"error: {error['message']}; {error['hint']}\n"
+
+
+# --- with a model ---------------------------------------------------------------------------------------------------
+
+
+def told(*arguments):
+    """What doctor says of a model: its report, and the lines below the heading by the form that they begin with."""
+    report = json.loads(succeed("doctor", *arguments, "--json"))
+    heading, *lines = succeed("doctor", *arguments).split("\nmounts work here\n\n")[1].splitlines()
+    assert heading == "in each form (--as)"
+    return report, {line.split("  ")[1]: line for line in lines}
+
+
+@pytest.mark.parametrize("kind", ["q4_k", "q6_k", "iq2_s", "mxfp4", "bf16"])
+def test_doctor_says_what_each_form_of_a_model_takes(kind, tmp_path):
+    """The same as `inspect`, which is compared with trees; and which types MLX cannot pack."""
+    model = tmp_path / "toy.gguf"
+    succeed("toy", model, "--type", kind, "--dim", 256, "--ffn-dim", 256, "--vocab", 64)
+    report, lines = told(model)
+    inspected = json.loads(succeed("inspect", model, "--json"))
+    assert (report["works"], report["forms"], report["not_packed"]) == (True, inspected["forms"], inspected["not_packed"])
+    is_packed = kind not in ("q6_k", "iq2_s")
+    forms = [(form["form"], form["requant"]) for form in report["forms"]]
+    assert forms[:5] == [(name, False) for name in ("raw", "f32", "f16", "bf16", "mlx")]
+    assert forms[5:] == ([] if is_packed else [("mlx", True)])
+    assert list(report["not_packed"]) == ([] if is_packed else [kind.upper()])
+    assert is_packed == (f"mlx shows as plain F16 numbers: {kind.upper()} in 16 tensors" not in lines)
+    (title,) = [line for name, line in lines.items() if name == "form"]
+    assert title.endswith(" free")
+    rows = [line for name, line in lines.items() if name.split()[0].strip(",") in ("raw", "f32", "f16", "mlx")]
+    assert all(line.endswith("  fits") for line in rows if "plain" not in line)
+
+
+def test_doctor_says_of_a_working_set_that_the_machine_has_no_room_for_it(tmp_path):
+    kv = {"general.architecture": "moe", "moe.block_count": 1, "moe.expert_count": 8, "moe.expert_used_count": 8}
+    # 3.4 TiB as blocks.
+    stacks = [[f"blk.0.ffn_{name}_exps.weight", [1 << 18, 1 << 20, 8], "Q4_K"] for name in ("down", "gate", "up")]
+    table = tmp_path / "table.json"
+    table.write_text(json.dumps({"kv": kv, "tensors": stacks}))
+    report, lines = told(sparse_gguf(table, tmp_path / "model.gguf")[0])
+    assert all(form["active"]["bytes"] > report["memory"]["total"] for form in report["forms"])
+    assert all(lines[name].endswith("  does not fit") for name in ("raw", "f32", "f16, bf16", "mlx"))
+
+
+def test_doctor_says_of_types_that_nobody_here_knows_that_they_are_shown_raw(tmp_path):
+    table = tmp_path / "table.json"
+    stack = ["blk.0.ffn_up_exps.weight", [256, 256, 2], "IQ4_KS"]
+    table.write_text(json.dumps({"kv": {"general.architecture": "moe"}, "tensors": [stack]}))
+    report, lines = told(sparse_gguf(table, tmp_path / "model.gguf")[0])
+    assert [form["form"] for form in report["forms"]] == ["raw"]
+    assert list(lines) == ["raw only: the numbers of some of its types are not known"]
+
+
+def test_a_model_that_cannot_be_opened_is_an_error_of_doctor(tmp_path):
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF")
+    fail("doctor", tmp_path / "bad.gguf", naming=["bad.gguf"])
+    error = json.loads(odmoe("doctor", tmp_path / "no.gguf", "--json").stdout)["error"]
+    assert error["code"] == "model.io"

@@ -258,7 +258,7 @@ def test_a_map_of_a_broken_range_is_sigbus_for_its_reader_alone(shown, disk):
 
 def test_a_model_whose_header_cannot_be_read_is_an_error_that_names_it(model, disk, tmp_path):
     disk.fails(("eio", 0, 100))
-    hint = "check the disk that holds the model (`dmesg` shows its errors)"
+    hint = "check the disk; `sudo dmesg` lists its errors"
     (tmp_path / "mnt").mkdir()
     for command in (["inspect"], ["verify"], ["mount", tmp_path / "mnt"], ["materialize", tmp_path / "out"]):
         fail(command[0], disk.at / model.name, *command[1:], naming=[model.name, "Input/output error", hint])

@@ -4,6 +4,8 @@ import re
 import subprocess
 import sys
 
+import gguf
+import numpy as np
 import pytest
 
 from odmoe import REPO, mounted, succeed
@@ -14,8 +16,11 @@ OPEN = "from safetensors import safe_open\nf = safe_open({file!r}, framework={fr
 
 @pytest.fixture(scope="module")
 def trees(tmp_path_factory):
-    """Toys as files, by their type."""
+    """Toys as files, by their type; those that MLX reads packed, below `mlx`, too."""
     folder = tmp_path_factory.mktemp("loaders")
+    for kind in ("q4_k", "q6_k", "mxfp4"):
+        succeed("toy", folder / f"mlx-{kind}.gguf", "--type", kind, "--dim", 256, "--ffn-dim", 256, "--vocab", 64)
+        succeed("materialize", folder / f"mlx-{kind}.gguf", folder / "mlx" / kind, "--as", "mlx")
     for kind in ("bf16", "f64", "q4_k"):
         succeed("toy", folder / f"{kind}.gguf", "--type", kind, "--dim", 256, "--ffn-dim", 256, "--vocab", 64)
         succeed("materialize", folder / f"{kind}.gguf", folder / kind)
@@ -90,6 +95,66 @@ def test_blocks_are_no_numbers(trees):
     read += "import gguf, numpy as np\ntake = lambda b: gguf.quants.dequantize(b, gguf.GGMLQuantizationType.Q4_K)\n"
     assert_says(read + "take(blocks.view(np.float32))", "ValueError: Quantized tensor bytes per row")
     assert_runs(read + "assert take(blocks).shape == (256, 256)")
+
+
+PACKED = """
+import mlx.core as mx
+w = mx.load({file!r})
+x = mx.ones((1, 256), mx.bfloat16)
+def multiply(name="w1", *, biases=True, **how):
+    stem = f"{{name}}."
+    biases = w.get(stem + "biases", w[stem + "scales"]) if biases else None
+    y = mx.quantized_matmul(x, w[stem + "weight"], w[stem + "scales"], biases, **how)
+    mx.eval(y)
+    return y
+"""
+
+
+def test_mode_bits_and_group_are_those_of_the_type(trees):
+    q4_k, mxfp4 = (PACKED.format(file=expert(trees / "mlx", kind)) for kind in ("q4_k", "mxfp4"))
+    assert_says(
+        q4_k + "multiply(group_size=64, bits=4)",
+        "[quantized_matmul] The shapes of the weight and scales are incompatible based on bits and group_size",
+    )
+    assert_says(q4_k + "x @ w['w1.weight'].T", "[matmul] Last dimension of first input with shape")
+    done = python(q4_k + "multiply(group_size=32, bits=4, biases=False)")
+    words = "Biases must be provided for affine quantization"
+    assert words in done.stderr and f"`{words}`" in PAGE
+    assert_runs(q4_k + "multiply(group_size=32, bits=4)")
+    wrong = "multiply(group_size=32, bits=4, mode='mxfp4')"
+    assert_says(mxfp4 + wrong, "[quantized_matmul] Biases must be null for quantization mode")
+    assert_runs(mxfp4 + wrong.replace(")", ", biases=False)"))
+
+
+def test_what_mlx_cannot_pack_is_multiplied_by_as_it_is(trees):
+    code = PACKED.format(file=expert(trees / "mlx", "q6_k")) + "w |= {'w1.scales': mx.ones((256, 8), mx.float16)}\n"
+    assert_says(code + "multiply(group_size=32, bits=8)", "[quantized_matmul] The weight matrix should be uint32")
+    assert_runs(code + "assert (x @ w['w1.weight'].T).shape == (1, 256)")
+    succeed("materialize", trees / "mlx-q6_k.gguf", trees / "requant/q6_k", "--as", "mlx", "--requant")
+    assert_runs(PACKED.format(file=expert(trees / "requant", "q6_k")) + "multiply(group_size=32, bits=8)")
+
+
+def test_scales_have_the_dtype_of_the_activations(trees):
+    code = "assert multiply(group_size=32, bits=4).dtype == mx."
+    assert_runs(PACKED.format(file=expert(trees / "mlx", "q4_k")) + code + "float32")
+    succeed("materialize", trees / "q4_k.gguf", trees / "scales/q4_k", "--as", "mlx", "--scales", "bf16")
+    assert_runs(PACKED.format(file=expert(trees / "scales", "q4_k")) + code + "bfloat16")
+    assert "Mount with `--scales` of the dtype of the activations" in PAGE
+
+
+def test_biases_beyond_f16_are_infinite_and_bf16_holds_them(trees):
+    """Q8_0 with a scale of 600, which no real model has: its bias is 128 times that."""
+    model = trees / "large.gguf"
+    succeed("toy", model, "--type", "q8_0", "--dim", 256, "--ffn-dim", 256, "--vocab", 64)
+    tensor = next(t for t in gguf.GGUFReader(model, "r+").tensors if t.name == "blk.0.ffn_gate_exps.weight")
+    tensor.data.reshape(-1, 34)[:, :2] = np.array([600], np.float16).view(np.uint8)
+    tensor.data.base.flush()
+    finite = "assert mx.isfinite(w['w1.biases'].astype(mx.float32)).all().item() is "
+    for scales, is_finite in (("f16", False), ("bf16", True), ("f32", True)):
+        out = trees / f"large-{scales}"
+        succeed("materialize", model, out / "q8_0", "--as", "mlx", "--scales", scales)
+        assert_runs(PACKED.format(file=expert(out, "q8_0")) + finite + str(is_finite))
+    assert "finite with `--as f32`" in PAGE
 
 
 @pytest.mark.parametrize("name", ["experts/registry.json", "base_model/metadata.json", "base_model/metadata.gguf"])

@@ -1,7 +1,9 @@
 """What the README says to type does what it says."""
 
+import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -17,66 +19,113 @@ def blocks(text, language=""):
     return [block for name, block in found if name == language]
 
 
-SNIPPETS = blocks(README, "python")
 # Blocks of commands, by the section that they are in.
 COMMANDS = {section.split("\n", 1)[0]: blocks(section) for section in README.split("\n## ")[1:]}
 
 
+LOADERS = README.split("\n## Point a loader at it\n")[1].split("\n## ")[0]
+
+
+class Typed:
+    """What somebody types who follows a section in a folder of their own, one block after the other."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        (folder / "bin").mkdir()
+        (folder / "bin/odmoe-fs").symlink_to(BINARY)
+        self._environment = os.environ | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+
+    def commands(self, block):
+        done = run("bash", "-euc", block, cwd=self.folder, env=self._environment)
+        assert done.returncode == 0, done.stderr
+
+    def python(self, code):
+        done = subprocess.run([sys.executable, "-c", code], cwd=self.folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+
 @pytest.fixture(scope="module")
-def beside_a_mount(tmp_path_factory):
-    """A folder where the first commands of "A model in a few lines" were typed; the last ones are typed at the end."""
+def typed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
-    mount, umount = COMMANDS["A model in a few lines"]
-    (folder / "bin").mkdir()
-    (folder / "bin/odmoe-fs").symlink_to(BINARY)
-    environment = os.environ | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
     try:
-        done = run("bash", "-euc", mount, cwd=folder, env=environment)
-        assert done.returncode == 0, done.stderr
-        assert mount_at(folder / "mnt")
-        yield folder
-        done = run("bash", "-euc", umount, cwd=folder, env=environment)
-        assert done.returncode == 0, done.stderr
-        assert mount_at(folder / "mnt") is None
+        yield Typed(folder)
     finally:
         detach(folder / "mnt")
 
 
-def test_the_readme_has_snippets():
-    assert len(SNIPPETS) == 3
-
-
-@pytest.mark.parametrize("code", SNIPPETS, ids=["loop", "mlx", "torch"])
-def test_the_snippets_of_the_readme_run_as_they_stand(code, beside_a_mount):
-    if "torch" in code:
-        # A download of gigabytes, and so only there in the long form.
-        pytest.importorskip("torch")
-    done = subprocess.run([sys.executable, "-c", code], cwd=beside_a_mount, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    said = sorted(done.stdout.splitlines())
-    if code == SNIPPETS[0]:
-        assert [re.match(r"layer (\d) reads experts \[\d \d\] norm \d", line)[1] for line in said] == ["0", "1"]
-    else:
-        assert [line.split()[0] for line in said] == ["w1.weight", "w2.weight", "w3.weight"]
-
-
-def test_the_loop_of_the_readme_computes_what_the_gguf_says(beside_a_mount):
-    """The same from the GGUF itself, without a mount."""
-    code = f"""
+# The numbers of the expert of the examples, from the GGUF itself, in F64.
+FROM_THE_GGUF = """
 import gguf, numpy as np
-t = {{t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader("toy.gguf").tensors}}
-x = np.random.default_rng(0).standard_normal(512, dtype=np.float32)
-for n in range(2):
-    for e in np.argsort(t[f"blk.{{n}}.ffn_gate_inp.weight"] @ x)[-2:]:
-        gate = t[f"blk.{{n}}.ffn_gate_exps.weight"][e] @ x
-        up = t[f"blk.{{n}}.ffn_up_exps.weight"][e] @ x
-        x = x + t[f"blk.{{n}}.ffn_down_exps.weight"][e] @ (gate / (1 + np.exp(-gate)) * up)
-expected = np.linalg.norm(x)
-{SNIPPETS[0]}
-assert np.isclose(np.linalg.norm(x), expected, rtol=1e-5), (np.linalg.norm(x), expected)
+tensors = {t.name: t for t in gguf.GGUFReader("toy.gguf").tensors}
+def matrix(word):
+    tensor = tensors[f"blk.1.ffn_{word}_exps.weight"]
+    return gguf.quants.dequantize(tensor.data, tensor.tensor_type)[2].astype(np.float64)
+def expected(x):
+    gate = matrix("gate") @ x
+    return matrix("down") @ (gate / (1 + np.exp(-gate)) * (matrix("up") @ x))
+def assert_close(y, x, error):
+    right = expected(np.array(x, np.float64).ravel())
+    assert np.linalg.norm(np.array(y, np.float64).ravel() - right) < error * np.linalg.norm(right)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=beside_a_mount, capture_output=True, text=True)
+
+
+def test_the_loaders_of_the_readme_compute_what_the_gguf_says(typed):
+    """Every block of the section in its order, as it stands: the first in MLX at quantised size, raw blocks last."""
+    kinds = re.findall(r"^```(\w*)\n", LOADERS, re.MULTILINE)
+    assert [kind for kind in kinds if kind] == ["python", "python", "rust", "python"]
+    mount, numbers, raw, umount = blocks(LOADERS)
+    mlx, torch, gguf_py = blocks(LOADERS, "python")
+    typed.commands(mount)
+    assert mount_at(typed.folder / "mnt")
+    said = typed.python(f"{mlx}\n{FROM_THE_GGUF}\nassert_close(y, x, 1e-3)")
+    assert re.search(r"norm \d", said)
+    # 5 bits for each weight, where the model has 4.5.
+    typed.python(f"{mlx}\nassert sum(array.nbytes for array in expert.values()) == 3 * 512 * 1024 * 5 // 8")
+    typed.commands(numbers)
+    code = f"{FROM_THE_GGUF}\nimport ml_dtypes\nfrom safetensors.numpy import load_file\n"
+    code += "expert = load_file('mnt/experts/layer_01_expert_002.safetensors')\n"
+    code += "assert (expert['w2.weight'] == matrix('down').astype(ml_dtypes.bfloat16)).all()"
+    typed.python(code)
+    if importlib.util.find_spec("torch"):  # a download of gigabytes, and so only there in the long form
+        typed.python(f"{torch}\n{FROM_THE_GGUF}\nassert_close(y.float(), x.float(), 3e-2)")
+    typed.commands(raw)
+    said = typed.python(f"{gguf_py}\n{FROM_THE_GGUF}\nassert name == 'w3.weight' and (numbers == matrix('up')).all()")
+    assert [line.split()[0] for line in said.splitlines()] == ["w1.weight", "w2.weight", "w3.weight"]
+    typed.commands(umount)
+    assert mount_at(typed.folder / "mnt") is None
+
+
+def test_the_program_for_candle_of_the_readme_multiplies_by_blocks(times, tmp_path):
+    if times(0, long=1) == 0:
+        pytest.skip("candle is only built in the long form")
+    crate = tmp_path / "crate"
+    shutil.copytree(REPO / "examples/candle", crate)
+    for manifest in (crate / "Cargo.toml", crate / "Cargo.lock"):  # not the program of the example
+        manifest.write_text(manifest.read_text().replace("candle-expert", "candle-readme"))
+    (program,) = blocks(LOADERS, "rust")
+    # With a vector that is not random.
+    assert program.count("Tensor::randn(0f32, 1.0, (1, 512), &Device::Cpu)?") == 1
+    ones = program.replace("randn(0f32, 1.0, (1, 512)", "ones((1, 512), candle_core::DType::F32")
+    (crate / "src/main.rs").write_text(program)
+    (crate / "src/bin").mkdir()
+    (crate / "src/bin/ones.rs").write_text(ones.replace('{y}', '{}').replace('");\n    Ok', '", y.sqr()?.sum_all()?.sqrt()?);\n    Ok'))
+    environment = os.environ | {"CARGO_TARGET_DIR": str(REPO / "target/candle")}
+    build = ["cargo", "build", "--quiet", "--release", "--locked"]
+    done = subprocess.run(build, cwd=crate, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    typed = Typed(tmp_path)
+    typed.commands(blocks(LOADERS)[0].replace(" --as mlx", ""))
+    try:
+        for program in ("candle-readme", "ones"):
+            done = run(REPO / "target/candle/release" / program, cwd=tmp_path)
+            assert done.returncode == 0, done.stderr
+        norm = float(re.search(r"[\d.]+", done.stdout)[0])
+        # candle rounds the vector to 8 bits.
+        typed.python(f"{FROM_THE_GGUF}\nassert abs({norm} / np.linalg.norm(expected(np.ones(512))) - 1) < 2e-2")
+        typed.commands(blocks(LOADERS)[3])
+    finally:
+        detach(tmp_path / "mnt")
 
 
 def test_the_two_commands_for_a_fresh_machine_are_there():

@@ -1,7 +1,6 @@
 """Ways of reading: whatever calls a program makes, it gets the same bytes, all that it asked for and that the file has."""
 
 import contextlib
-import mmap
 import os
 import random
 import shutil
@@ -14,7 +13,7 @@ import pytest
 from safetensors import safe_open
 
 import models
-from odmoe import DOCUMENTS, MIB, evict, file_system, mounted, needs_root, promises
+from odmoe import DOCUMENTS, MIB, evict, file_system, mounted, needs_root, promises, read_direct, read_on
 from reference import Shown, read_header
 
 OPTIONS = {
@@ -48,27 +47,6 @@ def expected(shown, name):
 
 def one_expert(shown):
     return next(iter(shown.expert_files()))
-
-
-def read_direct(path):
-    """The whole file past the page cache, into a page-aligned buffer."""
-    size = path.stat().st_size
-    buffer = mmap.mmap(-1, -(-size // 4096) * 4096)
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    try:
-        done = 0
-        while done < size:
-            n = os.preadv(fd, [memoryview(buffer)[done : done + (1 << 20)]], done)
-            assert n > 0
-            done += n
-        return buffer[:size]
-    finally:
-        os.close(fd)
-
-
-def read_on(path, chunk):
-    with open(path, "rb", buffering=0) as file:
-        return b"".join(iter(lambda: file.read(chunk), b""))
 
 
 def read_by_safe_open(path):

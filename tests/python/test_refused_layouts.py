@@ -92,3 +92,28 @@ def test_experts_that_can_be_cut_out_are_shown(what, tmp_path):
         assert len(contents(root / "experts")) == 1 + sum(
             dims[2] for name, dims, _ in tensors if name.endswith("weight")
         )
+
+
+OF_IK_LLAMA = ["IQ4_KS", "IQ2_K", "IQ3_K", "IQ4_K", "IQ5_K", "IQ6_K", "IQ2_KS", "Q4_K_R4", "IQ4_XS_R8"]
+
+
+@pytest.mark.parametrize("form", ["f32", "f16", "bf16", "mlx"])
+def test_types_whose_numbers_are_not_known_are_refused_by_name_in_every_form_but_raw(form, tmp_path):
+    tensors = [[f"blk.{n}.attn_q.weight", [256, 8], kind] for n, kind in enumerate(OF_IK_LLAMA)]
+    model = write([*tensors, single("attn_k", 64, 8), stack("up", 256, 8, 2, kind="IQ4_KS")], tmp_path / "model.gguf")
+    (tmp_path / "mnt").mkdir()
+    named = [f"{kind} ({'2 tensors' if kind == 'IQ4_KS' else '1 tensor'})" for kind in OF_IK_LLAMA]
+    words = f"the numbers of these types are not known: {', '.join(named)}; use --as raw, which shows their blocks"
+    for command in (["inspect", model], ["mount", model, tmp_path / "mnt"], ["materialize", model, tmp_path / "out"]):
+        assert fail(*command, "--as", form, naming=[model.name]).endswith(f": {words}\n")
+    assert not (tmp_path / "out").exists() and not os.listdir(tmp_path / "mnt")
+    with mounted(model, tmp_path / "mnt", "--as", "raw") as root:
+        assert read_header(root / "experts/layer_07_expert_000.safetensors").tensors["w3.weight"]["dtype"] == "U8"
+
+
+def test_two_arrays_of_one_name_are_refused_in_the_form_that_makes_them(tmp_path):
+    model = write([["a.weight", [256, 2], "Q4_K"], ["a.biases", [2], "F32"]], tmp_path / "model.gguf")
+    said = fail("inspect", model, "--as", "mlx", naming=[model.name, "use another form"])
+    assert '"a.weight" and "a.biases" would both be shown as a.biases' in said
+    with mounted(model, tmp_path / "mnt", "--as", "bf16") as root:
+        assert set(read_header(root / "base_model/attention_layers.safetensors").tensors) == {"a.weight", "a.biases"}

@@ -59,14 +59,14 @@ def changed(path, flag):
 
 
 def test_a_path_that_is_too_long(model, tmp_path):
-    refused(model, tmp_path.joinpath(*["a" * 200] * 25), saying="File name too long", step="a shorter path")
-    refused(model, tmp_path / ("a" * 300), saying="File name too long", step="a shorter path")
+    refused(model, tmp_path.joinpath(*["a" * 200] * 25), saying="File name too long", step="a shorter name or path")
+    refused(model, tmp_path / ("a" * 300), saying="File name too long", step="a shorter name or path")
 
 
 def test_links_that_lead_nowhere(model, tmp_path):
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
-    refused(model, tmp_path / "a/out", saying="Too many levels of symbolic links", step="check the links")
+    refused(model, tmp_path / "a/out", saying="Too many levels of symbolic links", step="check the symbolic links")
     (tmp_path / "c").symlink_to("nothing")
     refused(model, tmp_path / "c", saying=f'"{tmp_path}/c" is a link', step="remove it")
     refused(model, tmp_path / "c/out", saying=f'"{tmp_path}/c" is a link', step="remove it")
@@ -214,8 +214,8 @@ def test_a_file_system_whose_process_is_dead(model, tmp_path):
         wait_for(lambda: mount_at(at))
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        refused(model, at / "out", saying="not connected", step="mount it again")
-        refused(model, at, saying="not connected", step="mount it again")
+        refused(model, at / "out", saying="not connected", step="mount that again")
+        refused(model, at, saying="not connected", step="mount that again")
     finally:
         detach(at)
 

@@ -92,9 +92,9 @@ def test_a_download_that_is_as_long_as_its_file_is_shown_with_a_warning(whole, t
     path.write_bytes(whole)
     if name == "model.gguf":
         (tmp_path / "model.gguf.aria2").write_bytes(b"")
-    done = odmoe("inspect", path)
-    assert done.returncode == 0 and f'"{path}" may lack bytes: ' in done.stderr and "not finished" in done.stderr
-    assert odmoe("-q", "inspect", path).stderr == ""
+    done = odmoe("materialize", "--dry-run", path, tmp_path / "out")
+    assert done.returncode == 0 and f'"{path}" may be incomplete, since ' in done.stderr
+    assert odmoe("-q", "materialize", "--dry-run", path, tmp_path / "out").stderr == ""
 
 
 def test_a_missing_part_whose_download_goes_on_is_named(tmp_path):
@@ -184,7 +184,7 @@ def test_a_path_that_leads_nowhere(small, tmp_path):
     refused(tmp_path / "there", tmp_path, "No such file", f'"{tmp_path}/there.gguf" is there')
     (tmp_path / "link.gguf").symlink_to("gone/x.gguf")
     refused(tmp_path / "link.gguf", tmp_path, 'it is a link to "gone/x.gguf", which is not there')
-    refused(tmp_path / "there.gguf/x.gguf", tmp_path, "check the path: something in it is not a directory")
+    refused(tmp_path / "there.gguf/x.gguf", tmp_path, "check the path: it leads through something that is not a directory")
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):
@@ -204,7 +204,7 @@ def test_a_file_that_may_not_be_read(public):
     (public / "closed/model.gguf").write_bytes(b"")
     (public / "closed.gguf").write_bytes(b"")
     (public / "closed.gguf").chmod(0o600)
-    hint = "check that you may read the file, and enter the folders above it"
+    hint = "check the permissions of it and of the directories above it, with `namei -l PATH`"
     for path in (public / "closed.gguf", public / "closed/model.gguf"):
         fail("inspect", path, user=somebody, naming=["Permission denied", hint])
 
@@ -219,5 +219,5 @@ def test_a_limit_on_open_files(tmp_path):
 def test_a_file_on_a_mount_that_is_dead(small, tmp_path):
     with failing_disk(small[0].parent, tmp_path) as disk:
         os.kill(disk.pid, signal.SIGKILL)
-        hint = "the mount that it lies on does not answer: mount that again"
+        hint = "unmount the file system that it is on and mount that again: the process that served it is dead"
         fail("inspect", disk.at / small[0].name, naming=["cannot open", hint])

@@ -1,28 +1,69 @@
-//! An expert with candle, of an F32, F16 or BF16 model: `cargo run --release -- MOUNT LAYER EXPERT`.
+//! An expert with candle: `cargo run --release -- MOUNT LAYER EXPERT`.
+//!
+//! On an ordinary mount, nothing is converted: candle multiplies by GGML blocks as they lie (Q4_0 to
+//! Q8_0, Q2_K to Q6_K), and by F32, F16 and BF16. For other types, mount with `--as f16`.
 
-use candle_core::{DType, Device, Error, Result, Tensor, safetensors};
+use std::error::Error;
 
-fn main() -> Result<()> {
+use candle_core::quantized::{GgmlDType, QMatMul, QStorage, QTensor};
+use candle_core::{DType, Device, Module, Result, Tensor};
+use safetensors::SafeTensors;
+use serde_json::Value;
+
+fn main() -> std::result::Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [mount, layer, expert] = &arguments[..] else {
-        return Err(Error::Msg("usage: candle-expert MOUNT LAYER EXPERT".into()));
+        return Err("usage: candle-expert MOUNT LAYER EXPERT".into());
     };
     let path = format!("{mount}/experts/layer_{layer:0>2}_expert_{expert:0>3}.safetensors");
-    let device = Device::Cpu;
-    let weights = safetensors::load(path, &device)?;
-    let matrix = |name: &str| -> Result<Tensor> {
-        let tensor = &weights[name];
-        if tensor.dtype() == DType::U8 {
-            return Err(Error::Msg(format!("{name} is GGML blocks; this example is for F32, F16 and BF16")));
-        }
-        println!("{name} {:?} {:?}", tensor.dims(), tensor.dtype());
-        tensor.to_dtype(DType::F32)
+    let bytes = std::fs::read(path)?;
+    let file = SafeTensors::deserialize(&bytes)?;
+    let (_, header) = SafeTensors::read_metadata(&bytes)?;
+    let metadata = header.metadata().as_ref().ok_or("the file has no metadata")?;
+    let tensors: Value = serde_json::from_str(&metadata["odmoe.tensors"])?;
+
+    let matrix = |name: &str| -> std::result::Result<QMatMul, Box<dyn Error>> {
+        // What the tensor is in the model; in a form with numbers, these are in `form.dtype`.
+        let tensor = &tensors[name];
+        let stored = tensor["form"]["dtype"].as_str().or(tensor["ggml_type"].as_str());
+        let stored = stored.ok_or("the type is missing")?;
+        let dtype = dtype(stored).ok_or_else(|| format!("candle does not know {stored}"))?;
+        let shape: Vec<usize> = serde_json::from_value(tensor["shape"].clone())?;
+        let blocks = file.tensor(name)?.data();
+        println!("{name} {shape:?} {dtype:?}, {} bytes", blocks.len());
+        let storage = QStorage::from_data(blocks.into(), &Device::Cpu, dtype)?;
+        Ok(QMatMul::from_qtensor(QTensor::new(storage, shape)?)?)
     };
     let (w1, w2, w3) = (matrix("w1.weight")?, matrix("w2.weight")?, matrix("w3.weight")?);
-    // A vector of ones.
-    let x = Tensor::ones((w1.dim(1)?, 1), DType::F32, &device)?;
-    let hidden = (w1.matmul(&x)?.silu()? * w3.matmul(&x)?)?;
-    let y = w2.matmul(&hidden)?;
-    println!("norm {:.4}", y.sqr()?.sum_all()?.sqrt()?.to_scalar::<f32>()?);
+    let dim = tensors["w1.weight"]["shape"][1].as_u64().ok_or("the shape is missing")?;
+    let y = feed_forward(&w1, &w2, &w3, dim as f32)?;
+    println!("norm {:.6}", y.sqr()?.sum_all()?.sqrt()?.to_scalar::<f32>()?);
     Ok(())
+}
+
+/// The type of candle that a name of GGML means.
+fn dtype(name: &str) -> Option<GgmlDType> {
+    Some(match name {
+        "F32" => GgmlDType::F32,
+        "F16" => GgmlDType::F16,
+        "BF16" => GgmlDType::BF16,
+        "Q4_0" => GgmlDType::Q4_0,
+        "Q4_1" => GgmlDType::Q4_1,
+        "Q5_0" => GgmlDType::Q5_0,
+        "Q5_1" => GgmlDType::Q5_1,
+        "Q8_0" => GgmlDType::Q8_0,
+        "Q2_K" => GgmlDType::Q2K,
+        "Q3_K" => GgmlDType::Q3K,
+        "Q4_K" => GgmlDType::Q4K,
+        "Q5_K" => GgmlDType::Q5K,
+        "Q6_K" => GgmlDType::Q6K,
+        _ => return None,
+    })
+}
+
+/// `w2 · (silu(w1 · x) * (w3 · x))`, of the vector that all examples have.
+fn feed_forward(w1: &QMatMul, w2: &QMatMul, w3: &QMatMul, dim: f32) -> Result<Tensor> {
+    let x = Tensor::arange(0.0, dim, &Device::Cpu)?.to_dtype(DType::F32)?.sin()?.unsqueeze(0)?;
+    let hidden = (w1.forward(&x)?.silu()? * w3.forward(&x)?)?;
+    w2.forward(&hidden)
 }

@@ -3,12 +3,12 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use odmoe_fs::inspect::{Amount, FormReport, LayerReport, MATRICES, Report};
+use odmoe_fs::inspect::{Amount, LayerReport, MATRICES, Report};
 use ratatui::crossterm::style::Color;
 use unicode_width::UnicodeWidthStr;
 
 use super::super::screen::Screen;
-use super::super::text;
+use super::super::{forms, text};
 
 /// One line of a chart.
 struct Bar {
@@ -69,7 +69,7 @@ fn write(report: &Report, screen: &Screen, out: &mut String) -> std::fmt::Result
         &layers(report),
     )?;
     experts(report, screen, out)?;
-    forms(report, screen, out)?;
+    write!(out, "\n{}", forms::table(&report.forms, None, screen))?;
     memory(report, screen, out)?;
     tree(report, screen, out)
 }
@@ -244,43 +244,6 @@ fn experts(report: &Report, screen: &Screen, out: &mut String) -> std::fmt::Resu
     out.write_str(&screen.fit(&text))
 }
 
-/// What each form would take: those of the same sizes share a line.
-fn forms(report: &Report, screen: &Screen, out: &mut String) -> std::fmt::Result {
-    let forms = &report.forms.forms;
-    writeln!(out, "\n{}", screen.heading("in each form (--as)"))?;
-    if forms.len() == 1 {
-        let text = "  raw only: the numbers of some of its types are not known\n";
-        return out.write_str(&screen.fit(text));
-    }
-    let cell = |bytes: Option<u64>| bytes.map_or_else(|| "-".to_owned(), text::size);
-    let mut rows =
-        vec![["  form", "an expert", "base and a token's experts", "all"].map(str::to_owned)];
-    let sizes = |form: &FormReport| (form.expert_bytes, form.active.bytes, form.bytes);
-    for alike in forms.chunk_by(|a, b| sizes(a) == sizes(b)) {
-        let names = alike.iter().map(|form| match form.requant {
-            true => format!("{} --requant", form.form),
-            false => form.form.to_owned(),
-        });
-        let (expert, active, all) = sizes(&alike[0]);
-        rows.push([
-            format!("  {}", names.collect::<Vec<_>>().join(", ")),
-            cell(expert),
-            cell(active),
-            text::size(all),
-        ]);
-    }
-    out.write_str(&screen.whole_table(rows))?;
-    let not_packed = report.forms.not_packed.iter();
-    let types: Vec<String> = not_packed
-        .map(|(name, amount)| format!("{name} in {}", text::counted(amount.tensors, "tensor")))
-        .collect();
-    if types.is_empty() {
-        return Ok(());
-    }
-    let text = format!("  mlx shows as plain F16 numbers: {}\n", types.join(", "));
-    out.write_str(&screen.fit(&text))
-}
-
 fn memory(report: &Report, screen: &Screen, out: &mut String) -> std::fmt::Result {
     let Some(memory) = report.memory else {
         return Ok(());
@@ -302,13 +265,8 @@ fn memory(report: &Report, screen: &Screen, out: &mut String) -> std::fmt::Resul
     ];
     let rows = needs.into_iter().filter_map(|(what, bytes)| {
         let bytes = bytes?;
-        let verdict = match bytes {
-            bytes if bytes <= memory.available => "fits",
-            bytes if bytes <= memory.total => "fits if others make room",
-            _ => "does not fit",
-        };
         let size = format!("{:>SIZE_COLUMNS$}", text::size(bytes));
-        Some([format!("  {what}"), size, verdict.to_owned()])
+        Some([format!("  {what}"), size, memory.verdict(bytes).to_owned()])
     });
     out.write_str(&screen.whole_table(rows.collect()))
 }
