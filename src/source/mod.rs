@@ -280,6 +280,10 @@ impl Source {
     /// number tells readers apart.
     pub(crate) fn fetch_ahead(&self, reader: u64, runs: &[Run], near: u64) {
         let shared = &self.shared;
+        let near = match self.is_remote() && self.is_on_disk(runs, near) {
+            true => near.min(Pace::DISK.ahead),
+            false => near,
+        };
         let chunks = shared.fetch.want(&shared.parts, reader, runs, near);
         if chunks.is_empty() {
             return;
@@ -291,6 +295,18 @@ impl Source {
         if *threads > 0 {
             shared.fetch.queue(chunks);
         }
+    }
+
+    /// Whether the first `near` bytes of some runs come from a disk: the cache of a remote part is
+    /// read at the pace of one.
+    fn is_on_disk(&self, runs: &[Run], near: u64) -> bool {
+        let mut left = near;
+        runs.iter().all(|run| {
+            let len = run.len.min(left);
+            left -= len;
+            self.part(run.part)
+                .is_on_disk(&(run.offset..run.offset + len))
+        })
     }
 
     /// The bytes of a run, in the memory they were fetched into; `None` unless one chunk holds them

@@ -96,6 +96,15 @@ impl Part {
             .is_some_and(|part| part.is_cached(offset, bytes))
     }
 
+    /// Whether a range comes from a disk of this machine.
+    pub fn is_on_disk(&self, range: &Range<u64>) -> bool {
+        match self {
+            Self::File(_) => true,
+            #[cfg(feature = "remote")]
+            Self::Remote(part) => part.cached_bytes(range) >= range.end - range.start,
+        }
+    }
+
     /// Fills the whole buffer from `offset`, or fails.
     pub fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ReadError> {
         match self {

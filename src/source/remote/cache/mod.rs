@@ -441,7 +441,9 @@ impl Piece {
 pub fn cached_bytes(part: &CachedPart, range: &Range<u64>) -> u64 {
     let mut index = part.index.lock();
     let _ = index.refresh();
-    let pieces = index.pieces.range(..range.end);
+    // No piece before this reaches into the range.
+    let first = range.start.saturating_sub(index::PIECE_BYTES);
+    let pieces = index.pieces.range(first..range.end);
     let overlap = |(start, piece): (&u64, &Piece)| {
         (start + piece.len)
             .min(range.end)
