@@ -245,7 +245,13 @@ impl Index {
 
     fn apply(&mut self, record: Record) {
         match record {
-            Record::Written(start, piece) => drop(self.pieces.insert(start, piece)),
+            Record::Written(start, piece) => {
+                // Mounts that write at the same time may cut pieces differently.
+                let known = self.pieces.get(&start);
+                if known.is_none_or(|known| known.len <= piece.len) {
+                    self.pieces.insert(start, piece);
+                }
+            }
             Record::Gone { start } => drop(self.pieces.remove(&start)),
             Record::Used { start, at } => {
                 if let Some(piece) = self.pieces.get_mut(&start) {
@@ -306,8 +312,11 @@ impl Index {
 
     /// The piece that holds a place: where it starts, and the piece.
     pub fn holding(&self, place: u64) -> Option<(u64, &Piece)> {
-        let (start, piece) = self.pieces.range(..=place).next_back()?;
-        (place < start + piece.len).then_some((*start, piece))
+        // Pieces may overlap, and none is longer than this.
+        let first = (place + 1).saturating_sub(PIECE_BYTES);
+        let mut before = self.pieces.range(first..=place).rev();
+        let (start, piece) = before.find(|(start, piece)| place < *start + piece.len)?;
+        Some((*start, piece))
     }
 
     /// Where the first piece behind a place starts.
@@ -378,6 +387,17 @@ mod tests {
             .unwrap();
         let again = again(&index);
         assert_eq!(again.pieces.keys().collect::<Vec<_>>(), [&100, &200]);
+    }
+
+    #[test]
+    fn pieces_that_overlap_hide_nothing_of_each_other() {
+        let mut index = index();
+        let records = [written(0, 1, 1000), written(0, 1, 10), written(500, 1, 100)];
+        index.append(&records).unwrap();
+        for place in [0, 10, 499, 500, 599, 600, 999] {
+            assert!(index.holding(place).is_some(), "{place}");
+        }
+        assert!(index.holding(1000).is_none());
     }
 
     #[test]

@@ -444,10 +444,11 @@ pub fn cached_bytes(part: &CachedPart, range: &Range<u64>) -> u64 {
     // No piece before this reaches into the range.
     let first = range.start.saturating_sub(index::PIECE_BYTES);
     let pieces = index.pieces.range(first..range.end);
-    let overlap = |(start, piece): (&u64, &Piece)| {
-        (start + piece.len)
-            .min(range.end)
-            .saturating_sub((*start).max(range.start))
-    };
-    pieces.map(overlap).sum()
+    let (mut bytes, mut counted) = (0, range.start);
+    for (start, piece) in pieces {
+        let end = (start + piece.len).min(range.end);
+        bytes += end.saturating_sub((*start).max(counted));
+        counted = counted.max(end);
+    }
+    bytes
 }
