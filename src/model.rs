@@ -292,9 +292,13 @@ impl Model {
         if job.array == 0 {
             return;
         }
-        let runs = self.missing_runs(id, &job, slice);
+        let mut runs = self.missing_runs(id, &job, slice);
         let bytes = runs.iter().map(|run| run.len).sum();
-        if bytes > 0 {
+        if let Some(last) = runs.last_mut() {
+            // Whoever reads on needs the rest of the tensor. Knowing that makes full buffers of few
+            // chunks, so that all blocks of an expert fit into them until its weights are read.
+            let recipe = self.layout.recipe(id);
+            last.len = recipe.offset + recipe.len - last.offset;
             // Far from the numbers of predicted readers, which count from 0.
             self.source.fetch_ahead(u64::MAX - file, &runs, bytes);
         }
