@@ -58,7 +58,8 @@ impl Check {
         }
     }
 
-    fn note(name: &'static str, found: impl Into<String>, cure: impl Into<String>) -> Self {
+    /// It works, but could be better.
+    pub fn note(name: &'static str, found: impl Into<String>, cure: impl Into<String>) -> Self {
         Self {
             verdict: Verdict::Note,
             cure: Some(cure.into()),
@@ -66,7 +67,8 @@ impl Check {
         }
     }
 
-    fn failure(name: &'static str, found: impl Into<String>, cure: impl Into<String>) -> Self {
+    /// It does not work.
+    pub fn failure(name: &'static str, found: impl Into<String>, cure: impl Into<String>) -> Self {
         Self {
             verdict: Verdict::Failure,
             cure: Some(cure.into()),

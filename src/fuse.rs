@@ -23,7 +23,7 @@ use fuser::{
 
 use self::errors::ErrorLog;
 use crate::served::{Attributes, Cache, Opening, Refusal, Served};
-use crate::sys::probe::CHANGED_PARTS;
+use crate::sys::probe::{CHANGED_PARTS, TRAFFIC};
 use crate::tree::{Kind, Tree};
 
 mod errors;
@@ -308,6 +308,10 @@ impl Filesystem for OdmoeFs {
         let subject = format_args!("number {number:#x}");
         self.answer("ioctl", subject, |call| match number {
             CHANGED_PARTS => reply.ioctl(0, &self.served.changed_parts().to_ne_bytes()),
+            TRAFFIC => {
+                let numbers = self.served.traffic().to_numbers();
+                reply.ioctl(0, numbers.map(u64::to_ne_bytes).as_flattened());
+            }
             _ => reply.error(call.refused(&Refusal::Unsupported)),
         });
     }

@@ -18,6 +18,8 @@ use crate::gguf::{HeaderError, ModelHeader};
 use crate::hf::{self, HfError, Inputs};
 use crate::layout::{Arranged, Doc, Layout, LayoutError, Recipe};
 use crate::show::Show;
+#[cfg(feature = "remote")]
+use crate::source::remote;
 use crate::source::{self, Held, OpenError, PageCache, ReadError, Run, Source};
 use crate::tree::{Content, DocId, Ino, Origin, RecipeId, Slice, Tree};
 
@@ -97,7 +99,30 @@ impl Model {
 
     /// The same, with the choice of what the tree shows.
     pub fn open_shown(path: &Path, form: Form, show: Show) -> Result<Self, ModelError> {
-        let (header, source) = source::open(path)?;
+        Self::lay_out(source::open(path)?, form, show)
+    }
+
+    /// Opens a model by the address of its file or of any part of a split set; of other parts, too,
+    /// if these are not to be found beside it.
+    #[cfg(feature = "remote")]
+    pub fn open_remote(
+        given: &remote::Address,
+        others: &[remote::Address],
+        options: &remote::Options,
+        form: Form,
+        show: Show,
+    ) -> Result<Self, ModelError> {
+        let model = Self::lay_out(remote::open(given, others, options)?, form, show)?;
+        model.source.set_units(model.units());
+        Ok(model)
+    }
+
+    fn lay_out(
+        (header, source): (ModelHeader, Source),
+        form: Form,
+        show: Show,
+    ) -> Result<Self, ModelError> {
+        let path = source.given_path();
         let inputs = match show.hf {
             true => inputs(&header, &source, path)?,
             false => Inputs::default(),
@@ -139,6 +164,30 @@ impl Model {
         };
         let refused = hf::Directory::new(header, hf::Naming::Checkpoint, &inputs);
         Ok(refused.err())
+    }
+
+    /// Which file of the tree each range of each part belongs to.
+    #[cfg(feature = "remote")]
+    fn units(&self) -> Vec<Vec<remote::Unit>> {
+        let mut units = vec![Vec::new(); self.source.paths().len()];
+        for file in self.tree.files() {
+            for run in self.runs(file, 0..self.tree.size(file).unwrap_or(0)) {
+                let (range, number) = (run.range(), file);
+                units[run.part as usize].push(remote::Unit { range, number });
+            }
+        }
+        for units in &mut units {
+            units.sort_by_key(|unit: &remote::Unit| unit.range.start);
+        }
+        units
+    }
+
+    /// The bytes of the model that files of the tree are made from, each once, in the order of the
+    /// files.
+    #[cfg(feature = "remote")]
+    pub fn wanted(&self, files: &[Ino]) -> Vec<Run> {
+        let all = |file: &Ino| self.runs(*file, 0..self.tree.size(*file).unwrap_or(0));
+        files.iter().flat_map(all).collect()
     }
 
     /// What each file holds.
@@ -215,6 +264,17 @@ impl Model {
     pub(crate) fn fetch_ahead(&self, reader: u64, file: Ino, range: Range<u64>, near: u64) {
         self.source
             .fetch_ahead(reader, &self.runs(file, range), near);
+    }
+
+    /// Says that a file will be read from a place on, in order, by one thread. A disk does not need
+    /// to know; a server is asked for much of it at once.
+    pub(crate) fn will_read(&self, file: Ino, place: u64) {
+        if self.source.is_remote() {
+            let size = self.tree.size(file).unwrap_or(0);
+            let ahead = self.source.pace().map_or(0, |pace| pace.ahead);
+            // As far from the numbers of predicted readers as those of `hold_blocks`.
+            self.fetch_ahead(u64::MAX - file, file, place..size, ahead);
+        }
     }
 
     /// Bytes of the model from which a file is made, documents left out.

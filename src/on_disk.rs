@@ -154,6 +154,7 @@ impl Comparer<'_> {
             let piece = expected.len() as u64;
             let len = (piece - offset % piece).min(run.len - done);
             let (expected, found) = (&mut expected[..len as usize], &mut found[..len as usize]);
+            self.model.will_read(run.ino, run.start + done);
             self.model
                 .read_at(run.ino, run.start + done, expected)
                 .map_err(Fault::Model)?;

@@ -51,6 +51,8 @@ pub struct Reach {
     pub beyond: u64,
     /// What is made from no more bytes than this may be wanted whole.
     pub whole: u64,
+    /// Whether it is, as soon as a reader goes on after its first request.
+    pub is_eager: bool,
 }
 
 /// What must be known about a file.
@@ -248,7 +250,11 @@ impl Predictor {
         let others = self.streams.iter().filter(|s| s.file == file.id);
         let others = others.filter(|s| s.start >= end).map(|s| s.start);
         let limit = others.min().unwrap_or(file.size);
-        let near = self.reach.ahead.min(GROWTH * file.to_source(read));
+        let is_eager = self.reach.is_eager && file.source <= self.reach.whole;
+        let near = match is_eager {
+            true => self.reach.ahead,
+            false => self.reach.ahead.min(GROWTH * file.to_source(read)),
+        };
         let ahead = file.of_source(near + self.reach.beyond);
         let end = limit.min(stream.next.saturating_add(ahead));
         Some(Wanted {

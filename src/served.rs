@@ -17,7 +17,7 @@ use parking_lot::Mutex;
 use crate::form::Form;
 use crate::model::Model;
 use crate::predictor::{self, Predictor, Reach};
-use crate::source::ReadError;
+use crate::source::{ReadError, Traffic};
 use crate::stats::{Operation, Stats};
 use crate::tree::{Content, Ino, Kind, ROOT};
 
@@ -151,6 +151,7 @@ impl Served {
                 ahead: pace.ahead,
                 beyond: pace.chunk,
                 whole: pace.whole,
+                is_eager: pace.is_eager,
             }))
         });
         Self {
@@ -262,6 +263,10 @@ impl Served {
         if let Some(predictor) = &self.predictor {
             predictor.lock().note(self.shape(file), &range);
         }
+        // A server sends what comes next while it sends this. A disk would only be held up.
+        if self.model.source().is_remote() {
+            self.fetch_ahead(file, range.end);
+        }
         ANSWER.with_borrow_mut(|space| {
             let read = self.model.bytes(file, range.clone(), space);
             // Before the reply: what a program has got must be counted when it looks.
@@ -276,10 +281,15 @@ impl Served {
                 stats.took(began.elapsed());
             }
         });
+        self.fetch_ahead(file, range.end);
+    }
+
+    /// Starts fetching what the reader whose request ended at `end` will ask for next.
+    fn fetch_ahead(&self, file: Ino, end: u64) {
         if let Some(predictor) = &self.predictor {
             let mut predictor = predictor.lock();
             // Still locked, so that an older prediction cannot replace a newer one.
-            if let Some(wanted) = predictor.wanted(self.shape(file), range.end) {
+            if let Some(wanted) = predictor.wanted(self.shape(file), end) {
                 self.model
                     .fetch_ahead(wanted.reader, file, wanted.range, wanted.near);
             }
@@ -347,12 +357,20 @@ impl Served {
         self.model.source().changed_parts()
     }
 
+    /// What was asked of servers so far, and what came; zeros of a model on this machine.
+    pub fn traffic(&self) -> Traffic {
+        self.model.source().traffic().unwrap_or_default()
+    }
+
     /// The value of an extended attribute.
     pub fn extended_attribute(&self, ino: Ino, name: &[u8]) -> Result<Vec<u8>, Refusal> {
         // Answering would cost `ls -l` two requests for each file, so it is not the default.
         let stats = self.stats.as_ref().ok_or(Refusal::Unsupported)?;
         let value = match ino {
-            ROOT => stats.attribute(name, self.model.layout()),
+            ROOT => {
+                let traffic = self.model.source().traffic();
+                stats.attribute(name, self.model.layout(), traffic)
+            }
             _ => None,
         };
         value.ok_or(Refusal::NoAttribute)

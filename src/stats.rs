@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::layout::{FileKind, Layout};
 use crate::model::Model;
+use crate::source::Traffic;
 use crate::tree::Ino;
 
 /// The extended attribute of a mount's root that holds a [`Snapshot`].
@@ -124,6 +125,9 @@ pub struct Snapshot {
     /// attribute.
     #[serde(default)]
     pub numbers: Vec<(u32, Vec<Span>)>,
+    /// What was asked of servers, if the model is elsewhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub remote: Option<Traffic>,
 }
 
 /// How long reads took from request to reply, in microseconds. Percentiles are rounded up to the
@@ -222,6 +226,7 @@ impl Stats {
             layers_cut: layers.len() > MAX_LISTED_LAYERS,
             layers: layers.into_iter().take(MAX_LISTED_LAYERS).collect(),
             numbers: numbers.collect(),
+            remote: None,
         }
     }
 
@@ -256,10 +261,16 @@ impl Stats {
 
     /// The value of an extended attribute of the root; `None` if it does not exist. A value that is
     /// too long for the kernel is cut at its cold end.
-    pub fn attribute(&self, name: &[u8], layout: &Layout) -> Option<Vec<u8>> {
+    pub fn attribute(
+        &self,
+        name: &[u8],
+        layout: &Layout,
+        traffic: Option<Traffic>,
+    ) -> Option<Vec<u8>> {
         let name = std::str::from_utf8(name).ok()?;
         if name == STATS_ATTRIBUTE {
             let mut snapshot = self.snapshot(layout);
+            snapshot.remote = traffic;
             loop {
                 let value = serde_json::to_vec(&snapshot).ok()?;
                 let kept = snapshot.numbers.len() / 2;

@@ -90,6 +90,8 @@ venv() { # venv [long]
     need command -v python3 -- python3 python3
     need python3 -c "import ensurepip, venv" -- "Python's venv module" python3-venv
     need command -v fusermount3 -- fusermount3 fuse3
+    need command -v nginx -- nginx nginx-light
+    need command -v openssl -- openssl openssl
     if [ "$(id -u)" = 0 ]; then # only root can mount what these make
         need command -v mkfs.xfs -- mkfs.xfs xfsprogs
         need command -v mkfs.btrfs -- mkfs.btrfs btrfs-progs

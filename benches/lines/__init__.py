@@ -26,7 +26,7 @@ def line(key, text):
 
 def load():
     """All lines, in the order of the table."""
-    from . import computing, forms, materialize, metadata, reading
+    from . import computing, forms, materialize, metadata, reading, remote
 
-    order = (reading, metadata, materialize, computing, forms)
+    order = (reading, metadata, materialize, computing, forms, remote)
     return {key: one for theme in order for key, one in LINES.items() if one.measure.__module__ == theme.__name__}

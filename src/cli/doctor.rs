@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use odmoe_fs::doctor::{Check, Verdict, examine};
 use odmoe_fs::inspect::{FormsReport, Memory};
 use odmoe_fs::model::Model;
+#[cfg(feature = "remote")]
+use odmoe_fs::source::remote::{Address, is_url};
 use odmoe_fs::toy::Toy;
 use serde::Serialize;
 
@@ -16,16 +18,25 @@ use super::failure::{Failure, Result};
 use super::screen::Screen;
 use super::{Stop, forms, print, print_json, text};
 
-/// Check whether this machine can mount, and name the cure of what is missing
+/// Check whether this machine can mount, or whether a model elsewhere can be read
 ///
 /// Looks at the device, the mount helper, containers, the kernel and limits, and at the end mounts a
 /// toy model in a temporary folder. The exit status is 0 if mounts work, 3 if they do not, and 1 if
 /// that could not be found out.
 #[derive(clap::Args)]
 pub struct DoctorArgs {
-    /// Also say what this model takes in each form (--as), beside the memory that is free
+    /// Also say what this model takes in each form (--as), beside the memory that is free. Of the address
+    /// of a model, look at its server instead of this machine; that fetches at most 17 MiB
     #[arg(value_name = "MODEL.gguf")]
     model: Option<PathBuf>,
+    /// Read the address from a file, as `mount` does
+    #[cfg(feature = "remote")]
+    #[arg(long, value_name = "FILE", conflicts_with = "model")]
+    url_file: Option<PathBuf>,
+    /// Allow plain http:// to other machines
+    #[cfg(feature = "remote")]
+    #[arg(long)]
+    insecure_http: bool,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
@@ -36,6 +47,9 @@ struct Report {
     /// Whether mounts work; `null` if that could not be found out.
     works: Option<bool>,
     checks: Vec<Check>,
+    /// That it works, and that it does not, in words.
+    #[serde(skip)]
+    words: (&'static str, &'static str),
     /// If a model was given.
     #[serde(flatten)]
     model: Option<ModelReport>,
@@ -59,8 +73,37 @@ impl ModelReport {
     }
 }
 
+#[cfg(feature = "remote")]
+impl DoctorArgs {
+    /// The address to look at, if there is one.
+    fn address(&self) -> Result<Option<Address>> {
+        if let Some(file) = &self.url_file {
+            let all = Address::of_file(file, self.insecure_http)?;
+            return Ok(all.into_iter().next());
+        }
+        let url = self.model.as_deref().filter(|model| is_url(model));
+        let parse = |url: &Path| Address::parse(&url.to_string_lossy(), self.insecure_http);
+        Ok(url.map(parse).transpose()?)
+    }
+}
+
 /// Runs the command; says whether mounts work.
 pub fn run(args: &DoctorArgs) -> Result<bool> {
+    #[cfg(feature = "remote")]
+    if let Some(address) = args.address()? {
+        let checks = super::reach::checks(&address, args.insecure_http);
+        let works = checks.iter().all(|check| check.verdict != Verdict::Failure);
+        let report = Report {
+            works: Some(works),
+            checks,
+            words: (
+                "the model can be read from there",
+                "the model cannot be read from there",
+            ),
+            model: None,
+        };
+        return report.print(args.json).map(|()| works);
+    }
     let stop = Stop::on_signals()?;
     let model = args.model.as_deref().map(ModelReport::new).transpose()?;
     let mut checks = examine();
@@ -78,16 +121,14 @@ pub fn run(args: &DoctorArgs) -> Result<bool> {
         failures.for_each(|check| check.verdict = Verdict::Note);
     }
     checks.push(trial);
-    let report = Report {
+    let words = ("mounts work here", "mounts do not work here");
+    Report {
         works,
         checks,
+        words,
         model,
-    };
-    if args.json {
-        print_json(&report)?;
-    } else {
-        print(&report.text(&Screen::of_stdout()))?;
     }
+    .print(args.json)?;
     works.ok_or_else(|| {
         Failure::new("whether mounts work could not be tried")
             .hint("set TMPDIR to a folder that you can write to")
@@ -185,6 +226,13 @@ impl Prepared {
 }
 
 impl Report {
+    fn print(&self, json: bool) -> Result<()> {
+        match json {
+            true => print_json(self),
+            false => print(&self.text(&Screen::of_stdout())),
+        }
+    }
+
     fn text(&self, screen: &Screen) -> String {
         let width = self
             .checks
@@ -209,11 +257,13 @@ impl Report {
                 let _ = writeln!(out, "      cure: {cure}");
             }
         }
-        out += match self.works {
-            Some(true) => "\nmounts work here\n",
-            Some(false) => "\nmounts do not work here\n",
-            None => "\nwhether mounts work here could not be found out\n",
+        let (yes, no) = self.words;
+        let end = match self.works {
+            Some(true) => yes.to_owned(),
+            Some(false) => no.to_owned(),
+            None => format!("whether {yes} could not be found out"),
         };
+        out += &format!("\n{end}\n");
         if let Some(model) = &self.model {
             out += "\n";
             out += &forms::table(&model.forms, model.memory, screen);

@@ -25,6 +25,7 @@ use super::{Diagnostics, ModelArg, Stop, print, say, text};
 /// A file gets its name when it is complete and on the disk. After an interruption, the same
 /// command continues: complete files are not written again.
 #[derive(clap::Args)]
+#[command(allow_missing_positional = true)]
 pub struct MaterializeArgs {
     #[command(flatten)]
     model: ModelArg,
@@ -88,8 +89,7 @@ impl From<When> for Reflink {
 pub fn run(args: &MaterializeArgs, quiet: bool) -> Result<()> {
     // Writing beyond `ulimit -f` must be an error, not the end of the process.
     ignore_file_size_signal();
-    let show = args.show.show();
-    let mut model = Model::open_shown(&args.model.model, args.form.form()?, show)?;
+    let mut model = args.model.open(args.form.form()?, args.show.show())?;
     warn_of_directory(&model);
     warn_of_unfinished(&model)?;
     // Each byte is read once, and 578 GiB must not push out what other programs have cached.

@@ -5,13 +5,18 @@ mod diagnostics;
 mod docs;
 mod doctor;
 mod failure;
+#[cfg(feature = "remote")]
+mod fetch;
 mod form;
 mod forms;
 mod fstab;
 mod inspect;
 mod materialize;
+mod model;
 mod mount;
 mod progress;
+#[cfg(feature = "remote")]
+mod reach;
 mod screen;
 mod show;
 mod status;
@@ -25,7 +30,6 @@ mod verify;
 
 use std::ffi::OsString;
 use std::io::{self, Write};
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -36,6 +40,7 @@ use odmoe_fs::process::{
 use self::diagnostics::{Diagnostics, LogFormat, Volume};
 use self::failure::{Context, FOUND_SOMETHING, Failure, Result, WRONG_USAGE, exit_code};
 use self::fstab::HelperCall;
+use self::model::ModelArg;
 use self::stop::Stop;
 
 /// Mount a Mixture-of-Experts GGUF model as one small safetensors file per expert, without
@@ -65,6 +70,8 @@ enum Command {
     Umount(umount::UmountArgs),
     Status(status::StatusArgs),
     Materialize(materialize::MaterializeArgs),
+    #[cfg(feature = "remote")]
+    Fetch(fetch::FetchArgs),
     Verify(verify::VerifyArgs),
     Inspect(inspect::InspectArgs),
     Top(top::TopArgs),
@@ -94,14 +101,6 @@ impl Command {
             _ => false,
         }
     }
-}
-
-/// The model of a command.
-#[derive(clap::Args)]
-struct ModelArg {
-    /// The GGUF file, or any part of a split set; the other parts are found beside it
-    #[arg(value_name = "MODEL.gguf")]
-    model: PathBuf,
 }
 
 /// Runs the command line of this process.
@@ -193,6 +192,8 @@ fn execute(cli: &Cli) -> ExitCode {
         Command::Umount(args) => umount::run(args),
         Command::Status(args) => status::run(args),
         Command::Materialize(args) => materialize::run(args, cli.quiet),
+        #[cfg(feature = "remote")]
+        Command::Fetch(args) => fetch::run(args, cli.quiet),
         Command::Verify(args) => return found(verify::run(args, cli.quiet), json),
         Command::Inspect(args) => inspect::run(args),
         Command::Top(args) => top::run(args),

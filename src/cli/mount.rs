@@ -25,7 +25,7 @@ use super::{ModelArg, say, text};
 ///
 /// Returns when the tree can be used; a background process serves it until it is unmounted.
 #[derive(clap::Args)]
-#[command(args_override_self = true)]
+#[command(args_override_self = true, allow_missing_positional = true)]
 pub struct MountArgs {
     #[command(flatten)]
     model: ModelArg,
@@ -260,12 +260,12 @@ fn complain() {
 
 fn open_model(args: &MountArgs) -> Result<Model> {
     let show = args.show.show();
-    let model = Model::open_shown(&args.model.model, args.form.form()?, show)?;
+    let model = args.model.open(args.form.form()?, show)?;
     warn_of_directory(&model);
     if show.experts && model.layout().experts().is_empty() {
         tracing::warn!(
             "{:?} has no routed experts: experts/ will hold an empty registry.json only",
-            args.model.model
+            args.model.shown()
         );
     }
     warn_of_unfinished(&model)?;

@@ -1,6 +1,7 @@
 //! `status`: our mounts, and whether each answers.
 
 use odmoe_fs::mounts::{MountStatus, status};
+use odmoe_fs::source::Traffic;
 use serde::Serialize;
 
 use super::screen::Screen;
@@ -14,7 +15,7 @@ use super::{Result, print, print_json, text};
 /// readable, when it belongs to another user.
 #[derive(clap::Args)]
 pub struct StatusArgs {
-    /// Print a JSON array of {"directory", "model", "pid", "state"}
+    /// Print a JSON array of {"directory", "model", "pid", "state"}, and "remote" of a model elsewhere
     #[arg(long)]
     pub json: bool,
 }
@@ -25,6 +26,8 @@ struct Line {
     model: Option<String>,
     pid: Option<u32>,
     state: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    remote: Option<Traffic>,
 }
 
 impl Line {
@@ -36,6 +39,7 @@ impl Line {
                 .map(|model| model.to_string_lossy().into_owned()),
             pid: mount.pid,
             state: mount.state.name(),
+            remote: mount.traffic,
         }
     }
 }
@@ -59,5 +63,28 @@ pub fn run(args: &StatusArgs) -> Result<()> {
         ]
     });
     let rows = std::iter::once(head).chain(rows).collect();
-    print(&Screen::of_stdout().whole_table(rows))
+    let screen = Screen::of_stdout();
+    print(&(screen.whole_table(rows) + &fetched(&lines, &screen)))
+}
+
+/// What the mounts of models elsewhere have fetched, below the table of all.
+fn fetched(lines: &[Line], screen: &Screen) -> String {
+    let rows = lines.iter().filter_map(|line| {
+        let traffic = line.remote?;
+        Some([
+            text::name(&line.directory),
+            text::size(traffic.fetched_bytes),
+            traffic
+                .hits()
+                .map_or("-".into(), |hits| format!("{hits} %")),
+            text::count(traffic.errors),
+        ])
+    });
+    let rows: Vec<_> = rows.collect();
+    if rows.is_empty() {
+        return String::new();
+    }
+    let head = ["DIRECTORY", "FETCHED", "FROM CACHE", "ERRORS"].map(str::to_owned);
+    let rows = std::iter::once(head).chain(rows).collect();
+    format!("\n{}", screen.whole_table(rows))
 }

@@ -22,9 +22,9 @@ const COMMANDS: &[(&[&str], &str)] = &[
          the loader or server at DIR",
     ),
     (
-        &["download", "fetch", "pull"],
-        "a model must lie on this machine: download all its parts first, then 'odmoe-fs mount \
-         MODEL.gguf DIR'",
+        &["download", "pull"],
+        "'odmoe-fs mount URL DIR' shows a model that is elsewhere and fetches what is read; \
+         'odmoe-fs fetch URL' fetches it beforehand",
     ),
     (
         &[

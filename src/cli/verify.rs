@@ -7,6 +7,7 @@ use odmoe_fs::form::Form;
 use odmoe_fs::layout::{Layout, LayoutError};
 use odmoe_fs::model::{Model, ModelError};
 use odmoe_fs::mounts::{State, odmoe_mount_of, state_of};
+use odmoe_fs::show::Show;
 use odmoe_fs::source::PageCache;
 use odmoe_fs::verify::{
     Comparison, Depth, Difference, Report, Unfinished, VerifyError, form_of, shown_in,
@@ -46,14 +47,15 @@ pub struct VerifyArgs {
 
 /// Runs the command. Returns whether everything is as it should be.
 pub fn run(args: &VerifyArgs, quiet: bool) -> Result<bool> {
-    let Some(directory) = &args.directory else {
-        let model = Model::open(&args.model.model)?;
+    let directory = args.model.take_directory(args.directory.as_ref());
+    let Some(directory) = &directory else {
+        let model = args.model.open(Form::Raw, Show::default())?;
         let unfinished = Unfinished::of(&model)?;
         let report = ModelReport::of(&model, &unfinished);
         if args.json {
             print_json(&report)?;
         } else {
-            let text = report.text(&args.model.model, &unfinished);
+            let text = report.text(args.model.shown(), &unfinished);
             print(&Screen::of_stdout().fit(&text))?;
         }
         return Ok(report.sound);
@@ -70,11 +72,8 @@ pub fn run(args: &VerifyArgs, quiet: bool) -> Result<bool> {
         ask(&mount.directory)?;
     }
     let form = form_of(directory)?;
-    let opened = Model::open_shown(
-        &args.model.model,
-        form,
-        shown_in(directory, &args.model.model)?,
-    );
+    let show = shown_in(directory, args.model.shown())?;
+    let opened = args.model.open(form, show);
     let mut model = opened.map_err(|e| refused(e, directory, form))?;
     // Each byte is read once, and must not push out what other programs have cached.
     model.set_page_cache(PageCache::Unchanged);

@@ -66,7 +66,7 @@ impl ErrorLog {
         let mut parts = self.parts.lock();
         let part = part(&mut parts, error.path());
         match error {
-            ReadError::Changed { .. } => {
+            _ if error.is_change() => {
                 let is_logged = std::mem::replace(&mut part.logged_change, true);
                 (!is_logged).then(|| format!("{request}: {error}; reads of it fail from now on"))
             }
@@ -74,7 +74,7 @@ impl ErrorLog {
                 let is_logged = std::mem::replace(&mut part.logged_missing, true);
                 (!is_logged).then(|| format!("{request}: {error}"))
             }
-            ReadError::Read { .. } => {
+            _ => {
                 if part.logged.is_some_and(|logged| now < logged + PAUSE) {
                     part.unlogged += 1;
                     self.has_unlogged.store(true, Ordering::Relaxed);

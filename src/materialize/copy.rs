@@ -127,6 +127,7 @@ impl Copier<'_> {
                     // Pieces end where pages do, so that no page is written twice.
                     let piece = buffer.len() - (place % buffer.len() as u64) as usize;
                     let piece = &mut buffer[..piece.min((end - place) as usize)];
+                    self.model.will_read(ino, place);
                     let read = self.model.read_at(ino, place, piece)?;
                     assert_eq!(read, piece.len(), "a file has all bytes of its runs");
                     if segment.len < SMALL_BYTES {
@@ -153,7 +154,7 @@ impl Copier<'_> {
         place: u64,
         len: u64,
     ) -> Result<u64, MaterializeError> {
-        if !self.in_kernel.load(Ordering::Relaxed) {
+        if !self.in_kernel.load(Ordering::Relaxed) || self.model.source().is_remote() {
             return Ok(0);
         }
         let slice = self.model.tree().slices(target.ino, place, len).next();

@@ -164,6 +164,10 @@ impl Methods {
             .and_then(|()| probe.metadata()?.modified());
         self.times.extend(stored);
         self.flushes_whole = copy::flushes_whole(probe);
+        if model.source().is_remote() {
+            self.refusal = Some("the model is not on this machine".into());
+            return Ok(());
+        }
         if reflink == Reflink::Never {
             self.refusal = Some("not wanted".into());
             return Ok(());

@@ -24,7 +24,7 @@ pub struct Selection {
 impl Selection {
     /// Fails if a number or range is not in the model, or goes beyond it. A range may contain
     /// numbers that do not exist, such as layers without experts.
-    pub(super) fn check(&self, layout: &Layout) -> Result<(), MaterializeError> {
+    pub fn check(&self, layout: &Layout) -> Result<(), MaterializeError> {
         let of = |number: fn(u32, u32) -> u32| {
             let experts = layout
                 .experts()

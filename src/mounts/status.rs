@@ -18,6 +18,7 @@ use super::SUBTYPE;
 use super::processes::{descriptor_fields, process_folder, process_ids};
 use super::table::{self, MountEntry};
 use crate::host::DEVICE;
+use crate::source::Traffic;
 use crate::sys::probe::{Answer, Probe};
 
 /// How long a mount may take to answer.
@@ -33,6 +34,8 @@ pub struct MountStatus {
     /// The process that serves it; `None` if it is dead or this user may not look into it.
     pub pid: Option<u32>,
     pub state: State,
+    /// What it has asked of servers; `None` if its model is on this machine, or nothing is known.
+    pub traffic: Option<Traffic>,
 }
 
 /// Whether a mount can be used.
@@ -81,14 +84,14 @@ pub fn status() -> Vec<MountStatus> {
     let mounts: Vec<_> = table.iter().filter(|m| m.is_odmoe()).cloned().collect();
     let directories: Vec<_> = mounts.iter().map(|m| m.directory.as_path()).collect();
     let mut states = states(&directories);
-    for (mount, state) in mounts.iter().zip(&mut states) {
+    for (mount, (state, _)) in mounts.iter().zip(&mut states) {
         // Another mount hides it, and has answered instead.
         if table::visible(&table, &mount.directory) != Some(mount) {
             *state = State::NotReadable;
         }
     }
     let processes = processes();
-    let one = |(mount, state): (MountEntry, State)| {
+    let one = |(mount, (state, traffic)): (MountEntry, (State, Option<Traffic>))| {
         let process = serving(&mount, &processes);
         MountStatus {
             pid: process.map(|process| process.pid),
@@ -99,6 +102,7 @@ pub fn status() -> Vec<MountStatus> {
             },
             directory: mount.directory,
             state,
+            traffic,
         }
     };
     mounts.into_iter().zip(states).map(one).collect()
@@ -106,7 +110,7 @@ pub fn status() -> Vec<MountStatus> {
 
 /// The state of the mount on a directory, within little more than a second.
 pub fn state_of(directory: &Path) -> State {
-    states(&[directory])[0]
+    states(&[directory])[0].0
 }
 
 /// The process that serves a mount, if it can be seen.
@@ -123,7 +127,7 @@ fn serving<'a>(mount: &MountEntry, processes: &'a [Process]) -> Option<&'a Proce
 }
 
 /// Asks all of them at the same time. One that has not answered in time counts as not answering.
-fn states(directories: &[&Path]) -> Vec<State> {
+fn states(directories: &[&Path]) -> Vec<(State, Option<Traffic>)> {
     let mut probes: Vec<_> = directories.iter().map(|d| Probe::ask(d).ok()).collect();
     let give_up = Instant::now() + PATIENCE;
     loop {
@@ -157,8 +161,11 @@ fn states(directories: &[&Path]) -> Vec<State> {
         }
     }
     let state = |probe: &mut Option<Probe>| match probe {
-        Some(probe) => State::of(probe.is_answered().then(|| probe.answer())),
-        None => State::NotReadable, // no process could be started
+        Some(probe) => (
+            State::of(probe.is_answered().then(|| probe.answer())),
+            Traffic::of_numbers(probe.numbers()),
+        ),
+        None => (State::NotReadable, None), // no process could be started
     };
     probes.iter_mut().map(state).collect()
 }

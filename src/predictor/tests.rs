@@ -8,6 +8,7 @@ const REACH: Reach = Reach {
     ahead: 4 * MIB,
     beyond: MIB,
     whole: 32 * MIB,
+    is_eager: false,
 };
 const EXPERT: File = File {
     id: 7,

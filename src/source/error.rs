@@ -6,6 +6,8 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
+#[cfg(feature = "remote")]
+use super::remote::{AddressError, Fault};
 use super::{folder, store};
 use crate::downloads;
 use crate::explain::{Explain, Hint};
@@ -25,6 +27,12 @@ pub enum OpenError {
         cause: io::Error,
         hint: Option<Hint>,
     },
+    #[cfg(feature = "remote")]
+    #[error(transparent)]
+    Address(#[from] AddressError),
+    #[cfg(feature = "remote")]
+    #[error("cannot open {path:?}: {cause}")]
+    Remote { path: PathBuf, cause: Fault },
     #[error("{path:?} is a directory")]
     Directory { path: PathBuf, hint: String },
     #[error("{path:?}: {cause}")]
@@ -70,6 +78,10 @@ impl Explain for OpenError {
         match self {
             Self::Header { cause, .. } => cause.code(),
             Self::Split { cause, .. } => cause.code(),
+            #[cfg(feature = "remote")]
+            Self::Address(cause) => cause.code(),
+            #[cfg(feature = "remote")]
+            Self::Remote { cause, .. } => cause.code(),
             _ => self.into(),
         }
     }
@@ -86,6 +98,10 @@ impl Explain for OpenError {
             },
             Self::Joined { joined, .. } => Some(joined_hint(joined).into()),
             Self::Split { cause, .. } => cause.hint(),
+            #[cfg(feature = "remote")]
+            Self::Address(cause) => cause.hint(),
+            #[cfg(feature = "remote")]
+            Self::Remote { cause, .. } => cause.hint(),
             Self::PartName { .. } => {
                 Some("give the parts the names that they were published with".into())
             }

@@ -20,9 +20,13 @@ pub(crate) mod fetch;
 mod folder;
 mod open;
 mod part;
+mod place;
 mod reader;
+#[cfg(feature = "remote")]
+pub mod remote;
 mod share;
 mod store;
+mod traffic;
 
 use std::io;
 use std::ops::Range;
@@ -34,10 +38,12 @@ use memmap2::Mmap;
 
 pub use error::OpenError;
 pub use open::open;
+pub use traffic::Traffic;
 
+pub use self::fetch::Run;
 use self::fetch::{Chunk, Fetch};
-pub(crate) use self::fetch::{Held, Pace, Run};
-use self::part::PartFile;
+pub(crate) use self::fetch::{Held, Pace};
+use self::place::Part;
 use crate::explain::{Explain, Hint, hint_of};
 use crate::sys;
 /// The open parts of a model.
@@ -53,7 +59,7 @@ pub struct Source {
 /// What the fetching threads need.
 #[derive(Debug)]
 struct Shared {
-    parts: Vec<PartFile>,
+    parts: Vec<Part>,
     fetch: Fetch,
 }
 
@@ -85,6 +91,13 @@ pub enum ReadError {
         offset: u64,
         cause: io::Error,
     },
+    #[cfg(feature = "remote")]
+    #[error("{path:?} cannot be read at byte {offset}: {cause}")]
+    Remote {
+        path: PathBuf,
+        offset: u64,
+        cause: remote::Fault,
+    },
 }
 
 impl ReadError {
@@ -92,6 +105,18 @@ impl ReadError {
     pub fn path(&self) -> &Path {
         match self {
             Self::Changed { path } | Self::Reopen { path, .. } | Self::Read { path, .. } => path,
+            #[cfg(feature = "remote")]
+            Self::Remote { path, .. } => path,
+        }
+    }
+
+    /// Whether the part is not what it was when it was opened, so that all reads of it fail.
+    pub fn is_change(&self) -> bool {
+        match self {
+            Self::Changed { .. } => true,
+            Self::Reopen { .. } | Self::Read { .. } => false,
+            #[cfg(feature = "remote")]
+            Self::Remote { cause, .. } => matches!(cause, remote::Fault::Changed(_)),
         }
     }
 }
@@ -105,7 +130,11 @@ fn reopen_hint(cause: &io::Error) -> &'static str {
 
 impl Explain for ReadError {
     fn code(&self) -> &'static str {
-        self.into()
+        match self {
+            #[cfg(feature = "remote")]
+            Self::Remote { cause, .. } => cause.code(),
+            _ => self.into(),
+        }
     }
 
     fn hint(&self) -> Option<Hint> {
@@ -113,13 +142,20 @@ impl Explain for ReadError {
             Self::Read { cause, .. } => cause.hint(),
             Self::Reopen { cause, .. } => Some(reopen_hint(cause).into()),
             Self::Changed { .. } => hint_of(self),
+            #[cfg(feature = "remote")]
+            Self::Remote { cause, .. } => cause.hint(),
         }
     }
 }
 
 impl Source {
-    fn new(parts: Vec<PartFile>, given: usize) -> Self {
-        let fetch = Fetch::default();
+    fn new(parts: Vec<Part>, given: usize) -> Self {
+        let is_remote = parts.iter().any(|part| part.file().is_none());
+        let fetch = if is_remote {
+            Fetch::costly()
+        } else {
+            Fetch::default()
+        };
         Self {
             shared: Arc::new(Shared { parts, fetch }),
             given,
@@ -135,7 +171,8 @@ impl Source {
         for part in &mut shared.parts {
             part.set_page_cache(page_cache);
         }
-        let others = shared.parts.iter().filter(|p| p.page_cache() != page_cache);
+        let insists = |part: &&Part| part.insists_on_page_cache(page_cache);
+        let others = shared.parts.iter().filter(insists);
         let (others, all) = (others.count(), shared.parts.len());
         if others > 0 {
             tracing::info!(
@@ -147,7 +184,7 @@ impl Source {
     /// Whether reads can leave the page cache of all parts as they found it.
     pub fn can_leave_page_cache(&self) -> bool {
         let mut parts = self.shared.parts.iter();
-        parts.all(PartFile::can_leave_page_cache)
+        parts.all(Part::can_leave_page_cache)
     }
 
     /// Fills the whole buffer from `offset` of a part (0-based), or fails.
@@ -199,10 +236,44 @@ impl Source {
         }
     }
 
+    /// Says which file of the tree each range of each remote part belongs to.
+    #[cfg(feature = "remote")]
+    pub(crate) fn set_units(&self, units: Vec<Vec<remote::Unit>>) {
+        for (part, units) in self.shared.parts.iter().zip(units) {
+            if let Some(part) = part.remote() {
+                part.set_units(units);
+            }
+        }
+    }
+
+    /// What was asked of servers so far, and what came; `None` of a model on this machine.
+    pub fn traffic(&self) -> Option<Traffic> {
+        #[cfg(feature = "remote")]
+        return self.remote_parts().next().map(|part| part.traffic());
+        #[cfg(not(feature = "remote"))]
+        None
+    }
+
+    /// The remote parts, in order; none of a model on this machine.
+    #[cfg(feature = "remote")]
+    pub fn remote_parts(&self) -> impl Iterator<Item = &remote::RemotePart> {
+        self.shared.parts.iter().filter_map(Part::remote)
+    }
+
+    /// Whether the parts are somewhere else. They are all in one place.
+    pub fn is_remote(&self) -> bool {
+        self.shared.parts.iter().any(|part| part.file().is_none())
+    }
+
     /// How far to read ahead of readers of this source; `None` if that is of no use.
     pub(crate) fn pace(&self) -> Option<Pace> {
-        let is_fetchable = self.shared.parts.iter().any(PartFile::is_fetchable);
-        is_fetchable.then_some(Pace::DISK)
+        let is_fetchable = self.shared.parts.iter().any(Part::is_fetchable);
+        let pace = if self.is_remote() {
+            Pace::LINK
+        } else {
+            Pace::DISK
+        };
+        is_fetchable.then_some(pace)
     }
 
     /// Fetches what a reader will ask for, in this order: about the first `near` bytes of it now.
@@ -210,17 +281,33 @@ impl Source {
     /// number tells readers apart.
     pub(crate) fn fetch_ahead(&self, reader: u64, runs: &[Run], near: u64) {
         let shared = &self.shared;
+        let near = match self.is_remote() && self.is_on_disk(runs, near) {
+            true => near.min(Pace::DISK.ahead),
+            false => near,
+        };
         let chunks = shared.fetch.want(&shared.parts, reader, runs, near);
         if chunks.is_empty() {
             return;
         }
         let threads = self
             .threads
-            .get_or_init(|| start_threads(shared, Pace::DISK.threads));
+            .get_or_init(|| start_threads(shared, self.pace().map_or(0, |pace| pace.threads)));
         // Without threads, whoever asks for a chunk reads it.
         if *threads > 0 {
             shared.fetch.queue(chunks);
         }
+    }
+
+    /// Whether the first `near` bytes of some runs come from a disk: the cache of a remote part is
+    /// read at the pace of one.
+    fn is_on_disk(&self, runs: &[Run], near: u64) -> bool {
+        let mut left = near;
+        runs.iter().all(|run| {
+            let len = run.len.min(left);
+            left -= len;
+            self.part(run.part)
+                .is_on_disk(&(run.offset..run.offset + len))
+        })
     }
 
     /// The bytes of a run, in the memory they were fetched into; `None` unless one chunk holds them
@@ -249,7 +336,7 @@ impl Source {
         }
     }
 
-    fn part(&self, part: u32) -> &PartFile {
+    fn part(&self, part: u32) -> &Part {
         &self.shared.parts[part as usize]
     }
 
@@ -267,18 +354,18 @@ impl Source {
     /// When the newest part was last modified.
     pub fn modified(&self) -> SystemTime {
         let parts = self.shared.parts.iter();
-        let parts = parts.map(|part| part.identity.modified());
+        let parts = parts.map(Part::modified);
         parts.max().unwrap_or(SystemTime::UNIX_EPOCH)
     }
 
     /// The paths of the parts, absolute, in order.
     pub fn paths(&self) -> impl ExactSizeIterator<Item = &Path> {
-        self.shared.parts.iter().map(|part| part.path.as_path())
+        self.shared.parts.iter().map(Part::path)
     }
 
     /// The absolute path of the part that the model was opened by.
     pub fn given_path(&self) -> &Path {
-        &self.shared.parts[self.given].path
+        self.shared.parts[self.given].path()
     }
 
     /// Maps a part (0-based) for reading: its tensors without a copy, each at its

@@ -1,12 +1,12 @@
 //! From the path of one file to all parts of its model.
 
-use std::fs::File;
 use std::io::{self, BufReader};
 use std::path::{Path, PathBuf};
 
 use super::Source;
 use super::error::OpenError;
 use super::part::{Identity, PartFile, open_regular};
+use super::place::Part;
 use crate::gguf::{
     Header, HeaderError, Joined, ModelHeader, OLLAMA_GPT_OSS, OLLAMA_MXFP4, PartName, Problem,
     SplitKeys,
@@ -31,13 +31,12 @@ pub fn open(path: &Path) -> Result<(ModelHeader, Source), OpenError> {
 }
 
 /// A part whose header was read.
-struct Opened {
-    path: PathBuf,
-    header: Header,
-    identity: Identity,
-    file: Option<File>,
+pub(super) struct Opened {
+    pub path: PathBuf,
+    pub header: Header,
+    pub part: Part,
     /// The GGUF that follows the tensors, if there is one.
-    joined: Option<Joined>,
+    pub joined: Option<Joined>,
 }
 
 impl Opened {
@@ -58,12 +57,13 @@ impl Opened {
         };
         // Nothing behind the tensors is needed, so an error there is none of the model.
         let joined = Joined::find(BufReader::new(&file), &header, metadata.len());
+        let joined = joined.ok().flatten();
+        let part = PartFile::new(path.clone(), Identity::of(&metadata), Some(file));
         Ok(Self {
             path,
             header,
-            identity: Identity::of(&metadata),
-            file: Some(file),
-            joined: joined.ok().flatten(),
+            part: Part::File(part),
+            joined,
         })
     }
 }
@@ -124,8 +124,10 @@ fn open_set(given: Opened, keys: SplitKeys) -> Result<Vec<Opened>, OpenError> {
         };
         match part {
             Some(mut part) => {
-                if parts.len() >= kept_open {
-                    part.file = None;
+                if let Part::File(file) = &mut part.part
+                    && parts.len() >= kept_open
+                {
+                    file.close();
                 }
                 parts.push(part);
             }
@@ -142,7 +144,7 @@ fn open_set(given: Opened, keys: SplitKeys) -> Result<Vec<Opened>, OpenError> {
 
 /// The error of the first file that holds several parts of a set, which explains whatever else is
 /// wrong with the set.
-fn joined_in<'a>(parts: impl IntoIterator<Item = &'a Opened>) -> Option<OpenError> {
+pub(super) fn joined_in<'a>(parts: impl IntoIterator<Item = &'a Opened>) -> Option<OpenError> {
     parts.into_iter().find_map(|part| {
         Some(OpenError::Joined {
             path: part.path.clone(),
@@ -179,18 +181,18 @@ fn descriptors_to_keep() -> usize {
     usize::try_from(limit / 3).unwrap_or(usize::MAX)
 }
 
-fn join(parts: Vec<Opened>, given: usize) -> Result<(ModelHeader, Source), OpenError> {
+pub(super) fn join(parts: Vec<Opened>, given: usize) -> Result<(ModelHeader, Source), OpenError> {
     let joined = joined_in(&parts);
     let mut headers = Vec::with_capacity(parts.len());
     let mut files = Vec::with_capacity(parts.len());
     for part in parts {
-        headers.push((part.header, part.identity.bytes));
-        files.push(PartFile::new(part.path, part.identity, part.file));
+        headers.push((part.header, part.part.bytes()));
+        files.push(part.part);
     }
     let header = match ModelHeader::join(headers) {
         Ok(header) => header,
         Err((part, cause)) => {
-            let path = files[part].path.clone();
+            let path = files[part].path().to_owned();
             return Err(joined.unwrap_or(OpenError::Split { path, cause }));
         }
     };
@@ -198,7 +200,7 @@ fn join(parts: Vec<Opened>, given: usize) -> Result<(ModelHeader, Source), OpenE
         tracing::warn!("{path:?} {joined}; only what its first header describes is shown");
     }
     if let Some(what) = header.accessory() {
-        let path = &files[given].path;
+        let path = files[given].path();
         tracing::warn!("{path:?} is {what}, not a model; give the model that it belongs to");
     }
     Ok((header, Source::new(files, given)))

@@ -77,6 +77,11 @@ impl PartFile {
         }
     }
 
+    /// From now on it is opened for each read.
+    pub fn close(&mut self) {
+        self.file = None;
+    }
+
     /// Chooses what reading does to the page cache, where there is a choice.
     pub fn set_page_cache(&mut self, page_cache: PageCache) {
         let elsewhere = self.with_file(|file| Ok(comes_from_elsewhere(file)));

@@ -15,24 +15,22 @@ impl Source {
     /// Lends the descriptor of a part (0-based), and checks afterwards that the part is still as it
     /// was when it was opened. If it is not, the result is worthless and an error is returned.
     pub fn with_part<T>(&self, part: u32, borrow: impl FnOnce(&File) -> T) -> Result<T, ReadError> {
-        let part = self.part(part);
-        part.with_file(|file| {
-            let result = borrow(file);
-            part.check(file)?;
-            Ok(result)
-        })
+        self.part(part).with_file(borrow)
     }
 
     /// The runs of data in a byte range of a part, in order, with holes between them. Reads
     /// nothing.
     pub fn data(&self, part: u32, range: Range<u64>) -> Result<Vec<Range<u64>>, ReadError> {
+        if self.part(part).file().is_none() {
+            return Ok(vec![range]);
+        }
         let found = self.with_part(part, |file| data_of(file, &range))?;
         found.map_err(|cause| self.part(part).read_error(range.start, cause))
     }
 
     /// Bytes of a part's file.
     pub fn part_bytes(&self, part: u32) -> u64 {
-        self.part(part).identity.bytes
+        self.part(part).bytes()
     }
 }
 

@@ -112,7 +112,11 @@ fn numbers_that_are_too_long_for_an_attribute_are_left_out() {
     let even: Vec<u32> = (0..10_000).map(|n| 2 * n).collect();
     let model = model(folder.path(), &even);
     let stats = Stats::new(&model);
-    let attribute = |name: &str| stats.attribute(name.as_bytes(), model.layout()).unwrap();
+    let attribute = |name: &str| {
+        stats
+            .attribute(name.as_bytes(), model.layout(), None)
+            .unwrap()
+    };
     let value = attribute(STATS_ATTRIBUTE);
     assert!(value.len() <= MAX_ATTRIBUTE_BYTES);
     let said: Snapshot = serde_json::from_slice(&value).unwrap();

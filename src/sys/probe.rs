@@ -27,11 +27,21 @@ pub struct Probe {
     #[cfg_attr(not(target_os = "linux"), allow(dead_code))]
     child: Option<OwnedFd>,
     answer: Option<Answer>,
+    numbers: [u64; NUMBERS],
 }
 
 /// The ioctl that asks an odmoe-fs mount how many parts of its model have changed: `_IOR('o', 1,
 /// uint64_t)`, composed as in asm-generic/ioctl.h.
 pub const CHANGED_PARTS: u32 = 2 << 30 | 8 << 16 | (b'o' as u32) << 8 | 1;
+
+/// How many numbers say what a mount has asked of servers.
+pub const NUMBERS: usize = 5;
+
+/// The ioctl by which it is asked for them: `_IOR('o', 2, uint64_t[5])`.
+pub const TRAFFIC: u32 = 2 << 30 | (8 * NUMBERS as u32) << 16 | (b'o' as u32) << 8 | 2;
+
+/// Bytes of a child's reply: an i32, and the numbers.
+const REPLY_BYTES: usize = 4 + 8 * NUMBERS;
 
 /// The answer of a file system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,6 +71,7 @@ impl Probe {
                     pipe: File::from(OwnedFd::from(pipe)),
                     child,
                     answer: None,
+                    numbers: [0; NUMBERS],
                 })
             }
         }
@@ -69,18 +80,26 @@ impl Probe {
     /// The answer. This waits for it; the [descriptor](AsFd) is readable once there is one.
     pub fn answer(&mut self) -> Answer {
         *self.answer.get_or_insert_with(|| {
-            let mut reply = [0; 4];
-            match self
-                .pipe
-                .read_exact(&mut reply)
-                .map(|()| i32::from_ne_bytes(reply))
-            {
-                Ok(0) => Answer::Alive,
-                Ok(CHANGED) => Answer::Changed,
-                Ok(errno) => Answer::Error(errno),
-                Err(_) => Answer::Error(libc::EINTR), // the child was killed
+            let mut reply = [0; REPLY_BYTES];
+            if self.pipe.read_exact(&mut reply).is_err() {
+                return Answer::Error(libc::EINTR); // the child was killed
+            }
+            let (answer, numbers) = reply.split_first_chunk().expect("it is longer");
+            for (number, bytes) in self.numbers.iter_mut().zip(numbers.as_chunks().0) {
+                *number = u64::from_ne_bytes(*bytes);
+            }
+            match i32::from_ne_bytes(*answer) {
+                0 => Answer::Alive,
+                CHANGED => Answer::Changed,
+                errno => Answer::Error(errno),
             }
         })
+    }
+
+    /// What the mount has asked of servers, as far as it has answered; zeros of a model on this
+    /// machine.
+    pub fn numbers(&self) -> [u64; NUMBERS] {
+        self.numbers
     }
 
     /// Whether [`answer`](Self::answer) was called, and so returns at once.
@@ -137,13 +156,19 @@ unsafe fn ask_and_exit(path: &CString, writer: BorrowedFd, gate: BorrowedFd) -> 
     unsafe { close_all_but(writer.as_raw_fd(), gate.as_raw_fd()) };
     // If it fails, the parent has no descriptor of this child yet, and then cannot kill it.
     let _ = rustix::io::read(gate, &mut [0_u8; 1]);
-    let reply = match ask(path) {
+    let mut numbers = [0; NUMBERS];
+    let answer = match ask(path, &mut numbers) {
         Ok(0) => 0,
         Ok(_) => CHANGED,
         Err(e) => e.raw_os_error().unwrap_or(libc::EINVAL),
     };
+    let mut reply = [0; REPLY_BYTES];
+    reply[..4].copy_from_slice(&answer.to_ne_bytes());
+    for (bytes, number) in reply[4..].chunks_mut(8).zip(numbers) {
+        bytes.copy_from_slice(&number.to_ne_bytes());
+    }
     // A parent that is gone needs no reply.
-    let _ = rustix::io::write(writer, &reply.to_ne_bytes());
+    let _ = rustix::io::write(writer, &reply);
     // SAFETY: `_exit` ends the process; it runs no destructors and no exit handlers, which belong
     // to the parent.
     unsafe { libc::_exit(0) }
@@ -184,13 +209,14 @@ unsafe fn close_all_but(a: RawFd, b: RawFd) {
 /// The child's reply, in place of an errno, if parts have changed.
 const CHANGED: i32 = -1;
 
-/// Asks a mount how many parts of its model have changed; 0 if its daemon is too old to say.
+/// Asks a mount how many parts of its model have changed, and what it has asked of servers; zeros if
+/// its daemon is too old to say.
 ///
 /// First with `stat`, which fails for users who may not enter, whereas `statfs` gives them zeros.
 /// Then with `statfs`, which the kernel never answers from its cache.
 ///
 /// It must not allocate, and with a C string rustix does not.
-fn ask(path: &CString) -> io::Result<u64> {
+fn ask(path: &CString, numbers: &mut [u64; NUMBERS]) -> io::Result<u64> {
     rustix::fs::stat(path)?;
     rustix::fs::statfs(path)?;
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -198,5 +224,10 @@ fn ask(path: &CString) -> io::Result<u64> {
     let mut changed = 0_u64;
     // SAFETY: the number encodes that the kernel writes 8 bytes at most, and `changed` has 8.
     let asked = check(unsafe { libc::ioctl(root.as_raw_fd(), CHANGED_PARTS.into(), &mut changed) });
+    let mut traffic = [0_u64; NUMBERS];
+    // SAFETY: the number encodes that the kernel writes as many bytes at most as `traffic` has.
+    if check(unsafe { libc::ioctl(root.as_raw_fd(), TRAFFIC.into(), &mut traffic) }).is_ok() {
+        *numbers = traffic;
+    }
     Ok(asked.map_or(0, |_| changed))
 }

@@ -52,6 +52,14 @@ impl Unfinished {
     /// Looks at every tensor. Reads no payload, but walks the block lists of all parts.
     pub fn of(model: &Model) -> Result<Self, ReadError> {
         let tensors = &model.layout().model().tensors;
+        if model.source().is_remote() {
+            // A server has no holes, and shows nothing of what lies beside a file.
+            return Ok(Self {
+                tensors: tensors.len(),
+                tensor_bytes: tensors.iter().map(|tensor| tensor.info.bytes).sum(),
+                ..Self::default()
+            });
+        }
         let mut found = Self {
             tensors: tensors.len(),
             tensor_bytes: tensors.iter().map(|tensor| tensor.info.bytes).sum(),
@@ -79,6 +87,9 @@ impl Unfinished {
     /// Like [`of`](Self::of), but walks the block lists only if most of a few places all over the
     /// tensors are in holes.
     pub fn at_a_glance(model: &Model) -> Result<Self, ReadError> {
+        if model.source().is_remote() {
+            return Ok(Self::default());
+        }
         if looks_unwritten(model)? {
             return Self::of(model);
         }

@@ -13,7 +13,7 @@ MEANT = {
     "extract model.gguf": "odmoe-fs mount MODEL.gguf DIR",
     "serve": "odmoe-fs mount MODEL.gguf DIR",
     "ls mnt": "odmoe-fs inspect MODEL.gguf",
-    "fetch model.gguf": "download all its parts",
+    "download model.gguf": "odmoe-fs fetch URL",
     "check model.gguf": "odmoe-fs verify MODEL.gguf",
     "--input model.gguf": "odmoe-fs mount MODEL.gguf DIR",
     "materialize --input model.gguf --output out": "odmoe-fs mount MODEL.gguf DIR",

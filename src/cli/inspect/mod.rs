@@ -62,8 +62,7 @@ impl FromStr for ExpertName {
 }
 
 pub fn run(args: &InspectArgs) -> Result<()> {
-    let show = args.show.show();
-    let model = Model::open_shown(&args.model.model, args.form.form()?, show)?;
+    let model = args.model.open(args.form.form()?, args.show.show())?;
     warn_of_directory(&model);
     let screen = Screen::of_stdout();
     if let Some(name) = args.expert {

@@ -23,6 +23,7 @@ use self::sample::Sample;
 use super::failure::{Context, Failure, Result};
 use super::screen::Screen;
 use super::{print, print_json, say, text};
+use odmoe_fs::source::Traffic;
 
 /// Show which experts of a mount are hot, and how fast it is read
 ///
@@ -136,6 +137,9 @@ fn in_words(sample: &Sample, root: &Path, measure: Measure, screen: &Screen) -> 
     if stats.errors > 0 {
         out += &format!("errors   {}\n", text::count(stats.errors));
     }
+    if let Some(traffic) = &stats.remote {
+        out += &format!("fetched  {}\n", fetched(traffic));
+    }
     if heat.hottest() == 0 {
         return out + "no expert was used yet\n";
     }
@@ -157,6 +161,17 @@ fn in_words(sample: &Sample, root: &Path, measure: Measure, screen: &Screen) -> 
         );
     }
     out
+}
+
+/// What a model elsewhere has cost so far.
+fn fetched(traffic: &Traffic) -> String {
+    let hits = traffic.hits().unwrap_or(0);
+    format!(
+        "{} in {} requests, {hits} % from the cache, {} failed",
+        text::size(traffic.fetched_bytes),
+        text::count(traffic.requests),
+        text::count(traffic.errors)
+    )
 }
 
 fn latencies(latency: &Latency) -> String {

@@ -13,9 +13,9 @@ use ratatui::text::{Line, Span};
 use super::super::failure::Result;
 use super::super::text;
 use super::heat::{Grid, Heat, Measure};
-use super::latencies;
 use super::sample::Sample;
 use super::terminal::LiveTerminal;
+use super::{fetched, latencies};
 
 /// From grey to red, in the 256 colours that most terminals have.
 const COLOURS: [u8; 7] = [236, 58, 100, 142, 172, 202, 196];
@@ -87,7 +87,7 @@ impl View<'_> {
 
     fn draw(&self, frame: &mut Frame) {
         let areas = Layout::vertical([
-            Constraint::Length(4),
+            Constraint::Length(self.head().len() as u16),
             Constraint::Min(0),
             Constraint::Length(1),
         ]);
@@ -100,7 +100,7 @@ impl View<'_> {
         frame.render_widget(Line::from(keys), foot);
     }
 
-    fn head(&self) -> [String; 4] {
+    fn head(&self) -> Vec<String> {
         let stats = &self.sample.stats;
         let before = self.before.as_ref();
         let rate = |of: fn(&Use) -> u64| {
@@ -114,7 +114,7 @@ impl View<'_> {
         } else {
             "since the mount"
         };
-        [
+        let mut lines = vec![
             format!(
                 "{} on {}",
                 text::name(&stats.architecture),
@@ -128,8 +128,13 @@ impl View<'_> {
                 text::count(stats.errors)
             ),
             latencies(&stats.latency),
-            format!("{} of experts {what}, by layer", self.measure.name()),
-        ]
+        ];
+        lines.extend(stats.remote.as_ref().map(fetched));
+        lines.push(format!(
+            "{} of experts {what}, by layer",
+            self.measure.name()
+        ));
+        lines
     }
 
     fn draw_map(&self, frame: &mut Frame, area: Rect) {

@@ -25,7 +25,7 @@ use std::sync::{Arc, OnceLock};
 use parking_lot::{Condvar, Mutex};
 
 use self::buffers::{BUFFER_BYTES, BUFFERS, Buffer};
-use super::part::PartFile;
+use super::place::Part;
 use crate::sys::read::DIRECT_ALIGNMENT;
 
 /// How far to read ahead of the readers of a source, and how much at the same time.
@@ -39,6 +39,8 @@ pub struct Pace {
     pub whole: u64,
     /// Chunks that are read at the same time.
     pub threads: usize,
+    /// Whether a file that may be fetched whole is, from the second request past its header on.
+    pub is_eager: bool,
 }
 
 impl Pace {
@@ -49,6 +51,17 @@ impl Pace {
         chunk: BUFFER_BYTES as u64,
         whole: (BUFFERS * BUFFER_BYTES) as u64,
         threads: 4,
+        is_eager: false,
+    };
+
+    /// The pace of servers: each is as far away as the others, so all that is known to be wanted
+    /// is asked for at once.
+    pub const LINK: Self = Self {
+        ahead: (BUFFERS * BUFFER_BYTES) as u64,
+        chunk: BUFFER_BYTES as u64,
+        whole: (2 * BUFFERS * BUFFER_BYTES) as u64,
+        threads: BUFFERS,
+        is_eager: true,
     };
 }
 
@@ -102,6 +115,9 @@ struct Queue {
 #[derive(Debug, Default)]
 struct Table {
     readers: Vec<Reader>,
+    /// Whether what was fetched came from afar, and is not thrown away as long as somebody may
+    /// still ask for it.
+    is_costly: bool,
     /// Requests so far: the clock of this table.
     now: u64,
 }
@@ -190,13 +206,11 @@ impl Chunk {
 
     /// The memory of the chunk. It is read now unless it was read before; if another thread is
     /// reading it, this waits. `None` if it cannot be read, or if the part has changed.
-    fn read(&self, part: &PartFile) -> Option<&Buffer> {
+    fn read(&self, part: &Part) -> Option<&Buffer> {
         let read = self.read.get_or_init(|| {
             let mut buffer = self.empty.lock().take()?;
             buffer.populate();
-            let bytes = self.range.end - self.first();
-            let aligned = bytes.next_multiple_of(DIRECT_ALIGNMENT) as usize;
-            let read = part.read_aligned(self.first(), &mut buffer[..aligned]);
+            let read = part.read_chunk(&self.range, &mut buffer);
             read.ok().map(|()| buffer)
         });
         // What was read before a change is right, but nobody must see a mixture of both states.
@@ -205,7 +219,7 @@ impl Chunk {
     }
 
     /// Borrows a range that lies in this chunk.
-    pub fn hold(self: Arc<Self>, parts: &[PartFile], range: Range<u64>) -> Option<Held> {
+    pub fn hold(self: Arc<Self>, parts: &[Part], range: Range<u64>) -> Option<Held> {
         self.read(&parts[self.part as usize])?;
         let first = self.first();
         let range = (range.start - first) as usize..(range.end - first) as usize;
@@ -234,6 +248,13 @@ impl Chunk {
 }
 
 impl Fetch {
+    /// For parts of which each byte should be fetched only once.
+    pub fn costly() -> Self {
+        let fetch = Self::default();
+        fetch.table.lock().is_costly = true;
+        fetch
+    }
+
     /// The chunks that hold some of a range of a part, in order.
     pub fn holding(&self, part: u32, range: &Range<u64>) -> Vec<Arc<Chunk>> {
         let table = self.table.lock();
@@ -251,13 +272,7 @@ impl Fetch {
     /// forgotten. Starts the chunks that begin in the first `near` bytes, as far as there are
     /// buffers, and returns them. They are read when they are asked for, or once they are
     /// [queued](Self::queue).
-    pub fn want(
-        &self,
-        parts: &[PartFile],
-        reader: u64,
-        runs: &[Run],
-        near: u64,
-    ) -> Vec<Arc<Chunk>> {
+    pub fn want(&self, parts: &[Part], reader: u64, runs: &[Run], near: u64) -> Vec<Arc<Chunk>> {
         self.table.lock().want(parts, reader, runs, near)
     }
 
@@ -271,7 +286,7 @@ impl Fetch {
     }
 
     /// Reads what is queued until the queue is closed.
-    pub fn read_queued(&self, parts: &[PartFile]) {
+    pub fn read_queued(&self, parts: &[Part]) {
         loop {
             let chunk = {
                 let mut queue = self.queue.lock();
@@ -305,10 +320,15 @@ impl Table {
     }
 
     /// As [`Fetch::want`]; returns the chunks that are to be read.
-    fn want(&mut self, parts: &[PartFile], id: u64, runs: &[Run], near: u64) -> Vec<Arc<Chunk>> {
+    fn want(&mut self, parts: &[Part], id: u64, runs: &[Run], near: u64) -> Vec<Arc<Chunk>> {
         self.now += 1;
         for piece in self.readers.iter_mut().flat_map(|r| &mut r.pieces) {
             piece.chunk.take_if(|chunk| chunk.is_used_up());
+        }
+        if runs.is_empty() && self.is_costly {
+            // Requests that were overtaken will ask for what is left. It is given up when they
+            // have, or when others need the room.
+            return Vec::new();
         }
         if runs.is_empty() {
             self.readers.retain(|reader| reader.id != id);
@@ -390,13 +410,7 @@ impl Table {
     }
 
     /// Makes the first piece of a gap; `None` if there is no buffer for it.
-    fn begin(
-        &mut self,
-        parts: &[PartFile],
-        index: usize,
-        part: u32,
-        gap: Range<u64>,
-    ) -> Option<Piece> {
+    fn begin(&mut self, parts: &[Part], index: usize, part: u32, gap: Range<u64>) -> Option<Piece> {
         let piece = |end: u64, buffer: Option<Buffer>| {
             let range = gap.start..end;
             Piece {
@@ -442,7 +456,7 @@ impl Table {
                 reader.pieces.clear();
             }
         }
-        if !Buffer::are_all_taken() {
+        if !Buffer::are_all_taken() || self.is_costly {
             return;
         }
         let held = self.readers[index].chunks();

@@ -8,6 +8,7 @@ use parking_lot::MutexGuard;
 use tempfile::TempDir;
 
 use super::super::part::{Identity, PartFile};
+use super::super::place::Part;
 use super::super::{PageCache, ReadError, Source};
 use super::*;
 use crate::sys;
@@ -80,7 +81,8 @@ impl Sample {
             file.set_len(size).unwrap();
             file.sync_all().unwrap();
             let identity = Identity::of(&file.metadata().unwrap());
-            PartFile::new(path.clone(), identity, Some(File::open(path).unwrap()))
+            let file = File::open(path).unwrap();
+            Part::File(PartFile::new(path.clone(), identity, Some(file)))
         };
         let mut source = Source::new(paths.iter().map(open).collect(), 0);
         source.set_page_cache(PageCache::Unchanged);

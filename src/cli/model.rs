@@ -1,0 +1,126 @@
+//! The model of a command: a file on this machine, or an address.
+
+use std::path::{Path, PathBuf};
+
+use odmoe_fs::form::Form;
+use odmoe_fs::model::{Model, ModelError};
+use odmoe_fs::show::Show;
+#[cfg(feature = "remote")]
+use odmoe_fs::source::OpenError;
+#[cfg(feature = "remote")]
+use odmoe_fs::source::remote::{Address, AddressError, Options, is_url};
+
+/// The model of a command.
+#[derive(clap::Args)]
+pub struct ModelArg {
+    /// The GGUF file, or any part of a split set; the other parts are found beside it. Or its
+    /// address: https://..., s3://BUCKET/KEY, gs://..., az://... or hf://ORG/REPO[@REVISION]/FILE
+    #[cfg_attr(
+        feature = "remote",
+        arg(value_name = "MODEL.gguf", required_unless_present = "url_file")
+    )]
+    #[cfg_attr(
+        not(feature = "remote"),
+        arg(value_name = "MODEL.gguf", required = true)
+    )]
+    model: Option<PathBuf>,
+    #[cfg(feature = "remote")]
+    #[command(flatten)]
+    remote: RemoteArgs,
+}
+
+/// How a model is read that is not on this machine.
+#[cfg(feature = "remote")]
+#[derive(clap::Args)]
+#[command(next_help_heading = "Models elsewhere")]
+struct RemoteArgs {
+    /// Read the model's address from a file, in the place of MODEL: one line for each part
+    ///
+    /// For signed URLs, which the list of processes must not show.
+    #[arg(long, value_name = "FILE")]
+    url_file: Option<PathBuf>,
+    /// Keep what is fetched in this folder [default: $XDG_CACHE_HOME/odmoe-fs]
+    #[arg(long, value_name = "DIR")]
+    cache_dir: Option<PathBuf>,
+    /// Let the cache grow to this size, such as 100G; 0 for no cache [default: half of the free space]
+    ///
+    /// A twentieth of the file system always stays free.
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    cache_size: Option<u64>,
+    /// Ask no server: read only what is in the cache
+    #[arg(long)]
+    offline: bool,
+    /// Read a file even if its server gives neither an ETag nor a time, so that a change of it would
+    /// go unnoticed
+    #[arg(long)]
+    unpinned: bool,
+    /// Allow plain http:// to other machines, which anybody on the way can read and change
+    #[arg(long)]
+    insecure_http: bool,
+}
+
+#[cfg(feature = "remote")]
+fn size(text: &str) -> Result<u64, String> {
+    let bytes = super::text::parse_size(text);
+    bytes.ok_or_else(|| "it must be a size such as 500M or 100G, or 0".to_owned())
+}
+
+impl ModelArg {
+    /// What was given, to be shown: it holds nothing secret.
+    pub fn shown(&self) -> &Path {
+        #[cfg(feature = "remote")]
+        if let Some(file) = &self.remote.url_file {
+            return file;
+        }
+        self.model.as_deref().unwrap_or(Path::new(""))
+    }
+
+    /// Opens the model.
+    pub fn open(&self, form: Form, show: Show) -> Result<Model, ModelError> {
+        #[cfg(feature = "remote")]
+        if let Some((given, others)) = self.addresses().map_err(OpenError::from)? {
+            return Model::open_remote(&given, &others, &self.remote.options(), form, show);
+        }
+        Model::open_shown(self.shown(), form, show)
+    }
+
+    /// The address of the model, and those of other parts that are known; `None` of a file.
+    #[cfg(feature = "remote")]
+    pub fn addresses(&self) -> Result<Option<(Address, Vec<Address>)>, AddressError> {
+        let insecure = self.remote.insecure_http;
+        if let Some(file) = &self.remote.url_file {
+            let mut all = Address::of_file(file, insecure)?;
+            let given = all.remove(0);
+            return Ok(Some((given, all)));
+        }
+        match &self.model {
+            Some(model) if is_url(model) => {
+                let given = Address::parse(&model.to_string_lossy(), insecure)?;
+                Ok(Some((given, Vec::new())))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// If the model's address comes from a file, the only path of a command is not that of a model.
+    pub fn take_directory(&self, directory: Option<&PathBuf>) -> Option<PathBuf> {
+        #[cfg(feature = "remote")]
+        if self.remote.url_file.is_some() && directory.is_none() {
+            return self.model.clone();
+        }
+        directory.cloned()
+    }
+}
+
+#[cfg(feature = "remote")]
+impl RemoteArgs {
+    fn options(&self) -> Options {
+        Options {
+            insecure_http: self.insecure_http,
+            unpinned: self.unpinned,
+            offline: self.offline,
+            cache_folder: self.cache_dir.clone(),
+            cache_bytes: self.cache_size,
+        }
+    }
+}

@@ -1,0 +1,539 @@
+//! Where a remote model is: a URL, taken apart, and never shown with what is secret in it.
+//!
+//! A query string may be a signature, and a user name in a URL comes with a password. So neither is
+//! taken from the command line, which every user of the machine can read; a file may hold URLs with
+//! queries (`--url-file`). Whatever shows an [`Address`] shows it without.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+
+use reqwest::Url;
+
+use crate::explain::{Explain, Hint, hint_of};
+
+/// Where the Hugging Face Hub is, unless `HF_ENDPOINT` names another place.
+const HUB: &str = "https://huggingface.co";
+
+/// Why a text is not the address of a model.
+#[derive(Debug, thiserror::Error, strum::IntoStaticStr, strum::EnumProperty, PartialEq, Eq)]
+#[strum(serialize_all = "snake_case", prefix = "address.")]
+pub enum AddressError {
+    #[error("{0:?} is not a kind of address that models have")]
+    #[strum(props(hint = "use https://, s3://, gs://, az:// or hf://"))]
+    Scheme(String),
+    #[error("{0} cannot be read as a URL")]
+    #[strum(props(hint = "check it; spaces and the like are written %20"))]
+    Malformed(String),
+    #[error(
+        "the URL names a user or a password, which everybody could read in the list of processes"
+    )]
+    #[strum(props(
+        hint = "leave them out; tokens come from HF_TOKEN, keys from AWS_* and the like, and a signed URL from a file (--url-file)"
+    ))]
+    Password,
+    #[error("the URL has a query (`?...`), which everybody could read in the list of processes")]
+    #[strum(props(
+        hint = "if it is a signed URL, write it into a file and give that with --url-file; otherwise leave the query out"
+    ))]
+    Query,
+    #[error("{shown} is plain HTTP, which anybody on the way can read and change")]
+    #[strum(props(hint = "use https://, or pass --insecure-http if you trust the network"))]
+    Plain { shown: String },
+    #[error("{0} names no file")]
+    #[strum(props(hint = "name the model's file, or any part of a split set"))]
+    NoFile(String),
+    #[error("{0} is not hf://ORG/REPO/FILE.gguf, with @REVISION after REPO if need be")]
+    #[strum(props(hint = "copy ORG/REPO and the path of the file from the model's page"))]
+    Hub(String),
+    #[error("{0} is the page that shows the file, not the file")]
+    #[strum(props(hint = "replace /blob/ by /resolve/, or use hf://ORG/REPO/FILE.gguf"))]
+    Page(String),
+    #[error("{path:?}, the file of URLs, cannot be read: {cause}")]
+    File { path: PathBuf, cause: String },
+    #[error("{0:?} holds no URL")]
+    #[strum(props(hint = "write the signed URL of each part into it, one on a line"))]
+    EmptyFile(PathBuf),
+    #[error("{0} is in a store that this build of odmoe-fs does not know")]
+    #[strum(props(hint = "use https:// with a signed URL (--url-file)"))]
+    NoStores(String),
+}
+
+impl Explain for AddressError {
+    fn code(&self) -> &'static str {
+        self.into()
+    }
+
+    fn hint(&self) -> Option<Hint> {
+        hint_of(self)
+    }
+}
+
+/// The kinds of stores that sign requests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StoreKind {
+    S3,
+    Google,
+    Azure,
+}
+
+impl StoreKind {
+    /// The scheme of its addresses.
+    pub fn scheme(self) -> &'static str {
+        match self {
+            Self::S3 => "s3",
+            Self::Google => "gs",
+            Self::Azure => "az",
+        }
+    }
+}
+
+/// A file at some place.
+#[derive(Clone, PartialEq, Eq)]
+pub enum Place {
+    /// Behind a URL, which may have a signature as its query.
+    Web(Url),
+    /// In a bucket or container, under a key.
+    Store {
+        kind: StoreKind,
+        bucket: String,
+        key: String,
+    },
+    /// On the Hub.
+    Hub {
+        /// `ORG/REPO`
+        repository: String,
+        /// A branch, tag or commit.
+        revision: String,
+        file: String,
+    },
+}
+
+/// The address of a remote model, or of one part of it.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Address(Place);
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            Place::Web(url) => f.write_str(&shown(url)),
+            Place::Store { kind, bucket, key } => {
+                write!(f, "{}://{bucket}/{key}", kind.scheme())
+            }
+            Place::Hub {
+                repository,
+                revision,
+                file,
+            } => match revision.as_str() {
+                "main" => write!(f, "hf://{repository}/{file}"),
+                _ => write!(f, "hf://{repository}@{revision}/{file}"),
+            },
+        }
+    }
+}
+
+impl fmt::Debug for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// A URL without its query, its fragment and its user.
+pub fn shown(url: &Url) -> String {
+    let mut url = url.clone();
+    url.set_query(None);
+    url.set_fragment(None);
+    let _ = url.set_username("");
+    let _ = url.set_password(None);
+    url.into()
+}
+
+/// Whether an argument is meant as a URL: no path of a file begins like one.
+pub fn is_url(argument: &Path) -> bool {
+    let text = argument.as_os_str().to_string_lossy();
+    text.split_once("://").is_some_and(|(scheme, _)| {
+        let is_letter = |c: char| c.is_ascii_alphanumeric() || "+-.".contains(c);
+        scheme.starts_with(|c: char| c.is_ascii_alphabetic()) && scheme.chars().all(is_letter)
+    })
+}
+
+impl Address {
+    /// The address that a command line names: without anything secret in it.
+    pub fn parse(text: &str, insecure_http: bool) -> Result<Self, AddressError> {
+        let mut address = Self::any(text, insecure_http)?;
+        if let Place::Web(url) = &mut address.0 {
+            // The Hub's page copies links with this query, which changes nothing for us.
+            if url.query() == Some("download=true") {
+                url.set_query(None);
+            }
+            if url.query().is_some() {
+                return Err(AddressError::Query);
+            }
+        }
+        Ok(address)
+    }
+
+    /// The addresses in a file: one on a line, with queries; lines that begin with `#` say nothing.
+    pub fn of_file(path: &Path, insecure_http: bool) -> Result<Vec<Self>, AddressError> {
+        let text = std::fs::read_to_string(path).map_err(|cause| AddressError::File {
+            path: path.to_owned(),
+            cause: cause.to_string(),
+        })?;
+        let lines = text.lines().map(str::trim);
+        let lines = lines.filter(|line| !line.is_empty() && !line.starts_with('#'));
+        let addresses: Vec<Self> = lines
+            .map(|line| Self::any(line, insecure_http))
+            .collect::<Result<_, _>>()?;
+        match addresses.is_empty() {
+            true => Err(AddressError::EmptyFile(path.to_owned())),
+            false => Ok(addresses),
+        }
+    }
+
+    fn any(text: &str, insecure_http: bool) -> Result<Self, AddressError> {
+        let (scheme, rest) = text.split_once("://").unwrap_or(("", text));
+        let place = match scheme.to_ascii_lowercase().as_str() {
+            "https" | "http" => web(text, insecure_http)?,
+            "s3" | "s3a" => store(StoreKind::S3, rest)?,
+            "gs" => store(StoreKind::Google, rest)?,
+            "az" | "azure" => store(StoreKind::Azure, rest)?,
+            "hf" => hub(rest)?,
+            _ => return Err(AddressError::Scheme(scheme.to_owned())),
+        };
+        Ok(Self(place))
+    }
+
+    /// Its parts.
+    pub fn place(&self) -> &Place {
+        &self.0
+    }
+
+    /// The name of the file, as it is on a disk.
+    pub fn file_name(&self) -> String {
+        match &self.0 {
+            Place::Web(url) => {
+                let last = url.path_segments().and_then(|mut names| names.next_back());
+                decoded(last.unwrap_or_default())
+            }
+            Place::Store { key: path, .. } | Place::Hub { file: path, .. } => {
+                path.rsplit('/').next().unwrap_or(path).to_owned()
+            }
+        }
+    }
+
+    /// A file beside it. A signature is good for one file, so the query goes.
+    pub fn sibling(&self, name: &str) -> Self {
+        let beside = |path: &str| match path.rsplit_once('/') {
+            Some((folder, _)) => format!("{folder}/{name}"),
+            None => name.to_owned(),
+        };
+        Self(match &self.0 {
+            Place::Web(url) => {
+                let mut url = url.clone();
+                url.set_query(None);
+                if let Ok(mut names) = url.path_segments_mut() {
+                    names.pop().push(name);
+                }
+                Place::Web(url)
+            }
+            Place::Store { kind, bucket, key } => Place::Store {
+                kind: *kind,
+                bucket: bucket.clone(),
+                key: beside(key),
+            },
+            Place::Hub {
+                repository,
+                revision,
+                file,
+            } => Place::Hub {
+                repository: repository.clone(),
+                revision: revision.clone(),
+                file: beside(file),
+            },
+        })
+    }
+
+    /// The same file at a commit of the Hub.
+    pub fn at_commit(&self, commit: &str) -> Self {
+        let mut place = self.0.clone();
+        if let Place::Hub { revision, .. } = &mut place {
+            commit.clone_into(revision);
+        }
+        Self(place)
+    }
+
+    /// Whether requests for it carry a signature in the URL.
+    pub fn is_signed(&self) -> bool {
+        matches!(&self.0, Place::Web(url) if url.query().is_some())
+    }
+}
+
+fn web(text: &str, insecure_http: bool) -> Result<Place, AddressError> {
+    let hidden = || AddressError::Malformed(text.split('?').next().unwrap_or_default().to_owned());
+    // Whatever is wrong with it, a password must not be shown.
+    let has_user = text.split_once("://").is_some_and(|(_, rest)| {
+        rest.split(['/', '?', '#'])
+            .next()
+            .unwrap_or("")
+            .contains('@')
+    });
+    if has_user {
+        return Err(AddressError::Password);
+    }
+    let mut url = Url::parse(text).map_err(|_| hidden())?;
+    url.set_fragment(None);
+    if url.host_str().is_none() {
+        return Err(hidden());
+    }
+    check_plain(&url, insecure_http)?;
+    let names: Vec<&str> = url.path_segments().into_iter().flatten().collect();
+    if names.last().is_none_or(|name| name.is_empty()) {
+        return Err(AddressError::NoFile(shown(&url)));
+    }
+    let is_hub = url.host_str() == Some("huggingface.co");
+    if is_hub && names.get(2) == Some(&"blob") {
+        return Err(AddressError::Page(shown(&url)));
+    }
+    Ok(Place::Web(url))
+}
+
+/// Refuses plain HTTP that leaves the machine, unless that is wanted.
+pub fn check_plain(url: &Url, insecure_http: bool) -> Result<(), AddressError> {
+    if url.scheme() == "https" || insecure_http || is_loopback(url) {
+        return Ok(());
+    }
+    Err(AddressError::Plain { shown: shown(url) })
+}
+
+/// Whether a URL leads to this machine.
+pub fn is_loopback(url: &Url) -> bool {
+    let host = url.host_str().unwrap_or_default();
+    let address = host.trim_start_matches('[').trim_end_matches(']');
+    host == "localhost" || address.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
+}
+
+fn store(kind: StoreKind, rest: &str) -> Result<Place, AddressError> {
+    let shown = || {
+        let path = rest.split('?').next().unwrap_or_default();
+        format!("{}://{path}", kind.scheme())
+    };
+    let (bucket, key) = rest.split_once('/').unwrap_or((rest, ""));
+    if bucket.contains('@') {
+        return Err(AddressError::Password);
+    }
+    if rest.contains('?') {
+        return Err(AddressError::Query);
+    }
+    if bucket.is_empty() || key.is_empty() || key.ends_with('/') {
+        return Err(AddressError::NoFile(shown()));
+    }
+    if cfg!(target_os = "macos") {
+        return Err(AddressError::NoStores(shown()));
+    }
+    Ok(Place::Store {
+        kind,
+        bucket: bucket.to_owned(),
+        key: key.to_owned(),
+    })
+}
+
+fn hub(rest: &str) -> Result<Place, AddressError> {
+    if rest.contains('?') {
+        return Err(AddressError::Query);
+    }
+    let malformed = || AddressError::Hub(format!("hf://{rest}"));
+    let mut names = rest.split('/');
+    let (Some(owner), Some(name)) = (names.next(), names.next()) else {
+        return Err(malformed());
+    };
+    if owner.contains('@') {
+        return Err(AddressError::Password);
+    }
+    let (name, revision) = match name.split_once('@') {
+        Some((name, revision)) => (name, revision),
+        None => (name, "main"),
+    };
+    let mut names: Vec<&str> = names.collect();
+    let mut revision = decoded(revision);
+    // Such revisions have slashes, and are written with and without escaping them.
+    if revision == "refs" && names.len() > 2 && ["pr", "convert"].contains(&names[0]) {
+        revision = format!("refs/{}/{}", names[0], names[1]);
+        names.drain(..2);
+    }
+    let empty = |part: &&str| part.is_empty() || *part == "." || *part == "..";
+    let parts = [owner, name, &revision];
+    if parts.iter().any(empty) || names.is_empty() || names.iter().any(empty) {
+        return Err(malformed());
+    }
+    Ok(Place::Hub {
+        repository: format!("{owner}/{name}"),
+        revision,
+        file: names.join("/"),
+    })
+}
+
+/// Where the Hub is.
+pub fn hub_endpoint(insecure_http: bool) -> Result<Url, AddressError> {
+    let endpoint = std::env::var("HF_ENDPOINT").ok().filter(|e| !e.is_empty());
+    let endpoint = endpoint.as_deref().unwrap_or(HUB);
+    let Ok(url) = Url::parse(endpoint) else {
+        return Err(AddressError::Malformed("HF_ENDPOINT".to_owned()));
+    };
+    if !url.username().is_empty() || url.password().is_some() {
+        return Err(AddressError::Password);
+    }
+    check_plain(&url, insecure_http)?;
+    Ok(url)
+}
+
+/// The URL that answers for a file of the Hub.
+pub fn hub_url(endpoint: &Url, repository: &str, revision: &str, file: &str) -> Url {
+    let mut url = endpoint.clone();
+    if let Ok(mut names) = url.path_segments_mut() {
+        names.pop_if_empty().extend(repository.split('/'));
+        // A slash in a revision is escaped, as the Hub wants it.
+        names.push("resolve").push(revision).extend(file.split('/'));
+    }
+    url
+}
+
+/// A text with its `%20` and the like undone; what is not UTF-8 then stays as it was.
+fn decoded(text: &str) -> String {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let [first, tail @ ..] = rest {
+        let hex = |digit: u8| (digit as char).to_digit(16);
+        let escaped = match (first, tail) {
+            (b'%', [a, b, ..]) => hex(*a).zip(hex(*b)).map(|(a, b)| (a * 16 + b) as u8),
+            _ => None,
+        };
+        bytes.push(escaped.unwrap_or(*first));
+        rest = if escaped.is_some() { &tail[2..] } else { tail };
+    }
+    String::from_utf8(bytes).unwrap_or_else(|_| text.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Address, AddressError> {
+        Address::parse(text, false)
+    }
+
+    #[test]
+    fn addresses_of_all_kinds_are_shown_as_they_were_written() {
+        for text in [
+            "https://h.example/a/b-00001-of-00002.gguf",
+            "http://127.0.0.1:8080/m.gguf",
+            "http://[::1]:8080/m.gguf",
+            "http://localhost/m.gguf",
+            "s3://bucket/some key/m.gguf",
+            "gs://bucket/m.gguf",
+            "az://container/a/m.gguf",
+            "hf://org/repo/m.gguf",
+            "hf://org/repo@5f2a/Q4/m.gguf",
+        ] {
+            let address = parse(text).unwrap();
+            assert_eq!(address.to_string(), text);
+            assert_eq!(format!("{address:?}"), text);
+            assert!(is_url(Path::new(text)));
+        }
+        assert_eq!(
+            parse("hf://o/r@refs/pr/3/m.gguf").unwrap().to_string(),
+            parse("hf://o/r@refs%2Fpr%2F3/m.gguf").unwrap().to_string()
+        );
+        let link = "https://huggingface.co/o/r/resolve/main/m.gguf";
+        let copied = parse(&format!("{link}?download=true")).unwrap();
+        assert_eq!(copied, parse(link).unwrap());
+    }
+
+    #[test]
+    fn nothing_secret_is_taken_from_a_command_line() {
+        for text in [
+            "https://user:secret@h.example/m.gguf",
+            "https://secret@h.example/m.gguf",
+            "https://user:secret@h.example:x/m.gguf",
+            "s3://key:secret@bucket/m.gguf",
+            "hf://user:secret@org/repo/m.gguf",
+        ] {
+            assert_eq!(parse(text), Err(AddressError::Password), "{text}");
+        }
+        for text in [
+            "https://h.example/m.gguf?X-Amz-Signature=secret",
+            "https://h.example/m.gguf?sig=secret#x",
+            "hf://org/repo/m.gguf?token=secret",
+            "s3://bucket/m.gguf?X-Amz-Signature=secret",
+        ] {
+            assert_eq!(parse(text), Err(AddressError::Query), "{text}");
+        }
+        for text in ["https://h.example:x/m.gguf?secret", "https://?secret"] {
+            assert!(!format!("{:?}", parse(text).unwrap_err()).contains("secret"));
+        }
+    }
+
+    #[test]
+    fn what_is_not_the_address_of_a_file_is_refused() {
+        for text in [
+            "ftp://h/m.gguf",
+            "https://h.example/",
+            "https://h.example/models/",
+            "https://huggingface.co/o/r/blob/main/m.gguf",
+            "http://h.example/m.gguf",
+            "http://10.0.0.1/m.gguf",
+            "s3://bucket",
+            "s3://bucket/folder/",
+            "s3:///m.gguf",
+            "hf://org/repo",
+            "hf://org/m.gguf",
+            "hf://org/repo@/m.gguf",
+            "hf://org/repo/../m.gguf",
+        ] {
+            assert!(parse(text).is_err(), "{text}");
+        }
+        assert!(Address::parse("http://h.example/m.gguf", true).is_ok());
+        for path in ["m.gguf", "/a/b.gguf", "a:/b", "C:\\m.gguf", "1x://h/m"] {
+            assert!(!is_url(Path::new(path)), "{path}");
+        }
+    }
+
+    #[test]
+    fn a_file_of_urls_may_hold_signatures_and_shows_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("urls");
+        let url = "https://h.example/m%20n-00001-of-00002.gguf?X-Amz-Signature=secret";
+        std::fs::write(&path, format!("# parts\n\n  {url}\n")).unwrap();
+        let addresses = Address::of_file(&path, false).unwrap();
+        let [address] = &addresses[..] else {
+            panic!("one URL");
+        };
+        assert!(address.is_signed());
+        assert!(!format!("{address} {address:?}").contains("secret"));
+        assert_eq!(address.file_name(), "m n-00001-of-00002.gguf");
+        let sibling = address.sibling("m n-00002-of-00002.gguf");
+        let expected = "https://h.example/m%20n-00002-of-00002.gguf";
+        assert_eq!(sibling.to_string(), expected);
+        assert!(!sibling.is_signed());
+        std::fs::write(&path, "# none\n").unwrap();
+        let empty = Address::of_file(&path, false);
+        assert_eq!(empty, Err(AddressError::EmptyFile(path)));
+    }
+
+    #[test]
+    fn siblings_lie_in_the_same_folder_and_at_the_same_commit() {
+        let sibling = |text: &str| parse(text).unwrap().sibling("b.gguf").to_string();
+        assert_eq!(sibling("s3://bucket/x/a.gguf"), "s3://bucket/x/b.gguf");
+        assert_eq!(sibling("gs://bucket/a.gguf"), "gs://bucket/b.gguf");
+        let address = parse("hf://o/r/Q4/a.gguf").unwrap().at_commit("5f2a");
+        let sibling = address.sibling("b.gguf");
+        assert_eq!(sibling.to_string(), "hf://o/r@5f2a/Q4/b.gguf");
+    }
+
+    #[test]
+    fn the_hubs_urls_have_the_revision_escaped() {
+        let endpoint = Url::parse("http://127.0.0.1:1/").unwrap();
+        let url = hub_url(&endpoint, "o/r", "refs/pr/1", "a b/m.gguf");
+        let expected = "http://127.0.0.1:1/o/r/resolve/refs%2Fpr%2F1/a%20b/m.gguf";
+        assert_eq!(url.as_str(), expected);
+    }
+}

@@ -1,0 +1,194 @@
+//! Sending requests: one HTTP client, its runtime, and how many requests it sends at a time.
+//!
+//! The client follows no redirect by itself, since each step may say something of the file and may
+//! lead to another origin, and it never accepts an encoding.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use reqwest::header::{ACCEPT_ENCODING, HeaderMap, HeaderValue, LOCATION};
+use reqwest::{Request, Response, Url, redirect};
+use tokio::runtime::{Builder, Runtime};
+use tokio::sync::Semaphore;
+use tokio::time::{sleep_until, timeout};
+
+use super::address::check_plain;
+use super::fault::{Fault, Kind};
+use super::pin::retry_after;
+use super::retry::PATIENCE;
+
+/// Requests that are under way at the same time. At 20 ms and 100 MB/s per connection, 32 pieces of
+/// 1 MiB came in 36 to 38 ms, and four in 174 ms (docs/performance.md).
+pub const REQUESTS: usize = 32;
+/// How long a server may send nothing.
+const STALL: Duration = Duration::from_secs(10);
+/// Threads that move bytes. Two keep more than a gigabyte a second moving.
+const THREADS: usize = 2;
+/// How programs introduce themselves.
+const USER_AGENT: &str = concat!("odmoe-fs/", env!("CARGO_PKG_VERSION"));
+
+/// What was asked of servers, and what came.
+#[derive(Debug, Default)]
+pub struct Counters {
+    pub requests: AtomicU64,
+    /// Bytes of the model that came from servers.
+    pub fetched: AtomicU64,
+    /// Bytes of the model that came from the cache on disk.
+    pub cached: AtomicU64,
+    /// Requests that were repeated.
+    pub retries: AtomicU64,
+    /// Reads that failed in the end.
+    pub errors: AtomicU64,
+}
+
+/// The HTTP client of a model.
+#[derive(Debug)]
+pub struct Client {
+    pub http: reqwest::Client,
+    /// `None` only while it is dropped.
+    runtime: Option<Runtime>,
+    pub slots: Semaphore,
+    pub counters: Counters,
+    pub insecure_http: bool,
+    /// Until when servers want no request.
+    pause: Mutex<Option<Instant>>,
+}
+
+impl Client {
+    /// A client with threads of its own.
+    pub fn new(insecure_http: bool) -> Result<Self, Fault> {
+        let failed = |e: &dyn std::error::Error| Fault::Client(e.to_string());
+        #[cfg(not(target_os = "macos"))]
+        // An error means that there is one already.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let mut headers = HeaderMap::new();
+        headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+        let http = reqwest::Client::builder()
+            .user_agent(USER_AGENT)
+            .default_headers(headers)
+            .redirect(redirect::Policy::none())
+            // Pieces share no connection, so that a slow one holds up no other.
+            .http1_only()
+            .connect_timeout(STALL)
+            .pool_max_idle_per_host(REQUESTS)
+            .build()
+            .map_err(Fault::of_client)?;
+        let runtime = Builder::new_multi_thread()
+            .worker_threads(THREADS)
+            .thread_name("remote")
+            .enable_all()
+            .build()
+            .map_err(|e| failed(&e))?;
+        Ok(Self {
+            http,
+            runtime: Some(runtime),
+            slots: Semaphore::new(REQUESTS),
+            counters: Counters::default(),
+            insecure_http,
+            pause: Mutex::default(),
+        })
+    }
+
+    /// Waits for something on a thread that is not the runtime's.
+    pub fn wait<T>(&self, what: impl Future<Output = T>) -> T {
+        let runtime = self.runtime.as_ref();
+        runtime.expect("it is there until the end").block_on(what)
+    }
+
+    /// Sends a request, and waits for the head of the answer.
+    pub async fn send(&self, request: Request) -> Result<Response, Fault> {
+        let pause = *self.pause.lock();
+        if let Some(until) = pause {
+            sleep_until(until.into()).await;
+        }
+        self.counters.requests.fetch_add(1, Relaxed);
+        match timeout(STALL, self.http.execute(request)).await {
+            Err(_) => Err(Fault::Stalled(STALL)),
+            Ok(Err(e)) => Err(Fault::of_client(e)),
+            Ok(Ok(response)) => Ok(response),
+        }
+    }
+
+    /// Fills the buffer with the body of an answer, and counts in `done` what has come so far.
+    pub async fn body(
+        &self,
+        mut response: Response,
+        buffer: &mut [u8],
+        done: &mut usize,
+    ) -> Result<(), Fault> {
+        let mut rest = buffer;
+        while !rest.is_empty() {
+            let chunk = match timeout(STALL, response.chunk()).await {
+                Err(_) => return Err(Fault::Stalled(STALL)),
+                Ok(Err(e)) => return Err(Fault::of_client(e)),
+                Ok(Ok(None)) => return Err(Fault::Broken("the answer ended early".to_owned())),
+                Ok(Ok(Some(chunk))) => chunk,
+            };
+            if chunk.len() > rest.len() {
+                return Err(Fault::OtherRange(
+                    "more bytes came than were announced".to_owned(),
+                ));
+            }
+            let (here, after) = rest.split_at_mut(chunk.len());
+            here.copy_from_slice(&chunk);
+            rest = after;
+            *done += chunk.len();
+            self.counters.fetched.fetch_add(chunk.len() as u64, Relaxed);
+        }
+        // The end of the body, after which the connection can be used again.
+        match timeout(STALL, response.chunk()).await {
+            Ok(Ok(Some(more))) if !more.is_empty() => Err(Fault::OtherRange(
+                "more bytes came than were announced".to_owned(),
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// The fault behind a status other than 2xx. If the server wants a pause, all requests make it.
+    pub fn fault(&self, response: &Response, kind: Kind) -> Fault {
+        let after = retry_after(response.headers());
+        let fault = Fault::of_status(response.status().as_u16(), after, kind);
+        if let Fault::Busy {
+            after: Some(after), ..
+        } = fault
+            && after < PATIENCE
+        {
+            let until = Instant::now() + after;
+            let mut pause = self.pause.lock();
+            *pause = (*pause).max(Some(until));
+        }
+        fault
+    }
+
+    /// Where an answer of 3xx leads.
+    pub fn next(&self, from: &Url, response: &Response) -> Result<Url, Fault> {
+        let location = response.headers().get(LOCATION);
+        let location = location.and_then(|value| value.to_str().ok());
+        let nowhere = || Fault::Redirect("it does not say where to go".to_owned());
+        let url = from
+            .join(location.ok_or_else(nowhere)?)
+            .map_err(|_| nowhere())?;
+        self.check(&url)?;
+        Ok(url)
+    }
+
+    /// Refuses a URL that is plain HTTP beyond this machine, unless that is wanted.
+    pub fn check(&self, url: &Url) -> Result<(), Fault> {
+        let is_http = ["http", "https"].contains(&url.scheme());
+        if !is_http || check_plain(url, self.insecure_http).is_err() {
+            return Err(Fault::Redirect(
+                "it leads to plain HTTP on another machine".to_owned(),
+            ));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}

@@ -1,0 +1,47 @@
+//! Parts that are somewhere else: behind a URL, in an object store, on the Hugging Face Hub.
+//!
+//! The problem: a server is far away, may be busy, may send something else than was asked for, and
+//! may replace the file at any time; and nobody wants to fetch a byte twice.
+//!
+//! The plan: an [`Address`] says where a part is. A `Route` leads from there to a URL that answers,
+//! and accepts only answers of the state that was pinned by the first one. A `RemotePart` asks for
+//! each byte once, in pieces, many at a time. A `Cache` keeps them on disk. The rest of
+//! [`source`](crate::source) does not know the difference.
+
+mod address;
+pub mod cache;
+mod client;
+mod credentials;
+mod fault;
+mod head;
+mod open;
+mod part;
+mod pin;
+pub mod probe;
+mod retry;
+mod route;
+#[cfg(not(target_os = "macos"))]
+mod stores;
+
+use std::path::PathBuf;
+
+pub use address::{Address, AddressError, Place, StoreKind, is_url};
+pub use client::REQUESTS;
+pub use fault::{Fault, Kind};
+pub use open::open;
+pub use part::{RemotePart, Unit};
+
+/// How remote models are read.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// Plain HTTP may leave this machine.
+    pub insecure_http: bool,
+    /// A file whose changes would go unnoticed may be read.
+    pub unpinned: bool,
+    /// Nothing is asked of servers: what the cache has must do.
+    pub offline: bool,
+    /// The folder of the cache, instead of the usual one.
+    pub cache_folder: Option<PathBuf>,
+    /// The most bytes of the cache; 0 for none. Without it, half of what is free.
+    pub cache_bytes: Option<u64>,
+}

@@ -1,0 +1,249 @@
+//! From the address of one part to all parts of a model.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use parking_lot::Mutex;
+
+use super::Options;
+use super::address::Address;
+use super::cache::{Cache, CachedPart, usual_folder};
+use super::client::{Client, REQUESTS};
+use super::fault::Fault;
+use super::head::{FIRST_BYTES, Head};
+use super::part::RemotePart;
+use super::pin::Pin;
+use super::route::{Commit, Route};
+use crate::gguf::{Header, Joined, ModelHeader, PartName, SplitKeys};
+use crate::source::error::OpenError;
+use crate::source::open::{Opened, join, joined_in};
+use crate::source::place::Part;
+use crate::source::{ReadError, Source};
+
+/// Of the parts of a set.
+const EACH: &str = "each was opened once";
+
+/// Opens a model by the address of its file, or of any part of a split set, and reads the headers,
+/// all of them at the same time. The other addresses are those of other parts, if they are known.
+pub fn open(
+    given: &Address,
+    others: &[Address],
+    options: &Options,
+) -> Result<(ModelHeader, Source), OpenError> {
+    let shared = Shared::new(others, options).map_err(|e| remote(given, e))?;
+    let (part, first) = shared.part(given)?;
+    let name = PartName::parse(given.file_name().as_ref());
+    let Some(name) = name else {
+        let given = head(part, first)?;
+        return match SplitKeys::of(&given.header) {
+            Ok(None) => join(vec![given], 0),
+            Ok(Some(keys)) => Err(OpenError::name(given.path, keys.no + 1, keys.count)),
+            Err(cause) => Err(OpenError::Split {
+                path: given.path,
+                cause,
+            }),
+        };
+    };
+    let given_at = name.number.saturating_sub(1) as usize;
+    let mut parts = shared.set(given, &name, given_at, (part, first));
+    let given = parts[given_at].take().expect(EACH)?;
+    match SplitKeys::of(&given.header) {
+        // A name like that of a part, and whatever has the other names is none of ours.
+        Ok(None) => return join(vec![given], 0),
+        Ok(Some(keys)) if keys.count == name.count && keys.no + 1 == name.number => {}
+        Ok(Some(keys)) => return Err(OpenError::name(given.path, keys.no + 1, keys.count)),
+        Err(cause) => {
+            let path = given.path.clone();
+            return Err(joined_in([&given]).unwrap_or(OpenError::Split { path, cause }));
+        }
+    }
+    let folder = given.path.parent().unwrap_or(Path::new("")).to_owned();
+    parts[given_at] = Some(Ok(given));
+    let parts: Vec<_> = parts.into_iter().map(|part| part.expect(EACH)).collect();
+    let missing = missing(&parts, &name);
+    if !missing.is_empty() {
+        return Err(OpenError::Missing {
+            folder,
+            missing,
+            count: name.count,
+            hint: "check that the whole set is there, under its published names".to_owned(),
+        });
+    }
+    join(parts.into_iter().collect::<Result<_, _>>()?, given_at)
+}
+
+/// The names of the parts that their server does not have.
+fn missing(parts: &[Result<Opened, OpenError>], name: &PartName) -> Vec<OsString> {
+    let is_missing = |part: &Result<Opened, OpenError>| {
+        matches!(
+            part,
+            Err(OpenError::Remote {
+                cause: Fault::Missing(_),
+                ..
+            })
+        )
+    };
+    let numbered = (1..).zip(parts).filter(|(_, part)| is_missing(part));
+    numbered.map(|(number, _)| name.sibling(number)).collect()
+}
+
+fn remote(address: &Address, cause: Fault) -> OpenError {
+    OpenError::Remote {
+        path: address.to_string().into(),
+        cause,
+    }
+}
+
+/// What all parts of a model have in common.
+struct Shared<'a> {
+    addresses: &'a [Address],
+    options: &'a Options,
+    client: Arc<Client>,
+    cache: Option<Arc<Cache>>,
+    commit: Commit,
+}
+
+impl<'a> Shared<'a> {
+    fn new(addresses: &'a [Address], options: &'a Options) -> Result<Self, Fault> {
+        let folder = options.cache_folder.clone().or_else(usual_folder);
+        let folder = folder.filter(|_| options.cache_bytes != Some(0));
+        let cache = folder.and_then(|folder| match Cache::open(&folder, options.cache_bytes) {
+            Ok(cache) => Some(cache),
+            Err(e) => {
+                tracing::warn!("the cache in {folder:?} cannot be used: {e}");
+                None
+            }
+        });
+        Ok(Self {
+            addresses,
+            options,
+            client: Arc::new(Client::new(options.insecure_http)?),
+            cache,
+            commit: Commit::default(),
+        })
+    }
+
+    /// A part, and the first bytes of it unless the cache has them.
+    fn part(&self, address: &Address) -> Result<(RemotePart, Vec<u8>), OpenError> {
+        self.try_part(address).map_err(|e| remote(address, e))
+    }
+
+    fn try_part(&self, address: &Address) -> Result<(RemotePart, Vec<u8>), Fault> {
+        let (shown, name) = (address.to_string(), address.file_name());
+        let cache = self.cache.as_ref();
+        let cached = cache.and_then(|cache| cache.find(&shown, &name).ok().flatten());
+        let made = |route, pin, cache| {
+            let path = PathBuf::from(&shown);
+            RemotePart::new(path, self.client.clone(), route, pin, cache)
+        };
+        if self.options.offline {
+            let cached = cached.ok_or(Fault::Offline)?;
+            return Ok((made(None, cached.pin(), Some(cached)), Vec::new()));
+        }
+        let client = &self.client;
+        let route = Route::new(address, client, self.options.unpinned, &self.commit)?;
+        // What is in the cache only needs to be confirmed.
+        let known = cached.as_ref().map(CachedPart::pin).filter(Pin::holds);
+        let wanted = if known.is_some() { 1 } else { FIRST_BYTES };
+        let mut first = vec![0; wanted as usize];
+        let read = client.wait(route.fetch(client, 0..wanted, &mut first))?;
+        first.truncate(read);
+        let pin = route.pin().cloned().unwrap_or_default();
+        let is_same = known.is_some_and(|known| known.check(&pin, false).is_ok());
+        if is_same {
+            return Ok((made(Some(route), pin, cached), Vec::new()));
+        }
+        drop(cached);
+        let cached = cache.and_then(|cache| match cache.create(&shown, &name, &pin) {
+            Ok(cached) => Some(cached),
+            Err(e) => {
+                tracing::warn!("{shown:?} is read without a cache: {e}");
+                None
+            }
+        });
+        let part = made(Some(route), pin, cached);
+        part.keep(0, &first);
+        Ok((part, first))
+    }
+
+    /// All parts of a set with their headers, in order.
+    fn set(
+        &self,
+        given: &Address,
+        name: &PartName,
+        given_at: usize,
+        opened: (RemotePart, Vec<u8>),
+    ) -> Vec<Option<Result<Opened, OpenError>>> {
+        let count = name.count as usize;
+        let opened = Mutex::new(Some(opened));
+        let results: Vec<_> = (0..count).map(|_| Mutex::new(None)).collect();
+        let next = AtomicUsize::new(0);
+        let work = || {
+            loop {
+                // The given one first: it most likely has the longest header.
+                let at = match next.fetch_add(1, Ordering::Relaxed) {
+                    0 => given_at,
+                    n if n <= given_at => n - 1,
+                    n if n < count => n,
+                    _ => return,
+                };
+                let taken = opened.lock().take();
+                let part = match taken {
+                    Some(opened) => Ok(opened),
+                    None => self.part(&self.sibling(given, name, at as u64 + 1)),
+                };
+                *results[at].lock() = Some(part.and_then(|(part, first)| head(part, first)));
+            }
+        };
+        std::thread::scope(|scope| {
+            for _ in 1..count.min(REQUESTS) {
+                scope.spawn(work);
+            }
+            work();
+        });
+        results.into_iter().map(Mutex::into_inner).collect()
+    }
+
+    /// The address of another part: one that was given, or that of a file beside it.
+    fn sibling(&self, given: &Address, name: &PartName, number: u64) -> Address {
+        let wanted = name.sibling(number).to_string_lossy().into_owned();
+        let mut known = self.addresses.iter();
+        let known = known.find(|address| address.file_name() == wanted);
+        known.cloned().unwrap_or_else(|| given.sibling(&wanted))
+    }
+}
+
+/// Reads the header of a part.
+fn head(part: RemotePart, first: Vec<u8>) -> Result<Opened, OpenError> {
+    let path = part.path.clone();
+    let failed = |e: ReadError| match e {
+        ReadError::Remote { path, cause, .. } => OpenError::Remote { path, cause },
+        other => OpenError::Remote {
+            path: other.path().to_owned(),
+            cause: Fault::Client(other.to_string()),
+        },
+    };
+    let mut reader = Head::new(&part, first);
+    let header = match Header::read(&mut reader, part.bytes()) {
+        Ok(header) => header,
+        Err(cause) => {
+            return Err(match reader.failed {
+                Some(e) => failed(e),
+                None => OpenError::Header {
+                    path,
+                    cause: Box::new(cause),
+                    hint: None,
+                },
+            });
+        }
+    };
+    let joined = Joined::find(&mut reader, &header, part.bytes());
+    Ok(Opened {
+        path,
+        header,
+        joined: joined.ok().flatten(),
+        part: Part::Remote(Box::new(part)),
+    })
+}

@@ -1,0 +1,225 @@
+"""The cache on disk: right after kills, damage and full disks, and shared by mounts."""
+
+import errno
+import os
+import random
+import threading
+import time
+
+import pytest
+
+from odmoe import MIB, expert_gguf, file_system, mounted, needs_root, promises, run, succeed
+from remote import *  # noqa: F403
+from servers import RangeServer
+
+
+@pytest.fixture
+def model(tmp_path):
+    return expert_gguf(tmp_path)
+
+
+@pytest.fixture
+def url(server, model):
+    return server.put("/m.gguf", model)
+
+
+@pytest.fixture
+def expected(model, tmp_path):
+    with mounted(model, tmp_path / "local") as root:
+        return [expert(root, number).read_bytes() for number in range(8)]
+
+
+def read_or_none(path):
+    try:
+        return path.read_bytes()
+    except OSError as e:
+        assert e.errno == errno.EIO
+        return None
+
+
+@promises("What was fetched is not fetched again by a later mount.")
+def test_a_later_mount_reads_from_the_cache(server, url, expected, tmp_path, cache):
+    with remote(url, tmp_path / "mnt", cache) as root:
+        assert expert(root, 1).read_bytes() == expected[1]
+    server.forget()
+    with remote(url, tmp_path / "mnt", cache) as root:
+        assert expert(root, 1).read_bytes() == expected[1]
+        assert (len(server.requests), server.sent) == (1, 1)
+
+
+def test_the_cache_is_closed_to_others_and_names_nothing(server, url, tmp_path, cache):
+    succeed("fetch", url, "--experts", "0", "--cache-dir", cache)
+    assert cache.stat().st_mode & 0o777 == 0o700
+    for path in cache.rglob("*"):
+        assert path.stat().st_mode & 0o077 == 0
+
+
+def test_a_cache_of_a_file_that_was_replaced_is_not_used(server, url, model, expected, tmp_path, cache):
+    succeed("fetch", url, "--cache-dir", cache)
+    other = bytearray(model.read_bytes())
+    other[-1] ^= 1
+    server.put("/m.gguf", bytes(other))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/m.gguf").write_bytes(other)
+    with remote(url, tmp_path / "mnt", cache) as root:
+        assert "is identical" in succeed("verify", tmp_path / "other/m.gguf", root)
+
+
+@promises("A daemon that was killed loses at most what it had not written down.")
+def test_a_killed_daemon_leaves_a_cache_of_true_bytes(model, expected, tmp_path, cache, times):
+    server = RangeServer(latency=0.002, rate=200e6)
+    url = server.put("/m.gguf", model)
+    held = 0
+    where = tmp_path / "mnt"
+    where.mkdir()
+    for n in range(times(8, long=100)):
+        flags = ["--cache-dir", cache, "--log-file", tmp_path / "mnt.log"]
+        succeed("mount", url, where, *flags)
+        number = n % 8
+        reader = threading.Thread(target=error_of, args=[expert(where, number)])
+        reader.start()
+        time.sleep(random.Random(n).uniform(0, 0.06))
+        kill(where)
+        reader.join()
+        with remote(url, where, cache, "--offline") as root:
+            for number in range(8):
+                got = read_or_none(expert(root, number))
+                assert got is None or got == expected[number]
+                held += got is not None
+    assert held
+    server.stop()
+
+
+@promises(
+    "A damaged piece of the cache is fetched again.",
+)
+def test_a_damaged_piece_is_fetched_again(server, url, expected, tmp_path, cache):
+    succeed("fetch", url, "--cache-dir", cache)
+    (data,) = cached_files(cache)
+    with data.open("r+b") as file:
+        for place in range(200_000, data.stat().st_size, 3 * MIB):
+            file.seek(place)
+            byte = file.read(1)
+            file.seek(place)
+            file.write(bytes([byte[0] ^ 1]))
+    with remote(url, tmp_path / "mnt", cache) as root:
+        server.forget()
+        assert [expert(root, number).read_bytes() for number in range(8)] == expected
+        assert 0 < server.sent < data.stat().st_size / 2
+        assert "damaged" in log_of(root)
+
+
+@pytest.mark.parametrize("what", ["emptied", "cut", "garbage", "of another version", "without its data"])
+def test_a_damaged_index_costs_nothing_but_time(what, server, url, expected, tmp_path, cache):
+    succeed("fetch", url, "--cache-dir", cache)
+    (index,) = cache.rglob("*.index")
+    good = index.read_bytes()
+    damaged = {
+        "emptied": b"",
+        "cut": good[: len(good) * 2 // 3],
+        "garbage": os.urandom(len(good)),
+        "of another version": good.replace(b"cache 1", b"cache 9"),
+        "without its data": good,
+    }
+    index.write_bytes(damaged[what])
+    if what == "without its data":
+        cached_files(cache)[0].unlink()
+    with remote(url, tmp_path / "mnt", cache) as root:
+        assert [expert(root, number).read_bytes() for number in range(8)] == expected
+
+
+@needs_root
+@promises(
+    "A disk that is full under the cache costs nothing but time, and a twentieth of it stays free.",
+)
+def test_a_full_disk_under_the_cache_costs_nothing_but_time(server, url, expected, tmp_path):
+    with file_system("tmpfs", tmp_path, "8M") as disk:
+        with remote(url, tmp_path / "mnt", disk / "cache", "--cache-size", "1G") as root:
+            assert [expert(root, number).read_bytes() for number in range(8)] == expected
+            # A part of it stays free.
+            assert os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize >= 8 * MIB / 20
+        with remote(url, tmp_path / "mnt", disk / "cache", "--cache-size", "1G") as root:
+            (disk / "filler").write_bytes(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize))
+            assert [expert(root, number).read_bytes() for number in range(8)] == expected
+
+
+def test_experts_that_were_read_least_recently_leave_first_and_whole(server, url, expected, tmp_path, cache):
+    size = "16M"
+    with remote(url, tmp_path / "mnt", cache, "--cache-size", size) as root:
+        for number in (0, 1, 2):
+            assert expert(root, number).read_bytes() == expected[number]
+            time.sleep(1.1)  # times are kept in seconds
+        for number in (3, 4, 5):
+            assert expert(root, number).read_bytes() == expected[number]
+            time.sleep(1.1)
+    blocks = sum(path.stat().st_blocks * 512 for path in cached_files(cache))
+    assert blocks <= 16 * MIB
+    with remote(url, tmp_path / "mnt", cache, "--offline") as root:
+        kept = [number for number in range(6) if read_or_none(expert(root, number))]
+        assert kept and kept == list(range(kept[0], 6))
+
+
+@promises(
+    "Several mounts may use one cache at the same time.",
+)
+def test_two_mounts_share_a_cache(server, url, expected, tmp_path, cache):
+    with remote(url, tmp_path / "one", cache) as one, remote(url, tmp_path / "two", cache) as two:
+        server.forget()
+        for number in range(4):
+            assert expert(one, number).read_bytes() == expected[number]
+            assert expert(two, number).read_bytes() == expected[number]
+        assert server.twice() == 0
+        # Both write at the same time.
+        roots = [(root, number) for number in range(4, 8) for root in (one, two)]
+        got = {}
+        read = lambda root, number: got.update({(root, number): expert(root, number).read_bytes()})  # noqa: E731
+        readers = [threading.Thread(target=read, args=pair) for pair in roots]
+        [reader.start() for reader in readers]
+        [reader.join() for reader in readers]
+        assert all(got[pair] == expected[pair[1]] for pair in roots)
+    server.stop()
+    with remote(url, tmp_path / "mnt", cache, "--offline") as root:
+        assert [expert(root, number).read_bytes() for number in range(8)] == expected
+
+
+def test_offline_without_a_cache_says_what_to_do(url, cache):
+    from odmoe import fail
+
+    fail("inspect", url, "--offline", "--cache-dir", cache, naming=["not in the cache", "odmoe-fs fetch"])
+
+
+@needs_root
+def test_a_cache_that_cannot_be_written_is_only_read(server, url, expected, tmp_path, cache):
+    succeed("fetch", url, "--experts", "0-3", "--cache-dir", cache)
+    run("mount", "--bind", cache, cache)
+    run("mount", "-o", "remount,bind,ro", cache)
+    try:
+        with remote(url, tmp_path / "mnt", cache) as root:
+            server.forget()
+            assert [expert(root, number).read_bytes() for number in range(8)] == expected
+            assert server.sent < 1.05 * sum(map(len, expected[4:]))
+    finally:
+        run("umount", cache)
+
+
+def test_an_interrupted_fetch_goes_on_where_it_was(tmp_path, cache):
+    import signal
+    import subprocess
+
+    server = RangeServer(rate=20e6)
+    (tmp_path / "large").mkdir()
+    model = expert_gguf(tmp_path / "large", rows=12288)
+    url = server.put("/m.gguf", model)
+    command = [BINARY, "fetch", url, "--cache-dir", cache]  # noqa: F405
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        from odmoe import wait_for
+
+        wait_for(lambda: server.sent > 80 * MIB)
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+        assert process.returncode in (130, -signal.SIGINT)
+    server.rate = None
+    succeed(*command[1:])
+    # Only the pieces that were under way are fetched again.
+    assert server.twice() <= 32 * MIB
+    server.stop()
