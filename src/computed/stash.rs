@@ -125,7 +125,7 @@ impl Stash {
             return false;
         };
         if more > 0 {
-            kept.bytes.reserve_exact(more);
+            kept.bytes.reserve(more);
             kept.bytes.resize(end, 0);
         }
         kept.bytes[start..end].copy_from_slice(computed);

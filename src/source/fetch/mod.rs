@@ -428,11 +428,14 @@ impl Table {
         let active = self.readers.iter().filter(is_active).count();
         let share = (BUFFERS / active.max(1)).max(2);
         let reader = &mut self.readers[index];
-        if reader.chunks() >= share && !reader.give_up_unwanted() {
-            return None;
-        }
+        // While there are free buffers, nobody needs to give up any.
         if Buffer::are_all_taken() {
-            self.make_room(index);
+            if reader.chunks() >= share && !reader.give_up_unwanted() {
+                return None;
+            }
+            if Buffer::are_all_taken() {
+                self.make_room(index);
+            }
         }
         let buffer = Buffer::take()?;
         // Chunks end where a direct read may end, so that no page is read twice.
