@@ -11,7 +11,7 @@ use crate::safetensors::Shape;
 /// A run of a tensor under a name of its own; of a stack, one run per expert.
 #[derive(Debug, Clone)]
 pub struct View {
-    /// Index into [`ModelHeader::tensors`].
+    /// Index into [`ModelHeader::tensors`](crate::gguf::ModelHeader::tensors).
     pub tensor: u32,
     /// The name in the file; `None` is the tensor's own.
     pub name: Option<Box<str>>,

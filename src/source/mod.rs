@@ -369,7 +369,7 @@ impl Source {
     }
 
     /// Maps a part (0-based) for reading: its tensors without a copy, each at its
-    /// [`gguf_offset`](crate::safetensors::TensorView::gguf_offset).
+    /// [`gguf_offset`](crate::layout::TensorView::gguf_offset).
     ///
     /// # Safety
     /// Nobody may change the part's file while the map lives: a truncated file raises SIGBUS, a

@@ -97,6 +97,7 @@ impl Part {
     }
 
     /// Whether a range comes from a disk of this machine.
+    #[cfg_attr(not(feature = "remote"), expect(unused_variables))]
     pub fn is_on_disk(&self, range: &Range<u64>) -> bool {
         match self {
             Self::File(_) => true,
