@@ -2,30 +2,32 @@
 //!
 //! Serving, writing, comparing and describing a model all start here.
 
+mod blocks;
+mod documents;
+mod inputs;
+
 use std::collections::VecDeque;
-use std::io::{self, BufReader, Write};
 use std::ops::{Deref, Range};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 
-use crate::computed::{self, Blocks, Job, Stash};
+use self::blocks::{PartBlocks, blocks_run};
+use self::documents::Kept;
+use self::inputs::{inputs, rope_factors};
+use crate::computed::{self, Job, Stash};
 use crate::explain::{Explain, Hint};
 use crate::form::Form;
 use crate::gguf::{HeaderError, ModelHeader};
 use crate::hf::{self, HfError, Inputs};
-use crate::layout::{Arranged, Doc, Layout, LayoutError, Recipe};
+use crate::layout::{Arranged, Layout, LayoutError};
 use crate::show::Show;
 #[cfg(feature = "remote")]
 use crate::source::remote;
 use crate::source::{self, Held, OpenError, PageCache, ReadError, Run, Source};
-use crate::tree::{Content, DocId, Ino, Origin, RecipeId, Slice, Tree};
-
-/// Larger documents are kept after their first read. Smaller ones are the headers of experts:
-/// rendering one again costs less than keeping 23,040 of them.
-const KEPT_DOCUMENT_BYTES: u64 = 64 << 10;
+use crate::tree::{Content, Ino, Origin, RecipeId, Slice, Tree};
 
 /// Matrices that were transposed for a reader are kept until it has read them, but no more than this
 /// of all of them: those of two experts of the largest gpt-oss as F16.
@@ -78,10 +80,6 @@ pub struct Model {
     /// `u64::MAX` until somebody asks.
     source_bytes: Vec<AtomicU64>,
 }
-
-/// Large documents, rendered when they are first read.
-#[derive(Debug)]
-struct Kept(Vec<(DocId, OnceLock<Box<[u8]>>)>);
 
 impl Model {
     /// Opens a model by the path of its file or of any part of a split set.
@@ -445,71 +443,7 @@ impl Model {
         }
         Ok(())
     }
-
-    fn read_document(&self, doc: DocId, offset: u64, buffer: &mut [u8]) {
-        let render = |out: &mut dyn Write| {
-            let mut out = out;
-            self.layout
-                .render(Doc::of_id(doc), &mut out)
-                .expect("writing to memory cannot fail");
-        };
-        match self.kept.get(doc) {
-            Some(kept) => {
-                let whole = kept.get_or_init(|| {
-                    let mut bytes = Vec::new();
-                    render(&mut bytes);
-                    bytes.into()
-                });
-                let start = offset as usize;
-                buffer.copy_from_slice(&whole[start..start + buffer.len()]);
-            }
-            None => {
-                let mut window = Window {
-                    skip: offset as usize,
-                    rest: buffer,
-                };
-                render(&mut window);
-                assert!(window.rest.is_empty(), "a document is as long as its size");
-            }
-        }
-    }
 }
-
-/// The factors of rotary positions, if the model has some.
-fn rope_factors(header: &ModelHeader, source: &Source) -> Result<Option<Vec<f32>>, ReadError> {
-    let Some(tensor) = hf::rope_factors(header) else {
-        return Ok(None);
-    };
-    let mut bytes = vec![0; tensor.info.bytes as usize];
-    source.read_at(tensor.part, tensor.info.offset, &mut bytes)?;
-    let (factors, _) = bytes.as_chunks::<4>();
-    let factors = factors.iter().map(|bytes| f32::from_le_bytes(*bytes));
-    Ok(Some(factors.collect()))
-}
-
-/// Reads what a model directory needs of a model beyond its header.
-fn inputs(header: &ModelHeader, source: &Source, path: &Path) -> Result<Inputs, ModelError> {
-    let mut inputs = Inputs::default();
-    let bytes = header.parts[0].file_bytes;
-    for key in hf::LONG_KEYS {
-        let Some(kv) = header.get(key).filter(|kv| !kv.value.is_kept()) else {
-            continue;
-        };
-        let reader = BufReader::with_capacity(READER_BYTES, source.reader(0, bytes));
-        let whole = kv
-            .read_whole(reader, bytes)
-            .map_err(|cause| ModelError::Header {
-                path: path.to_owned(),
-                cause,
-            })?;
-        inputs.values.insert(key, whole);
-    }
-    inputs.rope_factors = rope_factors(header, source)?;
-    Ok(inputs)
-}
-
-/// Bytes of a part that are read at a time when long values are parsed.
-const READER_BYTES: usize = 1 << 20;
 
 /// Bytes of a file.
 pub(crate) enum Bytes<'a> {
@@ -539,99 +473,5 @@ fn run_of(slice: &Slice) -> Option<Run> {
             len: slice.len,
         }),
         Origin::Made(_) | Origin::Computed(_) => None,
-    }
-}
-
-/// The blocks from which a range of an array is computed.
-fn blocks_run(recipe: &Recipe, job: &Job, range: Range<u64>) -> Run {
-    let blocks = computed::blocks_of(job.codec.unit(), range);
-    Run {
-        part: recipe.part,
-        offset: recipe.offset + blocks.start,
-        len: blocks.end - blocks.start,
-    }
-}
-
-/// The blocks of a tensor, in their part.
-struct PartBlocks<'a> {
-    source: &'a Source,
-    recipe: Recipe,
-}
-
-impl PartBlocks<'_> {
-    fn run(&self, range: Range<u64>) -> Run {
-        Run {
-            part: self.recipe.part,
-            offset: self.recipe.offset + range.start,
-            len: range.end - range.start,
-        }
-    }
-}
-
-impl Blocks for PartBlocks<'_> {
-    type Error = ReadError;
-    type Held<'a> = Bytes<'a>;
-
-    fn read<'a>(&self, range: Range<u64>, space: &'a mut Vec<u8>) -> Result<Bytes<'a>, ReadError> {
-        let run = self.run(range);
-        if let Some(held) = self.source.borrow(run) {
-            return Ok(Bytes::Held(held));
-        }
-        let len = run.len as usize;
-        if space.len() < len {
-            space.resize(len, 0);
-        }
-        let bytes = &mut space[..len];
-        self.source.look_at(run, bytes)?;
-        Ok(Bytes::Read(bytes))
-    }
-
-    fn done(&self, range: Range<u64>) {
-        self.source.give_up(self.run(range));
-    }
-}
-
-impl Kept {
-    fn of(tree: &Tree) -> Self {
-        let mut large: Vec<_> = tree
-            .files()
-            .flat_map(|file| tree.extents(file))
-            .filter(|extent| extent.len > KEPT_DOCUMENT_BYTES)
-            .filter_map(|extent| match extent.content {
-                Content::Made(doc) => Some((doc, OnceLock::new())),
-                Content::Model { .. } | Content::Computed(_) => None,
-            })
-            .collect();
-        large.sort_by_key(|(doc, _)| *doc);
-        Self(large)
-    }
-
-    fn get(&self, doc: DocId) -> Option<&OnceLock<Box<[u8]>>> {
-        let at = self.0.binary_search_by_key(&doc, |(doc, _)| *doc).ok()?;
-        Some(&self.0[at].1)
-    }
-}
-
-/// Keeps the bytes of a document that fall into a buffer, and drops the others.
-struct Window<'a> {
-    /// Bytes to drop first.
-    skip: usize,
-    rest: &'a mut [u8],
-}
-
-impl Write for Window<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let skipped = self.skip.min(bytes.len());
-        self.skip -= skipped;
-        let wanted = &bytes[skipped..];
-        let count = wanted.len().min(self.rest.len());
-        let (here, rest) = std::mem::take(&mut self.rest).split_at_mut(count);
-        here.copy_from_slice(&wanted[..count]);
-        self.rest = rest;
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
     }
 }

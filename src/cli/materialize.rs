@@ -25,13 +25,16 @@ use super::{Diagnostics, ModelArg, Stop, print, say, text};
 /// A file gets its name when it is complete and on the disk. After an interruption, the same
 /// command continues: complete files are not written again.
 #[derive(clap::Args)]
-#[command(allow_missing_positional = true)]
 pub struct MaterializeArgs {
     #[command(flatten)]
     model: ModelArg,
     /// The directory to write base_model/ and experts/ into; created if missing
-    #[arg(value_name = "DIR")]
-    directory: PathBuf,
+    #[cfg_attr(
+        feature = "remote",
+        arg(value_name = "DIR", required_unless_present = "url_file")
+    )]
+    #[cfg_attr(not(feature = "remote"), arg(value_name = "DIR", required = true))]
+    directory: Option<PathBuf>,
     #[command(flatten)]
     form: FormArgs,
     #[command(flatten)]
@@ -100,14 +103,15 @@ pub fn run(args: &MaterializeArgs, quiet: bool) -> Result<()> {
         layers: args.layers.clone(),
         experts: args.experts.clone(),
     };
-    refuse_mounts(&args.directory)?;
+    let directory = args.model.directory(args.directory.as_ref())?;
+    refuse_mounts(&directory)?;
     let options = Options {
         selection,
         reflink: args.reflink.into(),
         force: args.force,
         dry_run: args.dry_run,
     };
-    let plan = Plan::new(&model, &args.directory, &options)?;
+    let plan = Plan::new(&model, &directory, &options)?;
     let done = match plan.files_done() {
         0 => String::new(),
         done => format!(" ({} complete already)", text::count(done as u64)),
@@ -149,15 +153,15 @@ pub fn run(args: &MaterializeArgs, quiet: bool) -> Result<()> {
     let result = plan.run(jobs, &stop.flag, &|progress| meter.add(progress));
     meter.finish();
     let outcome = stop.explain(result)?;
-    let directory = text::path(&args.directory);
+    let named = text::path(&directory);
     say(&match outcome.files {
-        0 if outcome.documents_written => format!(
-            "nothing to write but the documents: all other files are complete in {directory}\n"
-        ),
-        0 => format!("nothing to write: all files are complete in {directory}\n"),
+        0 if outcome.documents_written => {
+            format!("nothing to write but the documents: all other files are complete in {named}\n")
+        }
+        0 => format!("nothing to write: all files are complete in {named}\n"),
         files => {
             let written = amount(files, outcome.bytes);
-            format!("wrote {written}{done} into {directory}\n")
+            format!("wrote {written}{done} into {named}\n")
         }
     });
     if let [first, ..] = &outcome.untimed[..] {
@@ -168,12 +172,12 @@ pub fn run(args: &MaterializeArgs, quiet: bool) -> Result<()> {
     }
     if let [first, ..] = &outcome.unlisted[..] {
         tracing::warn!(
-            "{directory} also holds {} that do not belong to this tree, such as {first:?}; remove those that loaders must not find",
+            "{named} also holds {} that do not belong to this tree, such as {first:?}; remove those that loaders must not find",
             text::counted(outcome.unlisted.len(), "file")
         );
     }
     if args.verify {
-        read_back(&model, &args.directory, jobs, &stop, quiet)?;
+        read_back(&model, &directory, jobs, &stop, quiet)?;
     }
     Ok(())
 }

@@ -10,6 +10,8 @@ use odmoe_fs::source::OpenError;
 #[cfg(feature = "remote")]
 use odmoe_fs::source::remote::{Address, AddressError, Options, is_url};
 
+use super::failure::{Failure, Result};
+
 /// The model of a command.
 #[derive(clap::Args)]
 pub struct ModelArg {
@@ -60,7 +62,7 @@ struct RemoteArgs {
 }
 
 #[cfg(feature = "remote")]
-fn size(text: &str) -> Result<u64, String> {
+fn size(text: &str) -> std::result::Result<u64, String> {
     let bytes = super::text::parse_size(text);
     bytes.ok_or_else(|| "it must be a size such as 500M or 100G, or 0".to_owned())
 }
@@ -76,7 +78,7 @@ impl ModelArg {
     }
 
     /// Opens the model.
-    pub fn open(&self, form: Form, show: Show) -> Result<Model, ModelError> {
+    pub fn open(&self, form: Form, show: Show) -> std::result::Result<Model, ModelError> {
         #[cfg(feature = "remote")]
         if let Some((given, others)) = self.addresses().map_err(OpenError::from)? {
             return Model::open_remote(&given, &others, &self.remote.options(), form, show);
@@ -86,7 +88,7 @@ impl ModelArg {
 
     /// The address of the model, and those of other parts that are known; `None` of a file.
     #[cfg(feature = "remote")]
-    pub fn addresses(&self) -> Result<Option<(Address, Vec<Address>)>, AddressError> {
+    pub fn addresses(&self) -> std::result::Result<Option<(Address, Vec<Address>)>, AddressError> {
         let insecure = self.remote.insecure_http;
         if let Some(file) = &self.remote.url_file {
             let mut all = Address::of_file(file, insecure)?;
@@ -102,13 +104,25 @@ impl ModelArg {
         }
     }
 
-    /// If the model's address comes from a file, the only path of a command is not that of a model.
-    pub fn take_directory(&self, directory: Option<&PathBuf>) -> Option<PathBuf> {
+    /// The directory of a command. If the model's address comes from a file, it is the only path.
+    pub fn directory(&self, given: Option<&PathBuf>) -> Result<PathBuf> {
+        let directory = self.take_directory(given)?;
+        directory.ok_or_else(|| Failure::usage("a directory is needed").hint("name one"))
+    }
+
+    /// The same for a command that need not have one.
+    pub fn take_directory(&self, given: Option<&PathBuf>) -> Result<Option<PathBuf>> {
         #[cfg(feature = "remote")]
-        if self.remote.url_file.is_some() && directory.is_none() {
-            return self.model.clone();
+        if self.remote.url_file.is_some() {
+            return match (&self.model, given) {
+                (Some(_), Some(_)) => {
+                    Err(Failure::usage("--url-file takes the place of the model")
+                        .hint("name the directory alone"))
+                }
+                (only, _) => Ok(only.clone()),
+            };
         }
-        directory.cloned()
+        Ok(given.cloned())
     }
 }
 

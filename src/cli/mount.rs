@@ -25,13 +25,17 @@ use super::{ModelArg, say, text};
 ///
 /// Returns when the tree can be used; a background process serves it until it is unmounted.
 #[derive(clap::Args)]
-#[command(args_override_self = true, allow_missing_positional = true)]
+#[command(args_override_self = true)]
 pub struct MountArgs {
     #[command(flatten)]
     model: ModelArg,
     /// The directory to mount on: it must exist and be empty
-    #[arg(value_name = "DIR")]
-    directory: PathBuf,
+    #[cfg_attr(
+        feature = "remote",
+        arg(value_name = "DIR", required_unless_present = "url_file")
+    )]
+    #[cfg_attr(not(feature = "remote"), arg(value_name = "DIR", required = true))]
+    directory: Option<PathBuf>,
     #[command(flatten)]
     form: FormArgs,
     #[command(flatten)]
@@ -157,6 +161,7 @@ fn read_ahead(text: &str) -> std::result::Result<ReadAheadArg, String> {
 pub fn run(args: &MountArgs) -> Result<()> {
     // A wrong command line, which is known before anything is begun.
     args.form.form()?;
+    let directory = args.model.directory(args.directory.as_ref())?;
     if args.is_fake {
         return open_model(args).map(drop);
     }
@@ -169,12 +174,12 @@ pub fn run(args: &MountArgs) -> Result<()> {
     }
     let launched = launch(
         |caller| serve_in_background(args, caller),
-        |_| answers(&args.directory),
+        |_| answers(&directory),
         |said| say(&String::from_utf8_lossy(said)),
     );
     if !matches!(launched, Ok(Launched::Ready(_))) {
         // What a daemon that died has mounted, if it came so far, nobody serves.
-        let _ = unmount_stale(&args.directory);
+        let _ = unmount_stale(&directory);
     }
     match launched? {
         Launched::Ready(_) => {}
@@ -290,7 +295,7 @@ fn prepare(args: &MountArgs) -> Result<Mount> {
     };
     Ok(Mount::prepare(
         open_model(args)?,
-        &args.directory,
+        &args.model.directory(args.directory.as_ref())?,
         &options,
     )?)
 }

@@ -47,7 +47,7 @@ pub struct VerifyArgs {
 
 /// Runs the command. Returns whether everything is as it should be.
 pub fn run(args: &VerifyArgs, quiet: bool) -> Result<bool> {
-    let directory = args.model.take_directory(args.directory.as_ref());
+    let directory = args.model.take_directory(args.directory.as_ref())?;
     let Some(directory) = &directory else {
         let model = args.model.open(Form::Raw, Show::default())?;
         let unfinished = Unfinished::of(&model)?;
