@@ -16,6 +16,7 @@ mod error;
 mod facts;
 mod keys;
 mod partition;
+mod pieces;
 mod rope;
 mod tensors;
 mod tokenizer;
@@ -29,9 +30,11 @@ use serde_json::{Map, Value as Json};
 pub use self::architectures::names as architectures;
 pub use self::error::HfError;
 use self::facts::Facts;
+use self::pieces::Entry;
+pub use self::pieces::{HfTensor, Piece, Rows};
 pub use self::rope::factors as rope_factors;
-use self::tensors::{Entry, Place};
-pub use self::tensors::{HfTensor, Naming, Piece, Rows};
+pub use self::tensors::Naming;
+use self::tensors::Place;
 use crate::gguf::{ModelHeader, Value};
 
 /// A file of a directory that holds no tensors: its name and its bytes.

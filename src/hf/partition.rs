@@ -4,7 +4,8 @@
 //! It is checked on the finished list rather than on the reasoning that made it.
 
 use super::HfError;
-use super::tensors::{Rows, Tensors};
+use super::pieces::Rows;
+use super::tensors::Tensors;
 use crate::gguf::ModelHeader;
 
 /// A progression of elements of one tensor.
