@@ -1,16 +1,14 @@
 """Reading and writing experts as numbers and as MLX's arrays: what is computed against the same bytes in native files."""
 
 import json
-import os
 import sys
-import time
 
-from lab import BENCHES, BINARY, KIB, MIB, experts, peak_of, process_bytes, remove, require, resident_bytes, run
+from lab import BENCHES, BINARY, MIB, experts, peak_of, process_bytes, remove, require, resident_bytes, run
 from measure import OURS, Figure, at_least, at_most, check_same_bytes, interleave
-from odmoe import daemon_of, detach, succeed
 
 from . import line
 from .materialize import timed
+from .metadata import first_byte
 
 NATIVE = "native"
 # How many experts a sample reads: of bf16 1.4 GB, of mlx 0.4 GB.
@@ -179,32 +177,8 @@ def written(lab):
         yield Figure(f"{form}, converter", "GB/s", taken, at_least(8, 20))
 
 
-@line("as-mlx-mount", "mount of sparse Kimi-K2.5 in 9 parts --as mlx until the first byte of an expert; peak memory")
+@line("as-mlx-mount", "the same mount with --as mlx, and with everything shown (whose bars are 250 ms and 96 MiB)")
 def mount(lab):
     require("mount", "--as")
-    parts = lab.kimi_parts
-    peaks = []
-
-    def start():
-        where = lab.fresh("mnt")
-        usage = lab.scratch / "usage"
-        try:
-            lab.cold()
-            run(BINARY, "--version")
-            start = time.perf_counter_ns()
-            succeed("mount", "--as", "mlx", parts[0], where)
-            fd = os.open(where / "experts/layer_30_expert_100.safetensors", os.O_RDONLY)
-            assert len(os.pread(fd, 1, 0)) == 1
-            end = time.perf_counter_ns()
-            os.close(fd)
-            daemon = process_bytes(daemon_of(where), "VmHWM")
-            succeed("umount", where)
-            run("/usr/bin/time", "-f", "%M", "-o", usage, BINARY, "mount", "--as", "mlx", parts[0], where)
-            succeed("umount", where)
-            peaks.append(max(daemon, int(usage.read_text()) * KIB) / MIB)
-        finally:
-            detach(where)
-        return (end - start) / 1e6
-
-    yield Figure("until the first byte", "ms", interleave({OURS: start}, lab.samples), at_most(150, 50))
-    yield Figure("VmHWM", "MiB", {OURS: peaks[-lab.samples :]}, at_most(48, 32))
+    yield from first_byte(lab, "--as", "mlx")
+    yield from first_byte(lab, "--as", "mlx", "--show", "base,experts,joined,hf")
