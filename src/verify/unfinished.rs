@@ -84,8 +84,8 @@ impl Unfinished {
         Ok(found)
     }
 
-    /// Like [`of`](Self::of), but walks the block lists only if most of a few places all over the
-    /// tensors are in holes.
+    /// Like [`of`](Self::of), but walks the block lists only if a few places suggest it: the ends of
+    /// parts, and some all over the tensors.
     pub fn at_a_glance(model: &Model) -> Result<Self, ReadError> {
         if model.source().is_remote() {
             return Ok(Self::default());
@@ -168,7 +168,8 @@ fn data_of(file: &std::fs::File) -> Vec<Range<u64>> {
     }
 }
 
-/// Whether most of a few places, spread over all tensors, are in holes.
+/// Whether the end of a part is in a hole, as in a download that was interrupted, or a quarter of a
+/// few places that are spread over all tensors.
 fn looks_unwritten(model: &Model) -> Result<bool, ReadError> {
     let tensors = &model.layout().model().tensors;
     let all: u64 = tensors.iter().map(|tensor| tensor.info.bytes).sum();
@@ -177,6 +178,7 @@ fn looks_unwritten(model: &Model) -> Result<bool, ReadError> {
     let (mut looks, mut holes, mut before) = (0, 0, 0);
     for part_tensors in tensors.chunk_by(|a, b| a.part == b.part) {
         let mut places = Vec::new();
+        let mut last = None;
         for tensor in part_tensors {
             let info = &tensor.info;
             while let Some(place) = next.filter(|place| *place < before + info.bytes) {
@@ -184,21 +186,24 @@ fn looks_unwritten(model: &Model) -> Result<bool, ReadError> {
                 next = wanted.next();
             }
             before += info.bytes;
-        }
-        if places.is_empty() {
-            continue;
+            last = last.max((info.offset + info.bytes).checked_sub(1));
         }
         looks += places.len();
-        holes += model.source().with_part(part_tensors[0].part, |file| {
-            let is_hole = |place: &&u64| match copy::next_data(file, **place) {
-                Ok(Some(run)) => run.start > **place,
+        let (found, is_cut) = model.source().with_part(part_tensors[0].part, |file| {
+            let is_hole = |place: &u64| match copy::next_data(file, *place) {
+                Ok(Some(run)) => run.start > *place,
                 Ok(None) => true,
                 Err(_) => false,
             };
-            places.iter().filter(is_hole).count()
+            let found = places.iter().filter(|place| is_hole(place)).count();
+            (found, last.as_ref().is_some_and(is_hole))
         })?;
+        if is_cut {
+            return Ok(true);
+        }
+        holes += found;
     }
-    Ok(holes * 2 > looks)
+    Ok(holes * 4 > looks)
 }
 
 /// Parts, and files beside them, with names of incomplete downloads. If a folder cannot be listed,

@@ -89,14 +89,14 @@ def test_a_download_that_was_cut_is_told_by_its_hole(model, tensors, tmp_path, p
     assert said["tensor_bytes"] == beyond(tensors, 0)[0]
     text = odmoe("verify", cut).stdout
     assert said["first_unwritten_tensor"] in text and f" of {len(tensors)} tensors" in text
-    is_mostly_a_hole = said["unwritten_bytes"] * 2 > said["tensor_bytes"]
+    # Its end is missing, however little that is.
     (tmp_path / "mnt").mkdir()
     try:
-        assert warned("mount", cut, tmp_path / "mnt") == is_mostly_a_hole
+        assert warned("mount", cut, tmp_path / "mnt")
         assert mount_at(tmp_path / "mnt"), "it is usable all the same"
     finally:
         succeed("umount", tmp_path / "mnt")
-    assert warned("materialize", cut, tmp_path / "out") == is_mostly_a_hole
+    assert warned("materialize", cut, tmp_path / "out")
     assert json.loads(succeed("verify", cut, tmp_path / "out", "--json"))["identical"]
 
 
