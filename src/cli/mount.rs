@@ -350,12 +350,19 @@ fn open_log(path: &Path, mount: &Mount) -> Result<File> {
 
 fn summary(mount: &Mount) -> String {
     let layout = mount.model().layout();
+    let show = layout.show();
     let base = layout.files().len() - layout.experts().len();
-    format!(
-        "mounted on {}: {} in {}, {}\n",
-        text::path(mount.directory()),
-        text::counted(layout.experts().len(), "expert"),
-        text::counted(layout.moe_layers().count(), "layer"),
-        text::counted(base, "base file"),
-    )
+    let parts = [
+        show.experts.then(|| {
+            let experts = text::counted(layout.experts().len(), "expert");
+            let layers = text::counted(layout.moe_layers().count(), "layer");
+            format!("{experts} in {layers}")
+        }),
+        show.base.then(|| text::counted(base, "base file")),
+        show.joined.then(|| "model.gguf".to_owned()),
+        show.hf.then(|| "hf/".to_owned()),
+    ];
+    let parts: Vec<String> = parts.into_iter().flatten().collect();
+    let directory = text::path(mount.directory());
+    format!("mounted on {directory}: {}\n", parts.join(", "))
 }
