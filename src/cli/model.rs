@@ -31,33 +31,36 @@ pub struct ModelArg {
     remote: RemoteArgs,
 }
 
+/// The heading of these options in the help.
+#[cfg(feature = "remote")]
+const ELSEWHERE: &str = "Models elsewhere";
+
 /// How a model is read that is not on this machine.
 #[cfg(feature = "remote")]
 #[derive(clap::Args)]
-#[command(next_help_heading = "Models elsewhere")]
 struct RemoteArgs {
     /// Read the model's address from a file, in the place of MODEL: one line for each part
     ///
     /// For signed URLs, which the list of processes must not show.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", help_heading = ELSEWHERE)]
     url_file: Option<PathBuf>,
     /// Keep what is fetched in this folder [default: $XDG_CACHE_HOME/odmoe-fs]
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", help_heading = ELSEWHERE)]
     cache_dir: Option<PathBuf>,
     /// Let the cache grow to this size, such as 100G; 0 for no cache [default: half of the free space]
     ///
     /// A twentieth of the file system always stays free.
-    #[arg(long, value_name = "SIZE", value_parser = size)]
+    #[arg(long, value_name = "SIZE", value_parser = size, help_heading = ELSEWHERE)]
     cache_size: Option<u64>,
     /// Ask no server: read only what is in the cache
-    #[arg(long)]
+    #[arg(long, help_heading = ELSEWHERE)]
     offline: bool,
     /// Read a file even if its server gives neither an ETag nor a time, so that a change of it would
     /// go unnoticed
-    #[arg(long)]
+    #[arg(long, help_heading = ELSEWHERE)]
     unpinned: bool,
     /// Allow plain http:// to other machines, which anybody on the way can read and change
-    #[arg(long)]
+    #[arg(long, help_heading = ELSEWHERE)]
     insecure_http: bool,
 }
 
