@@ -26,7 +26,7 @@ use super::{ModelArg, Stop, print, print_json, text};
 /// byte of every tensor must be in exactly one file of the tree, and none may look as if it had
 /// never been written, as in an incomplete download. With DIR, it compares that tree with the
 /// model: exactly the files that its documents list must be there, with the model's bytes. The exit
-/// status is 3 if the model may be incomplete, or if there is a difference.
+/// status is 3 if the model alone may be incomplete, or if the tree differs from it.
 #[derive(clap::Args)]
 pub struct VerifyArgs {
     #[command(flatten)]

@@ -12,6 +12,7 @@ use super::{folder, store};
 use crate::downloads;
 use crate::explain::{Explain, Hint};
 use crate::gguf::{HeaderError, Joined, PartName, Problem, SplitError, looks_like_raw_cut};
+use crate::layout::METADATA_GGUF_PATH;
 use crate::sys::copy::next_data;
 
 /// Names that an error lists, at most.
@@ -274,7 +275,8 @@ fn directory_hint(folder: &Path) -> String {
             continue;
         }
         has_safetensors |= ends_in("safetensors");
-        if ends_in("gguf") {
+        // The metadata of a tree that we have written is no model.
+        if ends_in("gguf") && !path.ends_with(METADATA_GGUF_PATH) {
             models.push(path.strip_prefix(folder).unwrap_or(&path).to_owned());
         }
     }
