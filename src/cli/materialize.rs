@@ -92,6 +92,7 @@ impl From<When> for Reflink {
 pub fn run(args: &MaterializeArgs, quiet: bool) -> Result<()> {
     // Writing beyond `ulimit -f` must be an error, not the end of the process.
     ignore_file_size_signal();
+    let directory = args.model.directory(args.directory.as_ref())?;
     let mut model = args.model.open(args.form.form()?, args.show.show())?;
     warn_of_directory(&model);
     warn_of_unfinished(&model)?;
@@ -103,7 +104,6 @@ pub fn run(args: &MaterializeArgs, quiet: bool) -> Result<()> {
         layers: args.layers.clone(),
         experts: args.experts.clone(),
     };
-    let directory = args.model.directory(args.directory.as_ref())?;
     refuse_mounts(&directory)?;
     let options = Options {
         selection,
