@@ -142,7 +142,7 @@ impl Shown {
 
     /// Bytes of all arrays of a tensor with this type and logical shape.
     pub fn bytes(self, ggml_type: &GgmlType, shape: &Shape) -> u64 {
-        let arrays = (0..self.arrays()).map(|n| self.array(n, ggml_type, "", shape).bytes);
+        let arrays = (0..self.arrays()).map(|n| self.array_bytes(n, ggml_type, shape));
         arrays.fold(0, u64::saturating_add)
     }
 
@@ -173,7 +173,34 @@ impl Shown {
         Some(codec.expect("only what has a codec is shown as computed"))
     }
 
-    /// The `n`-th array of a tensor with this type, name and logical shape, row-major.
+    /// The dtype and shape of the `n`-th array of a tensor with this type and logical shape,
+    /// row-major.
+    pub fn elements(self, n: usize, ggml_type: &GgmlType, shape: &Shape) -> (Dtype, Shape) {
+        match self {
+            Self::Stored => (Dtype::of(ggml_type), shape.stored(ggml_type)),
+            Self::Numbers(float) => (float.into(), *shape),
+            Self::Mlx { mlx, .. } if n == 0 => {
+                let bits = u64::from(mlx.bits);
+                (Dtype::U32, shape.with_last(|row| row * bits / 32))
+            }
+            Self::Mlx { mlx, scales, .. } => {
+                let dtype = match mlx.mode {
+                    Mode::Affine => scales.into(),
+                    Mode::Mxfp4 | Mode::Nvfp4 => Dtype::U8,
+                };
+                let groups = shape.with_last(|row| row / u64::from(mlx.group_size));
+                (dtype, groups)
+            }
+        }
+    }
+
+    /// Bytes of that array.
+    pub fn array_bytes(self, n: usize, ggml_type: &GgmlType, shape: &Shape) -> u64 {
+        let (dtype, shape) = self.elements(n, ggml_type, shape);
+        shape.elements().saturating_mul(dtype.width())
+    }
+
+    /// The array, with the name that it has if the tensor has this one.
     pub fn array<'a>(
         self,
         n: usize,
@@ -181,24 +208,14 @@ impl Shown {
         name: &'a str,
         shape: &Shape,
     ) -> Array<'a> {
-        let (name, dtype, shape) = match self {
-            Self::Stored => (name.into(), Dtype::of(ggml_type), shape.stored(ggml_type)),
-            Self::Numbers(float) => (name.into(), float.into(), *shape),
-            Self::Mlx { mlx, .. } if n == 0 => {
-                let bits = u64::from(mlx.bits);
-                let words = shape.with_last(|row| row * bits / 32);
-                (name.into(), Dtype::U32, words)
-            }
-            Self::Mlx { mlx, scales, .. } => {
-                let dtype = match mlx.mode {
-                    Mode::Affine => scales.into(),
-                    Mode::Mxfp4 | Mode::Nvfp4 => Dtype::U8,
-                };
+        let (dtype, shape) = self.elements(n, ggml_type, shape);
+        let name = match self {
+            Self::Mlx { .. } if n > 0 => {
                 let stem = name.strip_suffix(WEIGHT).unwrap_or(name);
-                let suffix = if n == 1 { "scales" } else { "biases" };
-                let groups = shape.with_last(|row| row / u64::from(mlx.group_size));
-                (Cow::Owned(format!("{stem}.{suffix}")), dtype, groups)
+                let suffix = if n == 1 { ".scales" } else { ".biases" };
+                Cow::Owned([stem, suffix].concat())
             }
+            _ => name.into(),
         };
         Array {
             bytes: shape.elements().saturating_mul(dtype.width()),

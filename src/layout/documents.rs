@@ -229,7 +229,7 @@ impl Serialize for Registry<'_> {
                 continue;
             }
             let arrays = self.layout.arrays(file).into_iter();
-            let mut tensors: Vec<_> = arrays.map(|view| view.array.name).collect();
+            let mut tensors: Vec<_> = arrays.map(|view| view.array().name).collect();
             tensors.sort_unstable();
             let entry = RegistryEntry {
                 path: file.kind.path(),
@@ -295,7 +295,7 @@ impl<'a> Metadata<'a> {
                     } = layout.tensors(file).len();
                     let name = format!("{}.safetensors", file.kind.stem());
                     let arrays = layout.arrays(file).into_iter();
-                    weight_map.extend(arrays.map(|view| (view.array.name, name.clone())));
+                    weight_map.extend(arrays.map(|view| (view.array().name, name.clone())));
                 }
                 FileKind::Expert { layer, .. } => {
                     if moe_layers.last() != Some(&layer) {

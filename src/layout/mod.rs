@@ -198,15 +198,17 @@ impl Layout {
     pub fn arrays<'a>(&'a self, file: &TensorFile) -> Vec<ArrayView<'a>> {
         let mut arrays = Vec::with_capacity(3 * file.pieces.len());
         for (piece, tensor) in file.pieces.clone().zip(self.tensors(file)) {
-            arrays.extend((0..tensor.shown.arrays()).map(|n| ArrayView {
-                array: tensor.array(n),
+            let sizes = tensor.sizes().enumerate();
+            arrays.extend(sizes.map(|(n, (width, bytes))| ArrayView {
                 tensor,
                 n,
                 piece,
+                width,
+                bytes,
             }));
         }
         if file.widest_first {
-            arrays.sort_by_key(|view| std::cmp::Reverse(view.array.dtype.width()));
+            arrays.sort_by_key(|view| std::cmp::Reverse(view.width));
         }
         arrays
     }
@@ -313,7 +315,7 @@ impl Layout {
             path: kind.path(),
         };
         let arrays = self.arrays(&file);
-        let bytes = arrays.iter().map(|view| u128::from(view.array.bytes));
+        let bytes = arrays.iter().map(|view| u128::from(view.bytes));
         let bytes: u128 = bytes.sum();
         let total = bytes + u128::from(self.total_bytes);
         if total > u128::from(MAX_PAYLOAD_BYTES) {
@@ -321,7 +323,7 @@ impl Layout {
         }
         file.payload_bytes = bytes as u64;
         let mut json = CountingWriter::new(io::sink());
-        self.write_json(&file, &mut json)
+        self.write_json(&file, &arrays, &mut json)
             .expect("counting bytes cannot fail");
         let (header_bytes, congruent_bytes) =
             self.choose_padding(&arrays, LENGTH_WORD_BYTES + json.bytes);
@@ -349,10 +351,10 @@ impl Layout {
         });
         let mut offset = 0_u64;
         let aligned = pieces.iter().all(|piece| {
-            self.view(*piece).arrays().all(|array| {
+            self.view(*piece).sizes().all(|(width, bytes)| {
                 let start = offset;
-                offset = offset.saturating_add(array.bytes);
-                start.is_multiple_of(array.dtype.width())
+                offset = offset.saturating_add(bytes);
+                start.is_multiple_of(width)
             })
         });
         if !aligned {
@@ -368,15 +370,17 @@ impl Layout {
         if self.form == Form::Raw || !self.tensors(file).any(|tensor| has_suffix(tensor.name)) {
             return Ok(());
         }
-        let mut arrays = self.arrays(file);
-        arrays.sort_by(|a, b| a.array.name.cmp(&b.array.name));
-        let same = |pair: &&[ArrayView]| pair[0].array.name == pair[1].array.name;
-        match arrays.windows(2).find(same) {
+        let arrays = self.arrays(file).into_iter();
+        let mut names: Vec<_> = arrays
+            .map(|view| (view.array().name, view.tensor.gguf_name))
+            .collect();
+        names.sort_by(|a, b| a.0.cmp(&b.0));
+        match names.windows(2).find(|pair| pair[0].0 == pair[1].0) {
             None => Ok(()),
             Some(pair) => Err(LayoutError::SameName {
-                name: pair[0].array.name.to_string(),
-                first: format!("{:?}", pair[0].tensor.gguf_name),
-                second: format!("{:?}", pair[1].tensor.gguf_name),
+                name: pair[0].0.to_string(),
+                first: format!("{:?}", pair[0].1),
+                second: format!("{:?}", pair[1].1),
             }),
         }
     }
@@ -391,7 +395,7 @@ impl Layout {
         let mut payload_offset = 0u64;
         let mut is_computed = false;
         for view in arrays {
-            let bytes = view.array.bytes;
+            let bytes = view.bytes;
             let residue = view.tensor.gguf_offset.wrapping_sub(payload_offset) % PAGE_BYTES;
             if view.tensor.shown.is_computed() {
                 is_computed = true;
@@ -418,7 +422,12 @@ impl Layout {
         best
     }
 
-    fn write_json<W: Write>(&self, file: &TensorFile, out: &mut W) -> io::Result<()> {
+    fn write_json<W: Write>(
+        &self,
+        file: &TensorFile,
+        arrays: &[ArrayView],
+        out: &mut W,
+    ) -> io::Result<()> {
         let mut metadata = vec![("format", "pt"), ("odmoe.layout", LAYOUT_VERSION)];
         if self.form != Form::Raw {
             metadata.push(("odmoe.form", self.form.name()));
@@ -433,7 +442,7 @@ impl Layout {
             metadata.push(("expert", &numbers.1));
         }
         let tensors = |out: &mut InString<'_, W>| write_tensors(out, self.tensors(file));
-        let arrays = self.arrays(file).into_iter().map(|view| view.array);
+        let arrays = arrays.iter().map(ArrayView::array);
         write_header_json(out, &metadata, "odmoe.tensors", tensors, arrays)
     }
 
@@ -442,7 +451,7 @@ impl Layout {
         let length = file.header_bytes - LENGTH_WORD_BYTES;
         out.write_all(&length.to_le_bytes())?;
         let mut json = CountingWriter::new(&mut *out);
-        self.write_json(file, &mut json)?;
+        self.write_json(file, &self.arrays(file), &mut json)?;
         let padding = [b' '; PAGE_BYTES as usize];
         let padding = &padding[..(length - json.bytes) as usize];
         out.write_all(padding)
@@ -466,7 +475,7 @@ impl Layout {
                     },
                     _ => Content::Computed(RecipeId(view.piece * MAX_ARRAYS + view.n as u32)),
                 };
-                (view.array.bytes, content)
+                (view.bytes, content)
             }));
             let new = NewFile {
                 name: format!("{}.safetensors", file.kind.stem()),

@@ -46,25 +46,44 @@ impl<'a> TensorView<'a> {
         }
     }
 
+    /// Of each of its arrays, the bytes of an element and of the whole.
+    pub(super) fn sizes(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        (0..self.shown.arrays()).map(|n| {
+            let (dtype, shape) = self.shown.elements(n, self.ggml_type, &self.shape);
+            (
+                dtype.width(),
+                shape.elements().saturating_mul(dtype.width()),
+            )
+        })
+    }
+
     /// The widest of their elements, in bytes.
     pub(super) fn width(&self) -> u64 {
-        self.arrays()
-            .map(|array| array.dtype.width())
-            .max()
-            .unwrap_or(1)
+        let widths = self.sizes().map(|(width, _)| width);
+        widths.max().unwrap_or(1)
     }
 }
 
 /// An array of a file.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Copy)]
 pub struct ArrayView<'a> {
-    pub array: Array<'a>,
     /// The tensor that it stands for, alone or with others.
     pub tensor: TensorView<'a>,
     /// Which of the tensor's arrays it is.
     pub(super) n: usize,
     /// The place of the tensor among the pieces of all files.
     pub(super) piece: u32,
+    /// Bytes of an element.
+    pub(super) width: u64,
+    /// Bytes of payload.
+    pub(super) bytes: u64,
+}
+
+impl<'a> ArrayView<'a> {
+    /// As its header describes it.
+    pub fn array(&self) -> Array<'a> {
+        self.tensor.array(self.n)
+    }
 }
 
 /// Writes the JSON object of `odmoe.tensors`: what each tensor of a file is in the model.
@@ -99,23 +118,26 @@ fn write_form(out: &mut impl Write, shown: Shown) -> io::Result<()> {
     match shown {
         Shown::Stored => Ok(()),
         Shown::Numbers(float) => {
-            let dtype = Dtype::from(float).name();
-            write!(out, ",\"form\":{{\"dtype\":\"{dtype}\"}}")
+            out.write_all(b",\"form\":{\"dtype\":")?;
+            write_json(out, Dtype::from(float).name())?;
+            out.write_all(b"}")
         }
         Shown::Mlx { mlx, scales, .. } => {
             let dtype = match mlx.mode {
                 Mode::Affine => Dtype::from(scales),
                 Mode::Mxfp4 | Mode::Nvfp4 => Dtype::U8,
             };
-            write!(
-                out,
-                ",\"form\":{{\"mode\":\"{}\",\"bits\":{},\"group_size\":{},\"scales\":\"{}\",\"exact\":{}}}",
-                mlx.mode.name(),
-                mlx.bits,
-                mlx.group_size,
-                dtype.name(),
-                mlx.is_exact(scales),
-            )
+            out.write_all(b",\"form\":{\"mode\":")?;
+            write_json(out, mlx.mode.name())?;
+            out.write_all(b",\"bits\":")?;
+            write_json(out, &mlx.bits)?;
+            out.write_all(b",\"group_size\":")?;
+            write_json(out, &mlx.group_size)?;
+            out.write_all(b",\"scales\":")?;
+            write_json(out, dtype.name())?;
+            out.write_all(b",\"exact\":")?;
+            write_json(out, &mlx.is_exact(scales))?;
+            out.write_all(b"}")
         }
     }
 }

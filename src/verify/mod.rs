@@ -343,7 +343,7 @@ impl<'a> Comparison<'a> {
         let mut end = file.header_bytes;
         let mut regions = Vec::new();
         for view in self.model.layout().arrays(file) {
-            let array = view.array;
+            let array = view.array();
             let start = end;
             end += array.bytes;
             let names = Some(TensorNames {
