@@ -6,6 +6,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use odmoe_fs::explain::Explain;
+use odmoe_fs::form::Form;
 use odmoe_fs::model::Model;
 use odmoe_fs::mounts::{
     self, Cache, Caller, Launched, Mount, MountError, Options, answers, launch, set_read_ahead,
@@ -64,9 +65,10 @@ pub struct MountArgs {
     /// it, files that are read for the first time come slower.
     #[arg(long, help_heading = "Reading")]
     keep_source_cache: bool,
-    /// How much the kernel reads ahead of programs, such as 512K or 1M; auto leaves its own 128K
+    /// How much the kernel reads ahead of programs, such as 512K or 1M
     ///
-    /// More of it also makes every look at a file's header read as much. Only root may change it.
+    /// Only root may change it, and auto does so for forms other than raw, which come faster in pieces of 256K;
+    /// all else is left at the kernel's own 128K. Every look at a file's header may read as much.
     #[arg(long, value_name = "SIZE", default_value = "auto", value_parser = read_ahead, help_heading = "Reading")]
     readahead: ReadAheadArg,
     /// Count requests, bytes, latencies and the use of each expert, for `odmoe-fs top`
@@ -237,8 +239,9 @@ fn serve<T>(args: &MountArgs, ready: impl FnOnce(Made) -> io::Result<T>) -> Resu
             diagnostics::log_to(log)?;
         }
         let (directory, summary) = (mount.directory().to_owned(), summary(&mount));
+        let is_computed = mount.model().layout().form() != Form::Raw;
         let served = mount.serve(|| {
-            tune(&directory, args.readahead);
+            tune(&directory, args.readahead, is_computed);
             ready(Made {
                 directory: &directory,
                 summary: &summary,
@@ -308,12 +311,25 @@ fn tell_systemd() {
     }
 }
 
+/// For a program that waits for each answer to be computed, fewer and larger ones are faster
+/// (docs/performance.md).
+const COMPUTED_READ_AHEAD: u64 = 256 << 10;
+
 /// What is not granted is no reason not to mount.
-fn tune(directory: &Path, read_ahead: ReadAheadArg) {
-    if let ReadAheadArg::Bytes(bytes) = read_ahead
-        && let Err(e) = set_read_ahead(directory, bytes)
-    {
-        tracing::warn!("{}", e.line());
+fn tune(directory: &Path, read_ahead: ReadAheadArg, is_computed: bool) {
+    match read_ahead {
+        ReadAheadArg::Bytes(bytes) => {
+            if let Err(e) = set_read_ahead(directory, bytes) {
+                tracing::warn!("{}", e.line());
+            }
+        }
+        ReadAheadArg::Auto if is_computed => {
+            // Nobody asked for it, and without it everything works.
+            if let Err(e) = set_read_ahead(directory, COMPUTED_READ_AHEAD) {
+                tracing::debug!("{}", e.line());
+            }
+        }
+        ReadAheadArg::Auto => {}
     }
 }
 

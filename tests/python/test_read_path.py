@@ -192,6 +192,32 @@ def test_a_normal_user_is_told_what_root_can_do_for_larger_requests(public, nobo
         succeed("umount", where, user=nobody)
 
 
+def read_ahead_kib(where):
+    device = os.lstat(where).st_dev
+    return int(Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb").read_text())
+
+
+@needs_root
+@pytest.mark.parametrize("flags, kib", [([], 256), (["--readahead", "64K"], 64), (["--readahead", "128K"], 128)])
+@pytest.mark.parametrize("form", ["mlx", "bf16"])
+def test_what_is_computed_is_asked_for_in_larger_pieces_if_root_mounts(model, tmp_path, form, flags, kib):
+    with mounted(model, tmp_path / "mnt", "--as", form, *flags) as root:
+        assert read_ahead_kib(root) == kib
+
+
+@needs_root
+def test_a_normal_user_gets_the_kernel_s_pieces_of_what_is_computed_without_a_word(public, nobody):
+    model = expert_gguf(public, experts=1)
+    where = public / "mnt"
+    where.mkdir()
+    os.chown(where, nobody.uid, nobody.gid)
+    done = odmoe("mount", "--as", "bf16", model, where, user=nobody)
+    try:
+        assert done.returncode == 0 and done.stderr == "" and read_ahead_kib(where) == 128
+    finally:
+        succeed("umount", where, user=nobody)
+
+
 @needs_root
 def test_a_read_ahead_beyond_what_requests_may_hold_is_granted_with_a_remark(model, tmp_path):
     (tmp_path / "mnt").mkdir()
