@@ -5,9 +5,10 @@ use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::Builder;
 
+use memmap2::MmapMut;
 use parking_lot::Mutex;
 
-use crate::sys::process::descriptor_limit;
+use crate::sys::process::{descriptor_limit, use_one_arena};
 
 /// The work done since the last report.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -70,11 +71,15 @@ pub(crate) fn in_parallel<T: Copy + Sync, S: Send, E: Send>(
             }
         }
     };
+    // Otherwise each thread reserves an arena when it pleases, perhaps between our look at the room
+    // and the allocation for which it was.
+    use_one_arena();
     let jobs = jobs.get().min(items.len()).min(most_jobs());
     let own_state = state();
     std::thread::scope(|scope| {
         let start = || {
-            Vec::<u8>::new().try_reserve_exact(SPARE_BYTES)?;
+            // Mapped rather than allocated: a compiler may leave out an allocation that is not used.
+            drop(MmapMut::map_anon(SPARE_BYTES)?);
             let (worker, state) = (&worker, state());
             Builder::new().spawn_scoped(scope, move || worker(state))?;
             Ok(())

@@ -281,7 +281,7 @@ fn is_ignored(signal: i32) -> io::Result<bool> {
 /// Makes the allocator use one arena for all threads.
 ///
 /// glibc reserves 64 MiB of address space for the arena of each thread, which counts against
-/// `ulimit -v`. The daemon allocates so seldom that its threads do not contend for one arena.
+/// `ulimit -v`. Our threads allocate so seldom that they do not contend for one arena.
 pub fn use_one_arena() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: the call takes only numbers. It is not for processes with more threads only because
