@@ -23,6 +23,7 @@ use crate::form::Form;
 use crate::gguf::{HeaderError, ModelHeader};
 use crate::hf::{self, HfError, Inputs};
 use crate::layout::{Arranged, Layout, LayoutError};
+use crate::predictor::reader_of_whole;
 use crate::show::Show;
 #[cfg(feature = "remote")]
 use crate::source::remote;
@@ -264,14 +265,14 @@ impl Model {
             .fetch_ahead(reader, &self.runs(file, range), near);
     }
 
-    /// Says that a file will be read from a place on, in order, by one thread. A disk does not need
-    /// to know; a server is asked for much of it at once.
+    /// Says that a file will be read from a place on, in order, by one thread. A server is asked for
+    /// much of it at once. A disk works on the next blocks while these are computed; what is only
+    /// copied is read in large pieces, and no faster for it.
     pub(crate) fn will_read(&self, file: Ino, place: u64) {
         if self.source.is_remote() {
             let size = self.tree.size(file).unwrap_or(0);
             let ahead = self.source.pace().map_or(0, |pace| pace.ahead);
-            // As far from the numbers of predicted readers as those of `hold_blocks`.
-            self.fetch_ahead(u64::MAX - file, file, place..size, ahead);
+            self.fetch_ahead(reader_of_whole(file), file, place..size, ahead);
         }
     }
 
@@ -344,13 +345,16 @@ impl Model {
         }
         let mut runs = self.missing_runs(id, &job, slice);
         let bytes = runs.iter().map(|run| run.len).sum();
+        if runs.iter().all(|run| self.source.is_begun(*run)) {
+            return;
+        }
         if let Some(last) = runs.last_mut() {
             // Whoever reads on needs the rest of the tensor. Knowing that makes full buffers of few
             // chunks, so that all blocks of an expert fit into them until its weights are read.
             let recipe = self.layout.recipe(id);
             last.len = recipe.offset + recipe.len - last.offset;
-            // Far from the numbers of predicted readers, which count from 0.
-            self.source.fetch_ahead(u64::MAX - file, &runs, bytes);
+            // Those who read the arrays side by side are the readers of the whole file soon.
+            self.source.fetch_ahead(reader_of_whole(file), &runs, bytes);
         }
     }
 

@@ -90,10 +90,17 @@ impl File {
     }
 }
 
+/// The reader of a whole file: all who read some of it together. Far from the numbers of others,
+/// which count from 0.
+pub fn reader_of_whole(file: u64) -> u64 {
+    u64::MAX - file
+}
+
 /// What a reader will ask for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Wanted {
-    /// Identifies the reader; never used again.
+    /// Identifies the reader: a number that is never used again, or that of the [whole
+    /// file](reader_of_whole).
     pub reader: u64,
     /// Empty if it wants nothing more.
     pub range: Range<u64>,
@@ -237,7 +244,7 @@ impl Predictor {
             }
             let near = file.to_source(range.end - range.start);
             return Some(Wanted {
-                reader,
+                reader: reader_of_whole(file.id),
                 range,
                 near,
             });

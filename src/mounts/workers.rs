@@ -18,7 +18,7 @@ const WORKER_BYTES: usize = 18 << 20;
 const STACK_BYTES: usize = 2 << 20;
 /// fuser's thread that waits for its workers, and ours that waits for signals.
 const OTHER_THREADS: usize = 2;
-/// The buffers for reading ahead (33 MiB), the stacks of its threads, and room for documents.
+/// The buffers for reading ahead (41 MiB), the stacks of its threads, and room for documents.
 const READING_BYTES: usize = 64 << 20;
 /// The threads that read ahead. They start with the first reader; a mount works without them, but
 /// more slowly.

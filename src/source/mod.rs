@@ -329,6 +329,19 @@ impl Source {
         chunk.hold(&self.shared.parts, range)
     }
 
+    /// Whether all of a run is in memory, or will be soon.
+    pub(crate) fn is_begun(&self, run: Run) -> bool {
+        let range = run.range();
+        let mut place = range.start;
+        for chunk in self.holding(run.part, &range) {
+            let held = chunk.range();
+            if held.start <= place {
+                place = place.max(held.end);
+            }
+        }
+        place >= range.end
+    }
+
     fn holding(&self, part: u32, range: &Range<u64>) -> Vec<Arc<Chunk>> {
         match self.threads.get() {
             Some(_) => self.shared.fetch.holding(part, range),

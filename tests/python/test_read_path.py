@@ -193,8 +193,7 @@ def test_a_normal_user_is_told_what_root_can_do_for_larger_requests(public, nobo
 
 
 def read_ahead_kib(where):
-    device = os.lstat(where).st_dev
-    return int(Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb").read_text())
+    return int(Path(f"/sys/class/bdi/{mount_at(where).device}/read_ahead_kb").read_text())
 
 
 @needs_root

@@ -13,8 +13,10 @@ use parking_lot::Mutex;
 /// FUSE (256 pages, `fs.fuse.max_pages_limit`), so that an answer comes from two buffers at most. A
 /// disk that has several to work on was as fast with 128 KiB as with 4 MiB.
 pub const BUFFER_BYTES: usize = 1 << 20;
-/// How many there are: half of the 64 MiB that a daemon may use (`memory` of benches/run.sh).
-pub const BUFFERS: usize = 32;
+/// How many there are: for the largest file that is fetched whole, and some more, since the first and
+/// last chunks of its tensors are not full. They are less than the 64 MiB that a daemon may use
+/// (`memory` of benches/run.sh).
+pub const BUFFERS: usize = 40;
 /// The size of a huge page on x86-64, and on AArch64 with pages of 4 KiB.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
 /// The size of the smallest page of Linux.

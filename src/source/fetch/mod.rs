@@ -28,6 +28,9 @@ use self::buffers::{BUFFER_BYTES, BUFFERS, Buffer};
 use super::place::Part;
 use crate::sys::read::DIRECT_ALIGNMENT;
 
+/// The largest file that a disk fetches whole, and what a server is asked for at a time.
+const WHOLE_BYTES: u64 = 32 << 20;
+
 /// How far to read ahead of the readers of a source, and how much at the same time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pace {
@@ -49,7 +52,7 @@ impl Pace {
     pub const DISK: Self = Self {
         ahead: 4 * BUFFER_BYTES as u64,
         chunk: BUFFER_BYTES as u64,
-        whole: (BUFFERS * BUFFER_BYTES) as u64,
+        whole: WHOLE_BYTES,
         threads: 4,
         is_eager: false,
     };
@@ -57,10 +60,10 @@ impl Pace {
     /// The pace of servers: each is as far away as the others, so all that is known to be wanted
     /// is asked for at once.
     pub const LINK: Self = Self {
-        ahead: (BUFFERS * BUFFER_BYTES) as u64,
+        ahead: WHOLE_BYTES,
         chunk: BUFFER_BYTES as u64,
-        whole: (2 * BUFFERS * BUFFER_BYTES) as u64,
-        threads: BUFFERS,
+        whole: 2 * WHOLE_BYTES,
+        threads: 32,
         is_eager: true,
     };
 }
@@ -373,6 +376,10 @@ impl Table {
 
     fn find_or_add(&mut self, id: u64) -> usize {
         if let Some(index) = self.readers.iter().position(|reader| reader.id == id) {
+            if self.readers[index].is_idle(self.now) {
+                // Whoever reads it again wants again what was given out.
+                self.readers[index].pieces.retain(|p| p.chunk.is_some());
+            }
             return index;
         }
         if self.readers.len() >= MAX_READERS {
