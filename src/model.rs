@@ -269,7 +269,7 @@ impl Model {
     /// much of it at once. A disk works on the next blocks while these are computed; what is only
     /// copied is read in large pieces, and no faster for it.
     pub(crate) fn will_read(&self, file: Ino, place: u64) {
-        if self.source.is_remote() {
+        if self.source.is_remote() || self.layout.form() != Form::Raw {
             let size = self.tree.size(file).unwrap_or(0);
             let ahead = self.source.pace().map_or(0, |pace| pace.ahead);
             self.fetch_ahead(reader_of_whole(file), file, place..size, ahead);
