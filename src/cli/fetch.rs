@@ -8,16 +8,13 @@ use odmoe_fs::materialize::{Numbers, Selection};
 use odmoe_fs::model::Model;
 use odmoe_fs::show::Show;
 use odmoe_fs::source::Run;
-use odmoe_fs::source::remote::{REQUESTS, RemotePart};
+use odmoe_fs::source::remote::{REQUESTS, RemotePart, piece_end};
 use odmoe_fs::work::Progress;
 use parking_lot::Mutex;
 
 use super::failure::{Failure, Result};
 use super::progress::Meter;
 use super::{ModelArg, Stop, say, text};
-
-/// Bytes of a request.
-const PIECE_BYTES: u64 = 1 << 20;
 
 /// Fill the cache with a model that is elsewhere, or with a part of it
 ///
@@ -152,7 +149,7 @@ fn pieces(model: &Model, selection: &Selection) -> Vec<Run> {
     for run in model.wanted(&inos) {
         let mut place = run.offset;
         while place < run.offset + run.len {
-            let len = PIECE_BYTES.min(run.offset + run.len - place);
+            let len = piece_end(place).min(run.offset + run.len) - place;
             pieces.push(Run {
                 part: run.part,
                 offset: place,

@@ -8,7 +8,7 @@ use std::time::SystemTime;
 
 use super::part::PartFile;
 #[cfg(feature = "remote")]
-use super::remote::RemotePart;
+use super::remote::{RemotePart, cache::index::BLOCK_BYTES};
 use super::{PageCache, ReadError};
 use crate::sys::read::DIRECT_ALIGNMENT;
 
@@ -90,6 +90,15 @@ impl Part {
         self.file().is_none_or(PartFile::is_fetchable)
     }
 
+    /// Multiples of this are where reads should end, so that nothing is read twice.
+    pub fn alignment(&self) -> u64 {
+        match self {
+            Self::File(_) => DIRECT_ALIGNMENT,
+            #[cfg(feature = "remote")]
+            Self::Remote(_) => BLOCK_BYTES,
+        }
+    }
+
     /// Whether a range is in the page cache.
     pub fn is_cached(&self, offset: u64, bytes: u64) -> bool {
         self.file()
@@ -125,10 +134,7 @@ impl Part {
                 part.read_aligned(first, &mut buffer[..aligned as usize])
             }
             #[cfg(feature = "remote")]
-            Self::Remote(part) => {
-                let space = skip as usize..(range.end - first) as usize;
-                part.read(range.start, &mut buffer[space])
-            }
+            Self::Remote(part) => part.read_chunk(range, skip as usize, buffer),
         }
     }
 

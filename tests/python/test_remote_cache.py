@@ -118,7 +118,7 @@ def test_a_damaged_index_costs_nothing_but_time(what, server, url, expected, tmp
         "emptied": b"",
         "cut": good[: len(good) * 2 // 3],
         "garbage": os.urandom(len(good)),
-        "of another version": good.replace(b"cache 1", b"cache 9"),
+        "of another version": good.replace(b"cache 2", b"cache 9"),
         "without its data": good,
     }
     index.write_bytes(damaged[what])

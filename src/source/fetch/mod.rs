@@ -445,10 +445,10 @@ impl Table {
             }
         }
         let buffer = Buffer::take()?;
-        // Chunks end where a direct read may end, so that no page is read twice.
+        // Chunks end where a read should end, so that no page or block is read twice.
         let about = (self.readers[index].begun + FIRST_CHUNK_BYTES).next_power_of_two();
         let span = about.min(BUFFER_BYTES as u64);
-        let end = gap.end.min(gap.start - gap.start % DIRECT_ALIGNMENT + span);
+        let end = gap.end.min(gap.start - gap.start % file.alignment() + span);
         let is_cached = file.is_cached(gap.start, end - gap.start);
         Some(piece(end, Some(buffer).filter(|_| !is_cached)))
     }

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant, SystemTime};
 use futures_util::future::join_all;
 use parking_lot::{Condvar, Mutex};
 
-use super::cache::index::PIECE_BYTES;
+use super::cache::index::{PIECE_BYTES, piece_end};
 use super::cache::{CachedPart, Found, cached_bytes};
 use super::client::Client;
 use super::fault::{Fault, Remedy};
@@ -177,6 +177,23 @@ impl RemotePart {
         })
     }
 
+    /// Reads a range into a buffer that begins where a direct read of it does, `skip` bytes before.
+    pub fn read_chunk(
+        &self,
+        range: &Range<u64>,
+        skip: usize,
+        buffer: &mut [u8],
+    ) -> Result<(), ReadError> {
+        self.is_unchanged()?;
+        let bytes = range.end - range.start;
+        let cache = self.cache.as_ref();
+        if cache.is_some_and(|cache| cache.read_chunk(range, buffer)) {
+            self.client.counters.cached.fetch_add(bytes, Relaxed);
+            return self.is_unchanged();
+        }
+        self.read(range.start, &mut buffer[skip..skip + bytes as usize])
+    }
+
     /// Fetches what the cache lacks of a range, piece by piece, each into `space`.
     pub fn fill_cache(&self, range: Range<u64>, space: &mut Vec<u8>) -> Result<(), ReadError> {
         let mut place = range.start;
@@ -189,7 +206,7 @@ impl RemotePart {
                 Found::Until(end) => place = end,
                 Found::From(next) => {
                     let end = next.unwrap_or(range.end).min(range.end);
-                    let end = end.min(place + PIECE_BYTES);
+                    let end = end.min(piece_end(place));
                     space.resize((end - place) as usize, 0);
                     self.read(place, space)?;
                     place = end;
@@ -273,7 +290,7 @@ impl RemotePart {
         if let Some(flight) = flights.iter().find(holds) {
             return (flight.range.end.min(end), From::Another(flight.clone()));
         }
-        let mut until = end.min(place + PIECE_BYTES);
+        let mut until = end.min(piece_end(place));
         match self.cache.as_ref().map(|cache| cache.look(place)) {
             Some(Found::Until(held)) => return (held.min(end), From::Cache),
             Some(Found::From(Some(next))) => until = until.min(next),

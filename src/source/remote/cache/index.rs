@@ -21,17 +21,18 @@ use serde::{Deserialize, Serialize};
 use super::super::pin::Pin;
 
 /// Begins an index; the number changes when the rest of the format does.
-const MAGIC: &[u8] = b"odmoe-fs cache 1\n";
+const MAGIC: &[u8] = b"odmoe-fs cache 2\n";
 /// Bytes of the head.
 const HEAD_BYTES: usize = 8 << 10;
 /// Bytes of a record.
 const RECORD_BYTES: usize = 128;
-/// Bytes that one checksum is of: what a small read must read and check.
+/// Bytes that one checksum is of: what a small read must read and check. Blocks begin at multiples of
+/// this in the file, wherever pieces do, so that large reads of any pieces end between blocks.
 pub const BLOCK_BYTES: u64 = 64 << 10;
 /// Checksums of a record.
-const SUMS: usize = 16;
+const SUMS: u64 = 16;
 /// Bytes of the largest piece.
-pub const PIECE_BYTES: u64 = BLOCK_BYTES * SUMS as u64;
+pub const PIECE_BYTES: u64 = BLOCK_BYTES * SUMS;
 
 /// Notes of reads that are written together, and how old the first may become meanwhile.
 const USES: usize = 256;
@@ -53,7 +54,20 @@ pub struct Piece {
     pub unit: u64,
     /// When it was last read, in seconds since 1970.
     pub used: u64,
-    pub(super) sums: [u32; SUMS],
+    pub(super) sums: [u32; SUMS as usize],
+}
+
+/// Where the longest piece ends that begins at a place.
+pub fn piece_end(place: u64) -> u64 {
+    (place / BLOCK_BYTES + SUMS).saturating_mul(BLOCK_BYTES)
+}
+
+/// Bytes of a file that begin at a place, block by block.
+fn blocks_of(place: u64, bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
+    let first = BLOCK_BYTES - place % BLOCK_BYTES;
+    let (first, rest) = bytes.split_at(bytes.len().min(first as usize));
+    let blocks = std::iter::once(first).chain(rest.chunks(BLOCK_BYTES as usize));
+    blocks.filter(|block| !block.is_empty())
 }
 
 /// An entry of the index.
@@ -68,10 +82,10 @@ pub enum Record {
 }
 
 impl Piece {
-    /// What describes these bytes, at most [`PIECE_BYTES`].
-    pub fn of(bytes: &[u8], unit: u64, used: u64) -> Self {
-        let mut sums = [0; SUMS];
-        for (sum, block) in sums.iter_mut().zip(bytes.chunks(BLOCK_BYTES as usize)) {
+    /// What describes bytes that begin at a place, and end at [`piece_end`] or before.
+    pub fn of(start: u64, bytes: &[u8], unit: u64, used: u64) -> Self {
+        let mut sums = [0; SUMS as usize];
+        for (sum, block) in sums.iter_mut().zip(blocks_of(start, bytes)) {
             *sum = sum_of(block);
         }
         Self {
@@ -82,17 +96,18 @@ impl Piece {
         }
     }
 
-    /// The whole blocks, counted from its start, that hold a range of it.
-    pub fn blocks(&self, range: &Range<u64>) -> Range<u64> {
-        let start = range.start / BLOCK_BYTES * BLOCK_BYTES;
-        start..range.end.next_multiple_of(BLOCK_BYTES).min(self.len)
+    /// The whole blocks that hold a range of the piece that begins at `start`; of those at its edges,
+    /// what is in the piece.
+    pub fn blocks(&self, start: u64, range: &Range<u64>) -> Range<u64> {
+        let first = range.start / BLOCK_BYTES * BLOCK_BYTES;
+        let last = range.end.next_multiple_of(BLOCK_BYTES);
+        first.max(start)..last.min(start + self.len)
     }
 
-    /// Whether bytes that begin with a block of it are what was written.
-    pub fn matches(&self, start: u64, bytes: &[u8]) -> bool {
-        let first = (start / BLOCK_BYTES) as usize;
-        let blocks = bytes.chunks(BLOCK_BYTES as usize);
-        let mut pairs = blocks.zip(&self.sums[first..]);
+    /// Whether whole [blocks](Self::blocks) from a place on are what was written.
+    pub fn matches(&self, start: u64, place: u64, bytes: &[u8]) -> bool {
+        let skip = (place / BLOCK_BYTES - start / BLOCK_BYTES) as usize;
+        let mut pairs = blocks_of(place, bytes).zip(&self.sums[skip..]);
         pairs.all(|(block, sum)| sum_of(block) == *sum)
     }
 }
@@ -138,7 +153,7 @@ impl Record {
         let start = u64_at(8)?;
         match u32_at(4)? {
             1 => {
-                let mut sums = [0; SUMS];
+                let mut sums = [0; SUMS as usize];
                 for (n, sum) in sums.iter_mut().enumerate() {
                     *sum = u32_at(40 + 4 * n)?;
                 }
@@ -149,7 +164,8 @@ impl Record {
                     used: u64_at(32)?,
                     sums,
                 };
-                let fits = (1..=PIECE_BYTES).contains(&len) && start.checked_add(len).is_some();
+                let end = start.checked_add(len);
+                let fits = len > 0 && end.is_some_and(|end| end <= piece_end(start));
                 fits.then_some(Self::Written(start, piece))
             }
             2 => Some(Self::Used {
@@ -347,7 +363,7 @@ mod tests {
     }
 
     fn written(start: u64, byte: u8, len: usize) -> Record {
-        Record::Written(start, Piece::of(&vec![byte; len], 7, 1000))
+        Record::Written(start, Piece::of(start, &vec![byte; len], 7, 1000))
     }
 
     #[test]
@@ -355,7 +371,7 @@ mod tests {
         let mut index = index();
         let records = [
             written(0, 1, 100),
-            written(100, 2, PIECE_BYTES as usize),
+            written(100, 2, PIECE_BYTES as usize - 100),
             written(5000, 3, 10),
             Record::Gone { start: 5000 },
             Record::Used { start: 0, at: 2000 },
@@ -367,7 +383,7 @@ mod tests {
         assert_eq!(again.pieces[&0].used, 2000);
         assert_eq!(again.holding(99).unwrap().0, 0);
         assert_eq!(again.holding(100).unwrap().0, 100);
-        assert!(again.holding(100 + PIECE_BYTES).is_none());
+        assert!(again.holding(PIECE_BYTES).is_none());
         assert_eq!(again.next_after(0), Some(100));
     }
 
@@ -414,15 +430,49 @@ mod tests {
     #[test]
     fn bytes_match_block_by_block() {
         let bytes: Vec<u8> = (0..200_000_u32).map(|n| (n % 251) as u8).collect();
-        let piece = Piece::of(&bytes, 0, 0);
-        assert_eq!(piece.blocks(&(70_000..70_001)), 65536..131_072);
-        assert_eq!(piece.blocks(&(150_000..200_000)), 131_072..200_000);
-        assert!(piece.matches(0, &bytes));
-        assert!(piece.matches(65536, &bytes[65536..131_072]));
-        let mut damaged = bytes.clone();
-        damaged[199_999] ^= 1;
-        assert!(!piece.matches(131_072, &damaged[131_072..]));
-        assert!(piece.matches(0, &damaged[..131_072]));
+        // Blocks begin at the same places of the file, wherever the piece does.
+        for start in [0, 1, 65535, 65536, 70_000, 3 * BLOCK_BYTES + 4096] {
+            let end = start + bytes.len() as u64;
+            let slice =
+                |range: &Range<u64>| (range.start - start) as usize..(range.end - start) as usize;
+            let piece = Piece::of(start, &bytes, 0, 0);
+            assert_eq!(piece.blocks(start, &(start..end)), start..end);
+            assert!(piece.matches(start, start, &bytes));
+            for place in [start, start + 70_000, end - 1] {
+                let blocks = piece.blocks(start, &(place..place + 1));
+                assert!(blocks.contains(&place) && blocks.end - blocks.start <= BLOCK_BYTES);
+                assert!(blocks.start == start || blocks.start.is_multiple_of(BLOCK_BYTES));
+                assert!(blocks.end == end || blocks.end.is_multiple_of(BLOCK_BYTES));
+                let mut damaged = bytes.clone();
+                damaged[(place - start) as usize] ^= 1;
+                let whole = slice(&blocks);
+                assert!(!piece.matches(start, blocks.start, &damaged[whole.clone()]));
+                assert!(piece.matches(start, start, &damaged[..whole.start]));
+                assert!(piece.matches(start, blocks.end, &damaged[whole.end..]));
+            }
+        }
+    }
+
+    #[test]
+    fn the_longest_piece_has_a_checksum_for_each_of_its_blocks() {
+        for start in [
+            0,
+            1,
+            4096,
+            BLOCK_BYTES - 1,
+            BLOCK_BYTES,
+            10 * PIECE_BYTES + 7,
+        ] {
+            let bytes = vec![1; (piece_end(start) - start) as usize];
+            let last = bytes.len() - 1;
+            let piece = Piece::of(start, &bytes, 0, 0);
+            assert!(piece.matches(start, start, &bytes));
+            let mut damaged = bytes;
+            damaged[last] = 0;
+            assert!(!piece.matches(start, start, &damaged), "{start}");
+            let record = Record::Written(start, piece);
+            assert_eq!(Record::from_bytes(&record.to_bytes()), Some(record));
+        }
     }
 
     #[test]

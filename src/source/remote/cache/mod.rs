@@ -22,12 +22,13 @@ use crc_fast::{CrcAlgorithm, checksum};
 use parking_lot::Mutex;
 use rustix::fs::{FlockOperation, flock};
 
-use self::index::{BLOCK_BYTES, Head, Index, Piece, Record};
+use self::index::{Head, Index, Piece, Record};
 use self::room::Room;
 use super::pin::Pin;
 use crate::sys::copy::write_all_uncached;
 use crate::sys::read::{
-    is_cached, only_what_is_read, read_exact_direct, read_exact_uncached, reopen_direct,
+    DIRECT_ALIGNMENT, is_cached, only_what_is_read, read_exact_direct, read_exact_uncached,
+    reopen_direct,
 };
 
 /// The ending of an index's name.
@@ -36,7 +37,7 @@ const INDEX: &str = ".index";
 const USED_SECONDS: u64 = 10;
 
 thread_local! {
-    /// Memory for blocks of which only a part is wanted; it grows to the largest piece, 1 MiB.
+    /// Memory for blocks of which only a part is wanted; it grows to those of the largest piece.
     static BLOCKS: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
@@ -271,10 +272,10 @@ impl CachedPart {
         let Some((start, piece)) = found else {
             return false;
         };
-        let range = place - start..place - start + buffer.len() as u64;
-        let is_right = range.end <= piece.len
+        let range = place..place + buffer.len() as u64;
+        let is_right = range.end <= start + piece.len
             && self
-                .read_blocks(start, &piece, range, buffer)
+                .read_blocks(start, &piece, &range, buffer)
                 .unwrap_or(false);
         if is_right {
             self.note_use(start, piece.used);
@@ -284,52 +285,18 @@ impl CachedPart {
         is_right
     }
 
-    /// Fills the buffer with a range of a piece, counted from its start. `false` if it is not what
-    /// was written.
+    /// Fills the buffer with a range of a piece. `false` if it is not what was written.
     fn read_blocks(
         &self,
         start: u64,
         piece: &Piece,
-        range: Range<u64>,
+        range: &Range<u64>,
         buffer: &mut [u8],
     ) -> io::Result<bool> {
-        let blocks = piece.blocks(&range);
-        // Whole blocks go to their place; of those at the edges only a part is wanted.
-        let is_end = range.end == piece.len;
-        let first = range.start.next_multiple_of(BLOCK_BYTES).min(piece.len);
-        let last = if is_end {
-            range.end
-        } else {
-            range.end / BLOCK_BYTES * BLOCK_BYTES
-        };
-        if first >= last {
-            return self.read_part(start, piece, blocks, &range, buffer);
-        }
-        let (before, rest) = buffer.split_at_mut((first - range.start) as usize);
-        let (inner, after) = rest.split_at_mut((last - first) as usize);
-        self.read_data(start + first, inner)?;
-        Ok(piece.matches(first, inner)
-            && self.read_part(
-                start,
-                piece,
-                blocks.start..first,
-                &(range.start..first),
-                before,
-            )?
-            && self.read_part(start, piece, last..blocks.end, &(last..range.end), after)?)
-    }
-
-    /// The same of a few blocks, of which only a part is wanted.
-    fn read_part(
-        &self,
-        start: u64,
-        piece: &Piece,
-        blocks: Range<u64>,
-        wanted: &Range<u64>,
-        buffer: &mut [u8],
-    ) -> io::Result<bool> {
-        if buffer.is_empty() {
-            return Ok(true);
+        let blocks = piece.blocks(start, range);
+        if blocks == *range {
+            self.read_data(range.start, buffer)?;
+            return Ok(piece.matches(start, range.start, buffer));
         }
         BLOCKS.with_borrow_mut(|space| {
             let bytes = (blocks.end - blocks.start) as usize;
@@ -337,10 +304,10 @@ impl CachedPart {
                 space.resize(bytes, 0);
             }
             let space = &mut space[..bytes];
-            self.read_data(start + blocks.start, space)?;
-            let skip = (wanted.start - blocks.start) as usize;
+            self.read_data(blocks.start, space)?;
+            let skip = (range.start - blocks.start) as usize;
             buffer.copy_from_slice(&space[skip..skip + buffer.len()]);
-            Ok(piece.matches(blocks.start, space))
+            Ok(piece.matches(start, blocks.start, space))
         })
     }
 
@@ -355,6 +322,56 @@ impl CachedPart {
         read_exact_uncached(&self.data, buffer, offset, |buffer, offset| {
             self.data.read_exact_at(buffer, offset)
         })
+    }
+
+    /// Reads a range into a buffer that begins where a direct read of it does, in one piece. `false`
+    /// unless the cache has all of it, and its ends are ends of blocks.
+    pub fn read_chunk(&self, range: &Range<u64>, buffer: &mut [u8]) -> bool {
+        let Some(pieces) = self.whole_blocks(range) else {
+            return false;
+        };
+        let first = range.start - range.start % DIRECT_ALIGNMENT;
+        let place = |at: u64| (at - first) as usize;
+        let (skip, end) = (place(range.start), place(range.end));
+        let aligned = end.next_multiple_of(DIRECT_ALIGNMENT as usize);
+        let is_read = if let Some(direct) = &self.direct
+            && !is_cached(&self.data, range.start, range.end - range.start)
+        {
+            matches!(direct.read_at(&mut buffer[..aligned], first), Ok(read) if read >= end)
+        } else {
+            false
+        };
+        if !is_read && self.read_data(range.start, &mut buffer[skip..end]).is_err() {
+            return false;
+        }
+        let mut are_right = true;
+        for (start, piece) in &pieces {
+            let from = range.start.max(*start);
+            let bytes = &buffer[place(from)..place(range.end.min(start + piece.len))];
+            if piece.matches(*start, from, bytes) {
+                self.note_use(*start, piece.used);
+            } else {
+                self.forget(*start, piece);
+                are_right = false;
+            }
+        }
+        are_right
+    }
+
+    /// The pieces that hold a range, in order, if all of it is there in whole blocks.
+    fn whole_blocks(&self, range: &Range<u64>) -> Option<Vec<(u64, Piece)>> {
+        let index = self.index.lock();
+        let (mut pieces, mut place) = (Vec::new(), range.start);
+        while place < range.end {
+            let (start, piece) = index.holding(place)?;
+            let end = range.end.min(start + piece.len);
+            if piece.blocks(start, &(place..end)) != (place..end) {
+                return None;
+            }
+            pieces.push((start, piece.clone()));
+            place = end;
+        }
+        Some(pieces)
     }
 
     /// Notes that a piece was read, by which it stays longer than others.
@@ -385,7 +402,7 @@ impl CachedPart {
         }
     }
 
-    /// Keeps bytes of the file, at most [`index::PIECE_BYTES`], if there is room.
+    /// Keeps bytes of the file, which end at [`index::piece_end`] or before, if there is room.
     pub fn keep(&self, place: u64, bytes: &[u8], unit: u64) {
         if !self.writable || bytes.is_empty() {
             return;
@@ -404,7 +421,7 @@ impl CachedPart {
             Err(e) => return self.cache.complain(&e),
         }
         let kept = write_all_uncached(&self.data, bytes, place).and_then(|()| {
-            let piece = Piece::of(bytes, unit, now());
+            let piece = Piece::of(place, bytes, unit, now());
             self.index.lock().append(&[Record::Written(place, piece)])
         });
         if let Err(e) = kept {
