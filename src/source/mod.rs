@@ -35,6 +35,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
 use memmap2::Mmap;
+use parking_lot::Mutex;
 
 pub use error::OpenError;
 pub use open::open;
@@ -52,8 +53,17 @@ pub struct Source {
     shared: Arc<Shared>,
     /// Which part the model was opened by.
     given: usize,
-    /// The number of threads that fetch; they start when there is something to fetch.
-    threads: OnceLock<usize>,
+    /// They start when there is something to fetch.
+    threads: OnceLock<Mutex<Threads>>,
+}
+
+/// The threads that fetch: as many as the slowest thing needs that was fetched so far. On a disk,
+/// more than it needs would only get in each other's way.
+#[derive(Debug, Default)]
+struct Threads {
+    wanted: usize,
+    /// Not always as many as wanted.
+    running: usize,
 }
 
 /// What the fetching threads need.
@@ -281,19 +291,22 @@ impl Source {
     /// number tells readers apart.
     pub(crate) fn fetch_ahead(&self, reader: u64, runs: &[Run], near: u64) {
         let shared = &self.shared;
-        let near = match self.is_remote() && self.is_on_disk(runs, near) {
-            true => near.min(Pace::DISK.ahead),
-            false => near,
+        let (pace, near) = match self.is_remote() {
+            false => (Pace::DISK, near),
+            true if self.is_on_disk(runs, near) => (Pace::DISK, near.min(Pace::DISK.ahead)),
+            true => (Pace::LINK, near),
         };
         let chunks = shared.fetch.want(&shared.parts, reader, runs, near);
         if chunks.is_empty() {
             return;
         }
-        let threads = self
-            .threads
-            .get_or_init(|| start_threads(shared, self.pace().map_or(0, |pace| pace.threads)));
+        let mut threads = self.threads.get_or_init(Mutex::default).lock();
+        if threads.wanted < pace.threads {
+            threads.running += start_threads(shared, threads.wanted..pace.threads);
+            threads.wanted = pace.threads;
+        }
         // Without threads, whoever asks for a chunk reads it.
-        if *threads > 0 {
+        if threads.running > 0 {
             shared.fetch.queue(chunks);
         }
     }
@@ -401,8 +414,8 @@ impl Drop for Source {
     }
 }
 
-/// Starts the threads that read queued chunks; returns how many did start.
-fn start_threads(shared: &Arc<Shared>, threads: usize) -> usize {
+/// Starts threads that read queued chunks, with these numbers; returns how many did start.
+fn start_threads(shared: &Arc<Shared>, numbers: Range<usize>) -> usize {
     let start = |n: &usize| {
         let shared = shared.clone();
         let started = std::thread::Builder::new()
@@ -414,5 +427,5 @@ fn start_threads(shared: &Arc<Shared>, threads: usize) -> usize {
             })
             .is_ok()
     };
-    (0..threads).filter(start).count()
+    numbers.filter(start).count()
 }
