@@ -4,6 +4,7 @@ import contextlib
 import os
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,18 @@ def cache():
     """A folder for a cache on a file system with room."""
     with tempfile.TemporaryDirectory(prefix="odmoe-tests-cache-", dir=ROOMY) as folder:
         yield Path(folder) / "cache"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """A usual place for caches that is the test's own; the user's must stay as it was."""
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "odmoe-fs"
+    begun = time.time()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg-cache"))
+    yield
+    heads = [index.read_bytes()[:8192] for index in usual.rglob("*.index") if index.stat().st_mtime >= begun - 1]
+    ours = [b"://127.0.0.1", b"://localhost", b"s3://models/", b"hf://org/repo/"]
+    assert not [head for head in heads if any(address in head for address in ours)], f"a test has written to {usual}"
 
 
 @pytest.fixture

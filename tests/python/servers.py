@@ -41,6 +41,7 @@ class Request:
     range: tuple | None = None
     status: int = 0
     sent: int = 0
+    done: float = 0
 
 
 class Closed(Exception):
@@ -50,16 +51,15 @@ class Closed(Exception):
 class RangeServer:
     """Serves `files` by range, counts, and does instead what `rules` say: functions that may answer a request."""
 
-    def __init__(self, latency=0.0, rate=None):
+    def __init__(self, latency=0.0, rate=None, host="127.0.0.1", tls=None):
+        self.host, self.tls = host, tls
         self.files, self.rules, self.requests = {}, [], []
         self.latency, self.rate = latency, rate
         self.peak, self._now = 0, 0
         self._lock = threading.Lock()
         self._connections = set()
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
-        self.port = self._listener.getsockname()[1]
-        self._ended = False
-        threading.Thread(target=self._accept, daemon=True).start()
+        self.port = 0
+        self.restart()
 
     # --- what tests say and ask
 
@@ -75,7 +75,8 @@ class RangeServer:
         return [self.put(f"{folder}/{part.name}", part) for part in parts][-1]
 
     def url(self, path):
-        return f"http://127.0.0.1:{self.port}{urllib.parse.quote(path)}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http{'s' if self.tls else ''}://{host}:{self.port}{urllib.parse.quote(path)}"
 
     def fail(self, answer, times=NEVER, when=lambda request: True):
         """Has `answer` answer the next requests, as many as said, for which `when` is true."""
@@ -116,6 +117,14 @@ class RangeServer:
             last[request.path] = max(last.get(request.path, 0), end)
         return twice
 
+    def rounds(self):
+        """The most requests of which each was asked after the answer to the one before."""
+        count, last = 0, 0.0
+        for request in sorted(self.requests, key=lambda r: r.done):
+            if request.at >= last:
+                count, last = count + 1, request.done
+        return count
+
     def stop(self):
         """Refuses connections from now on, and ends those that there are."""
         self._ended = True
@@ -128,7 +137,9 @@ class RangeServer:
 
     def restart(self):
         """Listens again, on the same port."""
-        self._listener = socket.create_server(("127.0.0.1", self.port), backlog=256)
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        self._listener = socket.create_server((self.host, self.port), family=family, backlog=256)
+        self.port = self._listener.getsockname()[1]
         self._ended = False
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -146,6 +157,11 @@ class RangeServer:
             threading.Thread(target=self._serve, args=[connection], daemon=True).start()
 
     def _serve(self, connection):
+        if self.tls:
+            try:
+                connection = self.tls.wrap_socket(connection, server_side=True)
+            except OSError:
+                return
         with contextlib.suppress(OSError, Closed), connection, connection.makefile("rb") as lines:
             while request := self._read(lines):
                 with self._lock:
@@ -158,6 +174,7 @@ class RangeServer:
                     if not any(rule(connection, request, stored) for rule in list(self.rules)):
                         self.answer(connection, request, stored)
                 finally:
+                    request.done = time.monotonic()
                     with self._lock:
                         self._now -= 1
         self._connections.discard(connection)
@@ -165,7 +182,7 @@ class RangeServer:
     @staticmethod
     def _read(lines):
         first = lines.readline().decode("latin-1").split()
-        if not first:
+        if len(first) < 2:
             return None
         headers = {}
         while (line := lines.readline().decode("latin-1").strip()) != "":
@@ -181,7 +198,7 @@ class RangeServer:
     def head(self, connection, request, status, headers=(), body=b""):
         request.status = status
         lines = [f"HTTP/1.1 {status} X", *(f"{name}: {value}" for name, value in dict(headers).items())]
-        if "Content-Length" not in dict(headers):
+        if not {"Content-Length", "Transfer-Encoding"} & set(dict(headers)):
             lines.append(f"Content-Length: {len(body)}")
         connection.sendall("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
 
@@ -273,6 +290,57 @@ def stall(after, seconds):
     return answer
 
 
+def partial(server, request, stored):
+    """The bytes that were asked for, and the headers of an answer with them but for their length."""
+    start, end = request.range
+    body = stored.data[start:end]
+    about = f"bytes {start}-{start + len(body) - 1}/{len(stored.data)}"
+    return body, {**server.describe(stored), "Content-Range": about}
+
+
+def chunked(server, connection, request, stored):
+    """A good answer of no announced length, in chunks."""
+    body, headers = partial(server, request, stored)
+    server.head(connection, request, 206, {**headers, "Transfer-Encoding": "chunked"})
+    for place in range(0, len(body), 60_000):
+        piece = body[place : place + 60_000]
+        connection.sendall(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
+        request.sent += len(piece)
+    connection.sendall(b"0\r\n\r\n")
+
+
+def unframed(more=b""):
+    """A good answer of no announced length that ends with the connection, and perhaps bytes behind it."""
+
+    def answer(server, connection, request, stored):
+        body, headers = partial(server, request, stored)
+        server.head(connection, request, 206, {**headers, "Transfer-Encoding": "identity", "Connection": "close"})
+        connection.sendall(body + more)
+        request.sent += len(body)
+        raise Closed
+
+    return answer
+
+
+def trickle(every):
+    """A good answer of which a byte comes every so many seconds."""
+
+    def answer(server, connection, request, stored):
+        body, headers = partial(server, request, stored)
+        server.head(connection, request, 206, {**headers, "Content-Length": len(body)})
+        for place in range(len(body)):
+            connection.sendall(body[place : place + 1])
+            request.sent += 1
+            time.sleep(every)
+
+    return answer
+
+
+def page(server, connection, request, stored):
+    """The page of a login."""
+    server.head(connection, request, 200, {"Content-Type": "text/html; charset=utf-8"}, b"<!DOCTYPE html><p>Log in" * 99)
+
+
 def hang_up(server, connection, request, stored):
     """Ends the connection without a word."""
     raise Closed
@@ -335,6 +403,48 @@ class Hub(RangeServer):
         self.store.stop()
 
 
+def tls(folder, names=("localhost", "127.0.0.1"), days=(-1, 1)):
+    """A context of a server with a certificate of its own for these names and days from now, and the file of it."""
+    import datetime
+    import ipaddress
+
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, names[0])])
+    is_address = lambda name: name.replace(".", "").isdigit() or ":" in name  # noqa: E731
+    named = [x509.IPAddress(ipaddress.ip_address(n)) if is_address(n) else x509.DNSName(n) for n in names]
+    first, last = (datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=n) for n in days)
+    builder = x509.CertificateBuilder().subject_name(subject).issuer_name(subject).public_key(key.public_key())
+    builder = builder.serial_number(x509.random_serial_number()).not_valid_before(first).not_valid_after(last)
+    builder = builder.add_extension(x509.SubjectAlternativeName(named), critical=False)
+    certificate = builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    folder.mkdir(exist_ok=True)
+    (folder / "tls.pem").write_bytes(certificate)
+    plain = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    (folder / "tls.key").write_bytes(key.private_bytes(*plain))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "tls.pem", folder / "tls.key")
+    return context, folder / "tls.pem"
+
+
+def ranges_of(log):
+    """(path, first byte, end, bytes sent) of each answer with a range in a log of `nginx`, and the bytes sent twice."""
+    answers = []
+    for line in log.read_text().splitlines():
+        status, asked, sent, path = line.split(" ", 3)
+        if status == "206":
+            first = int(asked.removeprefix("bytes=").partition("-")[0])
+            answers.append((path, first, first + int(sent), int(sent)))
+    twice, last = 0, {}
+    for path, first, end, _ in sorted(answers):
+        twice += max(0, min(last.get(path, 0), end) - first)
+        last[path] = max(last.get(path, 0), end)
+    return answers, twice
+
+
 @contextlib.contextmanager
 def nginx(root, scratch):
     """nginx with TLS: yields its origin and the file of the authority that it is to be trusted by."""
@@ -351,7 +461,7 @@ def nginx(root, scratch):
 daemon off; pid {scratch}/pid; error_log {scratch}/error.log; worker_processes 1;
 events {{ worker_connections 256; }}
 http {{
-    access_log {scratch}/access.log;
+    log_format ranges '$status $http_range $body_bytes_sent $uri'; access_log {scratch}/access.log ranges;
     client_body_temp_path {scratch}/t; proxy_temp_path {scratch}/t; fastcgi_temp_path {scratch}/t;
     uwsgi_temp_path {scratch}/t; scgi_temp_path {scratch}/t;
     server {{
