@@ -91,6 +91,7 @@ impl DoctorArgs {
 pub fn run(args: &DoctorArgs) -> Result<bool> {
     #[cfg(feature = "remote")]
     if let Some(address) = args.address()? {
+        let _stop = Stop::at_once(args.json)?;
         let checks = super::reach::checks(&address, args.insecure_http);
         let works = checks.iter().all(|check| check.verdict != Verdict::Failure);
         let report = Report {

@@ -2,11 +2,9 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use odmoe_fs::form::Form;
 use odmoe_fs::layout::METADATA_GGUF_PATH;
 use odmoe_fs::materialize::{Numbers, Selection};
 use odmoe_fs::model::Model;
-use odmoe_fs::show::Show;
 use odmoe_fs::source::Run;
 use odmoe_fs::source::remote::{REQUESTS, RemotePart, piece_end};
 use odmoe_fs::work::Progress;
@@ -39,15 +37,13 @@ pub struct FetchArgs {
 }
 
 pub fn run(args: &FetchArgs, quiet: bool) -> Result<()> {
-    if args.model.addresses()?.is_none() {
-        let message = format!("{:?} is a file on this machine", args.model.shown());
-        return Err(Failure::new(message).hint("nothing needs to be fetched: mount it"));
-    }
-    let model = args.model.open(Form::Raw, Show::default())?;
+    // Whatever a signal leaves unfinished, the cache does not count as there.
+    let _stop = Stop::at_once(false)?;
+    let model = args.model.open_to_cache()?;
     let parts: Vec<&RemotePart> = model.source().remote_parts().collect();
     if parts.iter().any(|part| !part.has_cache()) {
         return Err(Failure::new("there is no cache to fill")
-            .hint("name a folder with --cache-dir, and leave out --cache-size 0"));
+            .hint("leave out --cache-size 0, and name a folder with --cache-dir"));
     }
     let pieces = pieces(&model, &args.selection(&model)?);
     let wanted: u64 = pieces.iter().map(|run| run.len).sum();
@@ -67,13 +63,12 @@ pub fn run(args: &FetchArgs, quiet: bool) -> Result<()> {
         .filter(|run| cached(run) < run.len)
         .collect();
     let meter = Meter::new(wanted - there, quiet);
-    let stop = Stop::on_signals()?;
     let next = AtomicUsize::new(0);
     let failed = Mutex::new(None);
     let work = || {
         let mut space = Vec::new();
         while let Some(run) = missing.get(next.fetch_add(1, Ordering::Relaxed)) {
-            if stop.check().is_err() || failed.lock().is_some() {
+            if failed.lock().is_some() {
                 return;
             }
             let part = parts[run.part as usize];
@@ -95,7 +90,6 @@ pub fn run(args: &FetchArgs, quiet: bool) -> Result<()> {
         }
     });
     meter.finish();
-    stop.check()?;
     if let Some(e) = failed.into_inner() {
         return Err(e.into());
     }

@@ -93,6 +93,7 @@ pub fn run(args: &MaterializeArgs, quiet: bool) -> Result<()> {
     // Writing beyond `ulimit -f` must be an error, not the end of the process.
     ignore_file_size_signal();
     let directory = args.model.directory(args.directory.as_ref())?;
+    let stop = Stop::at_once(false)?;
     let mut model = args.model.open(args.form.form()?, args.show.show())?;
     warn_of_directory(&model);
     warn_of_unfinished(&model)?;
@@ -149,7 +150,7 @@ pub fn run(args: &MaterializeArgs, quiet: bool) -> Result<()> {
     let meter = Meter::new(plan.bytes_to_compare() + plan.bytes(), quiet);
     let jobs = args.jobs.and_then(|n| NonZeroUsize::new(n.into()));
     let jobs = jobs.unwrap_or_else(default_jobs);
-    let stop = Stop::on_signals()?;
+    stop.begin();
     let result = plan.run(jobs, &stop.flag, &|progress| meter.add(progress));
     meter.finish();
     let outcome = stop.explain(result)?;

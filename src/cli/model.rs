@@ -80,6 +80,21 @@ impl ModelArg {
         self.model.as_deref().unwrap_or(Path::new(""))
     }
 
+    /// Opens a model elsewhere, whose cache is to be filled.
+    #[cfg(feature = "remote")]
+    pub fn open_to_cache(&self) -> Result<Model> {
+        let Some((given, others)) = self.addresses()? else {
+            let message = format!("{:?} is a file on this machine", self.shown());
+            return Err(Failure::new(message).hint("nothing needs to be fetched: mount it"));
+        };
+        let options = Options {
+            needs_cache: true,
+            ..self.remote.options()
+        };
+        let (form, show) = (Form::Raw, Show::default());
+        Ok(Model::open_remote(&given, &others, &options, form, show)?)
+    }
+
     /// Opens the model.
     pub fn open(&self, form: Form, show: Show) -> std::result::Result<Model, ModelError> {
         #[cfg(feature = "remote")]
@@ -138,6 +153,7 @@ impl RemoteArgs {
             offline: self.offline,
             cache_folder: self.cache_dir.clone(),
             cache_bytes: self.cache_size,
+            needs_cache: false,
         }
     }
 }

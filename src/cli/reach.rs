@@ -56,7 +56,15 @@ fn of_fault(fault: &Fault) -> Check {
         Fault::Unauthorized(_) | Fault::Forbidden(_) | Fault::Credentials(_) => "access",
         _ => "server",
     };
-    match fault.hint() {
+    let hint = match fault {
+        // What their hints say of this command is not the next step here.
+        Fault::Busy { .. } | Fault::Stalled(_) | Fault::Broken(_) => {
+            Some("try again later, or ask whoever runs the server".into())
+        }
+        Fault::Credentials(_) => Some("set them in the environment or in the usual files".into()),
+        _ => fault.hint(),
+    };
+    match hint {
         Some(hint) => Check::failure(name, fault.to_string(), hint),
         None => Check::new(
             name,

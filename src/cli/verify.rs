@@ -35,20 +35,28 @@ pub struct VerifyArgs {
     #[arg(value_name = "DIR")]
     directory: Option<PathBuf>,
     /// Compare names, sizes, headers and documents, but not the tensors' bytes
-    #[arg(long, requires = "directory")]
+    #[arg(long)]
     quick: bool,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
     /// Files to compare at the same time, 1 to 256 [default: the processors, at most 8]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256), requires = "directory")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     jobs: Option<u16>,
 }
 
 /// Runs the command. Returns whether everything is as it should be.
 pub fn run(args: &VerifyArgs, quiet: bool) -> Result<bool> {
     let directory = args.model.take_directory(args.directory.as_ref())?;
+    let stop = Stop::at_once(args.json)?;
     let Some(directory) = &directory else {
+        let needs = [("--quick", args.quick), ("--jobs", args.jobs.is_some())];
+        if let Some((option, _)) = needs.into_iter().find(|(_, is_given)| *is_given) {
+            return Err(Failure::usage(format!(
+                "{option} is of a comparison with a tree, and none was given"
+            ))
+            .hint("name its directory behind the model"));
+        }
         let model = args.model.open(Form::Raw, Show::default())?;
         let unfinished = Unfinished::of(&model)?;
         let report = ModelReport::of(&model, &unfinished);
@@ -77,7 +85,7 @@ pub fn run(args: &VerifyArgs, quiet: bool) -> Result<bool> {
     let mut model = opened.map_err(|e| refused(e, directory, form))?;
     // Each byte is read once, and must not push out what other programs have cached.
     model.set_page_cache(PageCache::Unchanged);
-    let stop = Stop::on_signals()?;
+    stop.begin();
     let comparison = Comparison::new(&model, directory, depth)?;
     let meter = Meter::new(comparison.bytes(), quiet);
     let result = comparison.run(jobs, &stop.flag, &|progress| meter.add(progress));

@@ -15,7 +15,7 @@ use super::failure::{Failure, Result};
 use super::form::FormArgs;
 use super::screen::Screen;
 use super::show::{ShowArgs, warn_of_directory};
-use super::{ModelArg, print, print_json, text};
+use super::{ModelArg, Stop, print, print_json, text};
 
 /// Show what is in a model, and what mounting it would show
 ///
@@ -62,6 +62,7 @@ impl FromStr for ExpertName {
 }
 
 pub fn run(args: &InspectArgs) -> Result<()> {
+    let _stop = Stop::at_once(args.json)?;
     let model = args.model.open(args.form.form()?, args.show.show())?;
     warn_of_directory(&model);
     let screen = Screen::of_stdout();

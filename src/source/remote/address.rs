@@ -281,6 +281,9 @@ fn web(text: &str, insecure_http: bool) -> Result<Place, AddressError> {
         return Err(AddressError::Password);
     }
     let mut url = Url::parse(text).map_err(|_| hidden())?;
+    if !url.username().is_empty() || url.password().is_some() {
+        return Err(AddressError::Password);
+    }
     url.set_fragment(None);
     if url.host_str().is_none() {
         return Err(hidden());

@@ -11,7 +11,7 @@ use reqwest::header::{ACCEPT_ENCODING, HeaderMap, HeaderValue, LOCATION};
 use reqwest::{Request, Response, Url, redirect};
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::Semaphore;
-use tokio::time::{sleep_until, timeout};
+use tokio::time::{sleep_until, timeout, timeout_at};
 
 use super::address::check_plain;
 use super::fault::{Fault, Kind};
@@ -23,6 +23,12 @@ use super::retry::PATIENCE;
 pub const REQUESTS: usize = 32;
 /// How long a server may send nothing.
 const STALL: Duration = Duration::from_secs(10);
+/// As good as nothing, in that time: what sends less keeps readers waiting for ever.
+pub const TRICKLE_BYTES: usize = 1 << 10;
+/// How long the end of a body may take once all of its bytes are there.
+const END: Duration = Duration::from_secs(1);
+/// How long a person waits without wondering why.
+const NOTICEABLE: Duration = Duration::from_secs(2);
 /// Threads that move bytes. Two keep more than a gigabyte a second moving.
 const THREADS: usize = 2;
 /// How programs introduce themselves.
@@ -53,6 +59,8 @@ pub struct Client {
     pub insecure_http: bool,
     /// Until when servers want no request.
     pause: Mutex<Option<Instant>>,
+    /// When it was said that a server is waited for; `None` once it has answered.
+    wait_noted: Mutex<Option<Instant>>,
 }
 
 impl Client {
@@ -87,6 +95,7 @@ impl Client {
             counters: Counters::default(),
             insecure_http,
             pause: Mutex::default(),
+            wait_noted: Mutex::default(),
         })
     }
 
@@ -118,8 +127,9 @@ impl Client {
         done: &mut usize,
     ) -> Result<(), Fault> {
         let mut rest = buffer;
+        let (mut deadline, mut trickled) = (Instant::now() + STALL, 0);
         while !rest.is_empty() {
-            let chunk = match timeout(STALL, response.chunk()).await {
+            let chunk = match timeout_at(deadline.into(), response.chunk()).await {
                 Err(_) => return Err(Fault::Stalled(STALL)),
                 Ok(Err(e)) => return Err(Fault::of_client(e)),
                 Ok(Ok(None)) => return Err(Fault::Broken("the answer ended early".to_owned())),
@@ -134,10 +144,14 @@ impl Client {
             here.copy_from_slice(&chunk);
             rest = after;
             *done += chunk.len();
+            trickled += chunk.len();
+            if trickled >= TRICKLE_BYTES {
+                (deadline, trickled) = (Instant::now() + STALL, 0);
+            }
             self.counters.fetched.fetch_add(chunk.len() as u64, Relaxed);
         }
         // The end of the body, after which the connection can be used again.
-        match timeout(STALL, response.chunk()).await {
+        match timeout(END, response.chunk()).await {
             Ok(Ok(Some(more))) if !more.is_empty() => Err(Fault::OtherRange(
                 "more bytes came than were announced".to_owned(),
             )),
@@ -159,6 +173,25 @@ impl Client {
             *pause = (*pause).max(Some(until));
         }
         fault
+    }
+
+    /// Says that a server is waited for, unless it was said of another request just now, or will not
+    /// be for long. `host` holds nothing secret.
+    pub fn note_wait(&self, host: &str, fault: &Fault, long: Duration) {
+        let mut noted = self.wait_noted.lock();
+        if long < NOTICEABLE || noted.is_some_and(|at| at.elapsed() < PATIENCE) {
+            return;
+        }
+        *noted = Some(Instant::now());
+        let patience = PATIENCE.as_secs();
+        tracing::warn!("waiting for {host}: {fault}; trying again for up to {patience} s");
+    }
+
+    /// Says that a server answers again, if it was waited for.
+    pub fn note_answer(&self, host: &str) {
+        if self.wait_noted.lock().take().is_some() {
+            tracing::info!("{host} answers again");
+        }
     }
 
     /// Where an answer of 3xx leads.

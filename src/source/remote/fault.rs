@@ -4,6 +4,7 @@
 //! may hold signatures.
 
 use std::error::Error;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::explain::{Explain, Hint};
@@ -16,6 +17,10 @@ pub enum Fault {
     Changed(String),
     #[error("the server sends the whole file where a range was asked for (status 200)")]
     NoRanges,
+    #[error("the server sends a web page where a range of a file was asked for (status 200)")]
+    Page,
+    #[error("the file on the server is empty")]
+    Empty,
     #[error("the server sends another range than was asked for: {0}")]
     OtherRange(String),
     #[error("the server sends it encoded ({0}), so its bytes are not the file's")]
@@ -54,6 +59,8 @@ pub enum Fault {
     Redirect(String),
     #[error("it is not in the cache, and --offline forbids to fetch it")]
     Offline,
+    #[error("the cache in {folder:?} cannot be used: {cause}")]
+    Cache { folder: PathBuf, cause: String },
     #[error("the client cannot be set up: {0}")]
     Client(String),
 }
@@ -109,7 +116,10 @@ impl Explain for Fault {
                 "go around what stands between you and the server, such as a proxy, or download the model"
             }
             Self::Unpinnable => "pass --unpinned if you know that nobody replaces the file",
-            Self::Missing(_) => "check the address",
+            Self::Page => {
+                "look at it in a browser: it may want a login, for which signed URLs (--url-file) are the way"
+            }
+            Self::Empty | Self::Missing(_) => "check the address",
             Self::Unauthorized(kind) | Self::Forbidden(kind) => kind.hint(),
             Self::Credentials(_) => {
                 "set them in the environment or in the usual files; `odmoe-fs doctor URL` says which were found"
@@ -119,11 +129,21 @@ impl Explain for Fault {
                 "try again later; `odmoe-fs doctor URL` measures the way to the server"
             }
             Self::Connect(_) | Self::Name => "check the address, the network and the proxy",
+            Self::Tls(text) if text.contains("expired") || text.contains("not valid yet") => {
+                "check the clock of this machine, or ask whoever runs the server for a certificate that is valid now"
+            }
+            Self::Tls(text) if text.contains("not valid for name") => {
+                "check the host in the address: the server's certificate is for another"
+            }
+            Self::Tls(text) if text.contains("corrupt message") => {
+                "check the port in the address: there the server seems to speak plain HTTP"
+            }
             Self::Tls(_) => {
                 "if the server has a certificate of its own, name the file of its authority in SSL_CERT_FILE"
             }
             Self::Redirect(_) => "check the address",
             Self::Offline => "run it without --offline, or fetch it first with `odmoe-fs fetch`",
+            Self::Cache { .. } => "name a folder that you can write to with --cache-dir",
             Self::Client(_) => return None,
         };
         Some(hint.into())
@@ -174,7 +194,8 @@ impl Fault {
         let error = error.without_url();
         let innermost = innermost(&error);
         let text = innermost.to_string();
-        if text.contains("certificate") || text.contains("TLS") || text.contains("handshake") {
+        let of_tls = ["certificate", "TLS", "handshake", "corrupt message"];
+        if of_tls.iter().any(|word| text.contains(word)) {
             return Self::Tls(text);
         }
         if text.contains("lookup address") || text.contains("dns error") {

@@ -45,4 +45,6 @@ pub struct Options {
     pub cache_folder: Option<PathBuf>,
     /// The most bytes of the cache; 0 for none. Without it, half of what is free.
     pub cache_bytes: Option<u64>,
+    /// Without a cache nothing is read at all.
+    pub needs_cache: bool,
 }

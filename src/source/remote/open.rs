@@ -1,6 +1,7 @@
 //! From the address of one part to all parts of a model.
 
 use std::ffi::OsString;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -96,6 +97,19 @@ fn remote(address: &Address, cause: Fault) -> OpenError {
     }
 }
 
+/// What comes of a cache that cannot be used: reading goes on without it, unless it is needed.
+fn unusable<T>(options: &Options, folder: PathBuf, cause: &io::Error) -> Result<Option<T>, Fault> {
+    let fault = Fault::Cache {
+        folder,
+        cause: cause.to_string(),
+    };
+    if options.needs_cache {
+        return Err(fault);
+    }
+    tracing::warn!("{fault}; what is read is not kept");
+    Ok(None)
+}
+
 /// What all parts of a model have in common.
 struct Shared<'a> {
     addresses: &'a [Address],
@@ -109,13 +123,11 @@ impl<'a> Shared<'a> {
     fn new(addresses: &'a [Address], options: &'a Options) -> Result<Self, Fault> {
         let folder = options.cache_folder.clone().or_else(usual_folder);
         let folder = folder.filter(|_| options.cache_bytes != Some(0));
-        let cache = folder.and_then(|folder| match Cache::open(&folder, options.cache_bytes) {
-            Ok(cache) => Some(cache),
-            Err(e) => {
-                tracing::warn!("the cache in {folder:?} cannot be used: {e}");
-                None
-            }
-        });
+        let cache = match folder.map(|folder| (Cache::open(&folder, options.cache_bytes), folder)) {
+            None => None,
+            Some((Ok(cache), _)) => Some(cache),
+            Some((Err(cause), folder)) => unusable(options, folder, &cause)?,
+        };
         Ok(Self {
             addresses,
             options,
@@ -138,12 +150,13 @@ impl<'a> Shared<'a> {
             let path = PathBuf::from(&shown);
             RemotePart::new(path, self.client.clone(), route, pin, cache)
         };
-        if self.options.offline {
+        let options = self.options;
+        if options.offline {
             let cached = cached.ok_or(Fault::Offline)?;
             return Ok((made(None, cached.pin(), Some(cached)), Vec::new()));
         }
         let client = &self.client;
-        let route = Route::new(address, client, self.options.unpinned, &self.commit)?;
+        let route = Route::new(address, client, options.unpinned, &self.commit)?;
         // What is in the cache only needs to be confirmed.
         let known = cached.as_ref().map(CachedPart::pin).filter(Pin::holds);
         let wanted = if known.is_some() { 1 } else { FIRST_BYTES };
@@ -156,13 +169,11 @@ impl<'a> Shared<'a> {
             return Ok((made(Some(route), pin, cached), Vec::new()));
         }
         drop(cached);
-        let cached = cache.and_then(|cache| match cache.create(&shown, &name, &pin) {
-            Ok(cached) => Some(cached),
-            Err(e) => {
-                tracing::warn!("{shown:?} is read without a cache: {e}");
-                None
-            }
-        });
+        let cached = match cache.map(|cache| (cache.create(&shown, &name, &pin), cache)) {
+            None => None,
+            Some((Ok(cached), _)) => Some(cached),
+            Some((Err(cause), cache)) => unusable(options, cache.folder().to_owned(), &cause)?,
+        };
         let part = made(Some(route), pin, cached);
         part.keep(0, &first);
         Ok((part, first))

@@ -9,7 +9,8 @@ use std::ops::Range;
 use std::time::{Duration, SystemTime};
 
 use reqwest::header::{
-    CONTENT_ENCODING, CONTENT_RANGE, ETAG, HeaderMap, HeaderName, LAST_MODIFIED, RETRY_AFTER,
+    CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, HeaderMap, HeaderName,
+    LAST_MODIFIED, RETRY_AFTER,
 };
 use serde::{Deserialize, Serialize};
 
@@ -115,6 +116,10 @@ impl Facts {
         }
         match status {
             206 => {}
+            200 if text(CONTENT_LENGTH) == Some("0") => return Err(Fault::Empty),
+            200 if text(CONTENT_TYPE).is_some_and(|kind| kind.starts_with("text/html")) => {
+                return Err(Fault::Page);
+            }
             200 => return Err(Fault::NoRanges),
             other => return Err(Fault::Status(other)),
         }
@@ -221,6 +226,13 @@ mod tests {
         // The first request may ask for more than there is.
         assert!(facts(206, &[(CONTENT_RANGE, "bytes 0-99/100")], 0..4096).is_ok());
         assert_eq!(facts(200, &[], 10..20), Err(Fault::NoRanges));
+        let typed = |kind| facts(200, &[(CONTENT_TYPE, kind)], 10..20);
+        assert_eq!(typed("text/html; charset=utf-8"), Err(Fault::Page));
+        assert_eq!(typed("application/octet-stream"), Err(Fault::NoRanges));
+        assert_eq!(
+            facts(200, &[(CONTENT_LENGTH, "0")], 10..20),
+            Err(Fault::Empty)
+        );
         for range in [
             "bytes 10-18/100",
             "bytes 11-19/100",

@@ -13,8 +13,8 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 #[derive(Debug)]
 pub struct Backoff {
     next: Duration,
-    /// When it gives up, unless bytes come before.
-    give_up: Instant,
+    /// When it began, or when bytes came last.
+    since: Instant,
 }
 
 impl Backoff {
@@ -22,7 +22,7 @@ impl Backoff {
     pub fn new(now: Instant) -> Self {
         Self {
             next: FIRST,
-            give_up: now + PATIENCE,
+            since: now,
         }
     }
 
@@ -38,7 +38,12 @@ impl Backoff {
         let spread = self.next / 4 * u32::from(chance) / 255;
         let wait = (self.next + spread).max(after.unwrap_or_default());
         self.next = (self.next * 2).min(LONGEST);
-        (now + wait < self.give_up).then_some(wait)
+        (now + wait < self.since + PATIENCE).then_some(wait)
+    }
+
+    /// How long nothing has come.
+    pub fn waited(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.since)
     }
 }
 

@@ -20,7 +20,7 @@ use reqwest::header::{
 use reqwest::{Method, Request, Response, Url};
 
 use super::address::{Address, Place, hub_endpoint, hub_url};
-use super::client::Client;
+use super::client::{Client, TRICKLE_BYTES};
 use super::credentials::hub_token;
 use super::fault::{Fault, Kind, Remedy};
 use super::pin::{Facts, Pin};
@@ -157,11 +157,14 @@ impl Route {
             let before = done;
             let rest = range.start + done as u64..range.end;
             let fault = match self.attempt(client, rest, buffer, &mut done).await {
-                Ok(()) => return Ok(done),
+                Ok(()) => {
+                    client.note_answer(&self.host());
+                    return Ok(done);
+                }
                 Err(fault) => fault,
             };
             let now = Instant::now();
-            if done > before {
+            if done >= before + TRICKLE_BYTES {
                 backoff.progressed(now);
             }
             match fault.remedy() {
@@ -173,6 +176,7 @@ impl Route {
                     let Some(wait) = backoff.wait(after, chance(), now) else {
                         return Err(fault);
                     };
+                    client.note_wait(&self.host(), &fault, backoff.waited(now) + wait);
                     tracing::debug!("asked again in {} ms: {fault}", wait.as_millis());
                     tokio::time::sleep(wait).await;
                 }
@@ -314,6 +318,20 @@ impl Route {
         }
     }
 
+    /// The server that is asked, for messages: its name and port, or the bucket.
+    fn host(&self) -> String {
+        let of = |url: &Url| {
+            let port = url.port().map_or(String::new(), |port| format!(":{port}"));
+            format!("{}{port}", url.host_str().unwrap_or_default())
+        };
+        match (&*self.reached.lock(), &self.start) {
+            (Some(reached), _) => of(&reached.url),
+            (None, Start::Web(url) | Start::Hub { endpoint: url, .. }) => of(url),
+            #[cfg(not(target_os = "macos"))]
+            (None, Start::Store(store)) => store.shown(),
+        }
+    }
+
     fn note_commit(&self, headers: &HeaderMap) {
         if let Start::Hub { commit, .. } = &self.start
             && let Some(found) = header(headers, "x-repo-commit")
@@ -328,10 +346,14 @@ impl Route {
         response: &Response,
         range: &Range<u64>,
     ) -> Result<Facts, Fault> {
+        let status = response.status().as_u16();
+        if status == 416 && self.pin().is_none() {
+            return Err(Fault::Empty);
+        }
         if !response.status().is_success() {
             return Err(client.fault(response, self.kind));
         }
-        Facts::of(response.status().as_u16(), response.headers(), range)
+        Facts::of(status, response.headers(), range)
     }
 
     /// The first pin is taken, every other one compared with it.

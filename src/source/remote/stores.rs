@@ -64,6 +64,11 @@ impl Store {
         }
     }
 
+    /// The bucket.
+    pub fn shown(&self) -> String {
+        format!("{}://{}", self.kind.scheme(), self.bucket)
+    }
+
     /// Has credentials looked for anew.
     pub fn renew(&self) {
         *self.signer.lock() = None;

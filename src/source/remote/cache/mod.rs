@@ -96,6 +96,11 @@ impl Cache {
         }))
     }
 
+    /// Where it is.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     fn exclusive<T>(&self, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         let lock = self.lock.lock();
         flock(&*lock, FlockOperation::LockExclusive)?;
@@ -227,6 +232,9 @@ impl Cache {
 fn private_folder(folder: &Path) -> io::Result<()> {
     if folder.is_dir() {
         return Ok(());
+    }
+    if folder.exists() {
+        return Err(io::Error::other("it is not a folder"));
     }
     DirBuilder::new().recursive(true).mode(0o700).create(folder)
 }
