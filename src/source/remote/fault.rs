@@ -90,10 +90,10 @@ impl Kind {
                 "check AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_REGION and AWS_ENDPOINT_URL; a public bucket needs AWS_SKIP_SIGNATURE=true"
             }
             Self::Google => {
-                "check GOOGLE_APPLICATION_CREDENTIALS, or log in with `gcloud auth application-default login`"
+                "check GOOGLE_APPLICATION_CREDENTIALS, or log in with `gcloud auth application-default login`; a public bucket needs GOOGLE_SKIP_SIGNATURE=true"
             }
             Self::Azure => {
-                "check AZURE_STORAGE_ACCOUNT_NAME, and AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN"
+                "check AZURE_STORAGE_ACCOUNT_NAME, and AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN; a public container needs AZURE_SKIP_SIGNATURE=true"
             }
         }
     }

@@ -126,6 +126,7 @@ pub fn credentials(address: &Address) -> String {
                     "GOOGLE_SERVICE_ACCOUNT_PATH",
                     "GOOGLE_SERVICE_ACCOUNT_KEY",
                     "GOOGLE_SKIP_SIGNATURE",
+                    "STORAGE_EMULATOR_HOST",
                 ];
                 (set(&names), String::new())
             }
@@ -137,6 +138,8 @@ pub fn credentials(address: &Address) -> String {
                     "AZURE_CLIENT_ID",
                     "AZURE_FEDERATED_TOKEN_FILE",
                     "AZURE_SKIP_SIGNATURE",
+                    "AZURE_STORAGE_CONNECTION_STRING",
+                    "AZURE_STORAGE_USE_EMULATOR",
                 ];
                 (set(&names), String::new())
             }

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use object_store::aws::AmazonS3Builder;
-use object_store::azure::MicrosoftAzureBuilder;
+use object_store::azure::{AzureConfigKey, MicrosoftAzureBuilder};
 use object_store::client::{
     HttpClient, HttpConnector, HttpError, HttpErrorKind, HttpRequest, HttpResponse, HttpService,
 };
@@ -162,16 +162,46 @@ fn make(
             Arc::new(builder.with_http_connector(http).build()?)
         }
         StoreKind::Google => {
-            let builder = GoogleCloudStorageBuilder::from_env().with_client_options(options);
+            let mut builder = GoogleCloudStorageBuilder::from_env().with_client_options(options);
+            // As in Google's own libraries, which then sign nothing.
+            if let Some(host) = variable("STORAGE_EMULATOR_HOST") {
+                let scheme = if host.contains("://") { "" } else { "http://" };
+                let url = format!("{scheme}{}", host.trim_end_matches('/'));
+                builder = builder.with_base_url(&url).with_skip_signature(true);
+            }
             let builder = builder.with_bucket_name(bucket).with_retry(retry);
             Arc::new(builder.with_http_connector(http).build()?)
         }
         StoreKind::Azure => {
-            let builder = MicrosoftAzureBuilder::from_env().with_client_options(options);
+            let mut builder = MicrosoftAzureBuilder::from_env().with_client_options(options);
+            for (key, value) in azure_connection() {
+                builder = builder.with_config(key, value);
+            }
             let builder = builder.with_container_name(bucket).with_retry(retry);
             Arc::new(builder.with_http_connector(http).build()?)
         }
     })
+}
+
+/// What `AZURE_STORAGE_CONNECTION_STRING` says, as the portal of Azure writes it; nothing if it is not
+/// set, or if an account is named by other variables.
+fn azure_connection() -> Vec<(AzureConfigKey, String)> {
+    let Some(text) = variable("AZURE_STORAGE_CONNECTION_STRING") else {
+        return Vec::new();
+    };
+    if variable("AZURE_STORAGE_ACCOUNT_NAME").is_some() {
+        return Vec::new();
+    }
+    let pairs = text.split(';').filter_map(|pair| pair.split_once('='));
+    let key = |name: &str| match name.trim() {
+        "AccountName" => Some(AzureConfigKey::AccountName),
+        "AccountKey" => Some(AzureConfigKey::AccessKey),
+        "SharedAccessSignature" => Some(AzureConfigKey::SasKey),
+        "BlobEndpoint" => Some(AzureConfigKey::Endpoint),
+        _ => None,
+    };
+    let known = pairs.filter_map(|(name, value)| Some((key(name)?, value.trim().to_owned())));
+    known.collect()
 }
 
 /// The innermost cause of an error of object_store, unless it repeats what the environment holds.
