@@ -163,6 +163,9 @@ class RangeServer:
             except OSError:
                 return
         with contextlib.suppress(OSError, Closed), connection, connection.makefile("rb") as lines:
+            if lines.peek(1)[:1] == b"\x16":  # a greeting of TLS, which is not spoken here
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+                return
             while request := self._read(lines):
                 with self._lock:
                     self.requests.append(request)
