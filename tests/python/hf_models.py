@@ -6,6 +6,8 @@ architecture, its config.json, and what becomes of both in a GGUF, by the names 
 
 import dataclasses
 import json
+import sys
+from unittest import mock
 
 import gguf
 import numpy as np
@@ -14,6 +16,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFValueType
 
 HIDDEN, VOCABULARY, LAYERS = 64, 96, 3
+HEADS, KEY_VALUES, HEAD = 4, 2, 16
 EXPERTS, USED, WIDTH, DENSE = 4, 2, 32, 96
 THETA, EPSILON, CONTEXT = 50_000.0, 1e-5, 512
 
@@ -26,12 +29,16 @@ class Kind:
     config: dict
     keys: dict
     shapes: dict
-    heads: tuple = (4, 2)
+    heads: tuple = (HEADS, KEY_VALUES)
     permuted: bool = False
+    layers: int = dataclasses.field(default_factory=lambda: LAYERS)
+    # Of MLA: the widths of a head without positions, of its values, and of the latent vector.
+    latent: tuple = dataclasses.field(default_factory=lambda: (NOPE, VALUE, RANK))
 
 
-def common(model, heads=4, key_values=2, head=16, tied=False, **more):
+def common(model, heads=HEADS, key_values=KEY_VALUES, head=None, tied=False, **more):
     """What every config.json says."""
+    head = head or HEAD
     return {
         "model_type": model, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": heads,
         "num_key_value_heads": key_values, "head_dim": head, "vocab_size": VOCABULARY, "rms_norm_eps": EPSILON,
@@ -40,8 +47,9 @@ def common(model, heads=4, key_values=2, head=16, tied=False, **more):
     }  # fmt: skip
 
 
-def keys(heads=4, key_values=2, head=16, **more):
+def keys(heads=HEADS, key_values=KEY_VALUES, head=None, **more):
     """What every GGUF says."""
+    head = head or HEAD
     return {
         "block_count": LAYERS, "context_length": CONTEXT, "embedding_length": HIDDEN, "attention.head_count": heads,
         "attention.head_count_kv": key_values, "attention.key_length": head, "attention.value_length": head,
@@ -49,7 +57,8 @@ def keys(heads=4, key_values=2, head=16, **more):
     }  # fmt: skip
 
 
-def attention(layer, heads=4, key_values=2, head=16, biases=(), norms=None):
+def attention(layer, heads=HEADS, key_values=KEY_VALUES, head=None, biases=(), norms=None):
+    head = head or HEAD
     at = f"model.layers.{layer}.self_attn"
     sizes = {"q_proj": (heads * head, HIDDEN), "k_proj": (key_values * head, HIDDEN)}
     sizes |= {"v_proj": (key_values * head, HIDDEN), "o_proj": (HIDDEN, heads * head)}
@@ -65,37 +74,46 @@ def mlp(at, width, names=("gate_proj", "up_proj", "down_proj")):
     return {gate: (width, HIDDEN), up: (width, HIDDEN), down: (HIDDEN, width)}
 
 
-def experts(at, names=("gate_proj", "up_proj", "down_proj"), width=WIDTH):
+def experts(at, names=("gate_proj", "up_proj", "down_proj")):
     shapes = {}
     for expert in range(EXPERTS):
-        shapes |= mlp(f"{at}.experts.{expert}", width, names)
+        shapes |= mlp(f"{at}.experts.{expert}", WIDTH, names)
     return shapes
 
 
-def whole(layer_shapes, tied=False, layers=LAYERS):
+def whole(layer_shapes, tied=False, extra=0):
     shapes = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "model.norm.weight": (HIDDEN,)}
     if not tied:
         shapes["lm_head.weight"] = (VOCABULARY, HIDDEN)
-    for layer in range(layers):
+    for layer in range(LAYERS + extra):
         at = f"model.layers.{layer}"
         shapes |= {f"{at}.{norm}.weight": (HIDDEN,) for norm in ("input_layernorm", "post_attention_layernorm")}
         shapes |= layer_shapes(layer, at)
     return shapes
 
 
-MOE = {"num_experts": EXPERTS, "num_experts_per_tok": USED, "moe_intermediate_size": WIDTH}
-MOE_KEYS = {"expert_count": EXPERTS, "expert_used_count": USED, "expert_feed_forward_length": WIDTH}
-DENSE_KEYS = {"feed_forward_length": DENSE}
+def moe():
+    return {"num_experts": EXPERTS, "num_experts_per_tok": USED, "moe_intermediate_size": WIDTH}
+
+
+def moe_keys():
+    return {"expert_count": EXPERTS, "expert_used_count": USED, "expert_feed_forward_length": WIDTH}
+
+
+def dense_keys():
+    return {"feed_forward_length": DENSE}
+
+
 BIASES = ("q_proj", "k_proj", "v_proj")
 
 
 def qwen3moe():
     def layer(n, at):
-        return attention(n, norms=(16, 16)) | {f"{at}.mlp.gate.weight": (EXPERTS, HIDDEN)} | experts(f"{at}.mlp")
+        return attention(n, norms=(HEAD, HEAD)) | {f"{at}.mlp.gate.weight": (EXPERTS, HIDDEN)} | experts(f"{at}.mlp")
 
-    config = common("qwen3_moe", intermediate_size=DENSE, norm_topk_prob=True, decoder_sparse_step=1, **MOE)
+    config = common("qwen3_moe", intermediate_size=DENSE, norm_topk_prob=True, decoder_sparse_step=1, **moe())
     config["mlp_only_layers"] = []
-    return Kind("qwen3moe", config, keys(**MOE_KEYS, **DENSE_KEYS), whole(layer))
+    return Kind("qwen3moe", config, keys(**moe_keys(), **dense_keys()), whole(layer))
 
 
 def qwen2moe():
@@ -105,14 +123,14 @@ def qwen2moe():
         return shapes | {f"{at}.mlp.shared_expert_gate.weight": (1, HIDDEN)}
 
     more = {"shared_expert_intermediate_size": 2 * WIDTH, "norm_topk_prob": False, "mlp_only_layers": []}
-    config = common("qwen2_moe", intermediate_size=DENSE, decoder_sparse_step=1, **more, **MOE)
+    config = common("qwen2_moe", intermediate_size=DENSE, decoder_sparse_step=1, **more, **moe())
     shared = {"expert_shared_feed_forward_length": 2 * WIDTH}
-    return Kind("qwen2moe", config, keys(**MOE_KEYS, **DENSE_KEYS, **shared), whole(layer))
+    return Kind("qwen2moe", config, keys(**moe_keys(), **dense_keys(), **shared), whole(layer))
 
 
 def olmoe():
     def layer(n, at):
-        shapes = attention(n, key_values=4, norms=(64, 64)) | {f"{at}.mlp.gate.weight": (EXPERTS, HIDDEN)}
+        shapes = attention(n, key_values=4, norms=(4 * HEAD, 4 * HEAD)) | {f"{at}.mlp.gate.weight": (EXPERTS, HIDDEN)}
         return shapes | experts(f"{at}.mlp")
 
     config = common("olmoe", key_values=4, intermediate_size=WIDTH, norm_topk_prob=False)
@@ -131,7 +149,7 @@ def llama(tied=False, scaled=False):
             "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
         }  # fmt: skip
-    return Kind("llama", config, keys(**DENSE_KEYS), whole(layer, tied), permuted=True)
+    return Kind("llama", config, keys(**dense_keys()), whole(layer, tied), permuted=True)
 
 
 def mixtral():
@@ -148,7 +166,7 @@ def qwen2():
     def layer(n, at):
         return attention(n, biases=BIASES) | mlp(f"{at}.mlp", DENSE)
 
-    return Kind("qwen2", common("qwen2", tied=True, intermediate_size=DENSE), keys(**DENSE_KEYS), whole(layer, True))
+    return Kind("qwen2", common("qwen2", tied=True, intermediate_size=DENSE), keys(**dense_keys()), whole(layer, True))
 
 
 def qwen3():
@@ -156,14 +174,14 @@ def qwen3():
         return attention(n, head=24, norms=(24, 24)) | mlp(f"{at}.mlp", DENSE)
 
     config = common("qwen3", head=24, intermediate_size=DENSE)
-    return Kind("qwen3", config, keys(head=24, **DENSE_KEYS), whole(layer))
+    return Kind("qwen3", config, keys(head=24, **dense_keys()), whole(layer))
 
 
 def glm4moe():
     extra = 1  # a layer that predicts one token more
 
     def layer(n, at):
-        shapes = attention(n, biases=BIASES, norms=(16, 16))
+        shapes = attention(n, biases=BIASES, norms=(HEAD, HEAD))
         if n == 0:
             return shapes | mlp(f"{at}.mlp", DENSE)
         shapes |= {f"{at}.mlp.gate.weight": (EXPERTS, HIDDEN), f"{at}.mlp.gate.e_score_correction_bias": (EXPERTS,)}
@@ -179,11 +197,11 @@ def glm4moe():
         first_k_dense_replace=1, routed_scaling_factor=1.5, norm_topk_prob=True, n_group=1, topk_group=1,
         num_nextn_predict_layers=extra,
     )  # fmt: skip
-    more = keys(**MOE_KEYS, **DENSE_KEYS)
-    more |= {"block_count": LAYERS + extra, "nextn_predict_layers": extra, "rope.dimension_count": 8}
+    more = keys(**moe_keys(), **dense_keys())
+    more |= {"block_count": LAYERS + extra, "nextn_predict_layers": extra, "rope.dimension_count": HEAD // 2}
     more |= {"expert_shared_count": 1, "leading_dense_block_count": 1, "expert_weights_scale": 1.5}
     more |= {"expert_weights_norm": True, "expert_gating_func": 2, "expert_group_count": 1, "expert_group_used_count": 1}
-    return Kind("glm4moe", config, more, whole(layer, layers=LAYERS + extra))
+    return Kind("glm4moe", config, more, whole(layer, extra=extra))
 
 
 NOPE, ROPE, VALUE, RANK, QUERY_RANK = 32, 16, 32, 64, 32
@@ -225,7 +243,7 @@ def deepseek(version):
         "type": "yarn", "factor": 40.0, "original_max_position_embeddings": 128, "beta_fast": 32, "beta_slow": 1,
         "mscale": 0.707, "mscale_all_dim": 0.707,
     }  # fmt: skip
-    more = keys(key_values=1, **MOE_KEYS, **DENSE_KEYS)
+    more = keys(key_values=1, **moe_keys(), **dense_keys())
     more |= {"attention.key_length": RANK + ROPE, "attention.value_length": RANK, "rope.dimension_count": ROPE}
     more |= {"attention.key_length_mla": NOPE + ROPE, "attention.value_length_mla": VALUE}
     more |= {"attention.kv_lora_rank": RANK, "expert_shared_count": 2, "leading_dense_block_count": 1}
@@ -246,13 +264,14 @@ def gpt_oss():
         shapes |= {f"{at}.gate_up_proj": (EXPERTS, HIDDEN, 2 * WIDTH), f"{at}.gate_up_proj_bias": (EXPERTS, 2 * WIDTH)}
         return shapes | {f"{at}.down_proj": (EXPERTS, WIDTH, HIDDEN), f"{at}.down_proj_bias": (EXPERTS, HIDDEN)}
 
+    kinds = ["sliding_attention", "full_attention"] * LAYERS
     config = common("gpt_oss", intermediate_size=WIDTH, num_local_experts=EXPERTS, num_experts_per_tok=USED)
-    config |= {"sliding_window": 8, "swiglu_limit": 7.0, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+    config |= {"sliding_window": 8, "swiglu_limit": 7.0, "layer_types": kinds[:LAYERS]}
     config["rope_scaling"] = {
         "rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 128, "beta_fast": 32.0,
         "beta_slow": 1.0, "truncate": False,
     }  # fmt: skip
-    more = keys(**MOE_KEYS, **{"attention.sliding_window": 8})
+    more = keys(**moe_keys(), **{"attention.sliding_window": 8})
     more |= {"rope.scaling.type": "yarn", "rope.scaling.factor": 32.0, "rope.scaling.original_context_length": 128}
     return Kind("gpt-oss", config, more, whole(layer))
 
@@ -260,12 +279,12 @@ def gpt_oss():
 def minimax_m2():
     def layer(n, at):
         at = f"{at}.block_sparse_moe"
-        shapes = attention(n, norms=(64, 32)) | {f"{at}.gate.weight": (EXPERTS, HIDDEN)}
+        shapes = attention(n, norms=(4 * HEAD, 2 * HEAD)) | {f"{at}.gate.weight": (EXPERTS, HIDDEN)}
         return shapes | {f"{at}.e_score_correction_bias": (EXPERTS,)} | experts(at, ("w1", "w3", "w2"))
 
     config = common("minimax", intermediate_size=WIDTH, num_local_experts=EXPERTS, num_experts_per_tok=USED)
-    config |= {"rotary_dim": 8, "shared_intermediate_size": 0, "use_qk_norm": True, "scoring_func": "sigmoid"}
-    more = keys(**MOE_KEYS, **DENSE_KEYS) | {"rope.dimension_count": 8, "expert_gating_func": 2}
+    config |= {"rotary_dim": HEAD // 2, "shared_intermediate_size": 0, "use_qk_norm": True, "scoring_func": "sigmoid"}
+    more = keys(**moe_keys(), **dense_keys()) | {"rope.dimension_count": HEAD // 2, "expert_gating_func": 2}
     return Kind("minimax-m2", config, more, whole(layer))
 
 
@@ -277,13 +296,19 @@ KINDS = {
 }  # fmt: skip
 
 
-def weights(kind, seed=7):
+def sized(name, **sizes):
+    """A kind with other sizes, such as `HIDDEN=256`."""
+    with mock.patch.multiple(sys.modules[__name__], **sizes):
+        return KINDS[name]()
+
+
+def weights(kind, seed=7, deviation=0.2):
     """The tensors of a checkpoint, in F32; norms are about 1."""
     random = np.random.default_rng(seed)
     made = {}
     for name, shape in kind.shapes.items():
         numbers = random.standard_normal(shape, dtype=np.float32)
-        made[name] = (1 + 0.1 * numbers) if "norm" in name else (0.2 * numbers).astype(np.float32)
+        made[name] = (1 + 0.1 * numbers) if "norm" in name else (deviation * numbers).astype(np.float32)
     return made
 
 
@@ -306,7 +331,8 @@ def write_checkpoint(folder, config, tensors):
     """A directory that mlx-lm reads; it may lack the layers that predict further tokens."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    kept = {name: t for name, t in apart(tensors).items() if not name.startswith(f"model.layers.{LAYERS}.")}
+    extra = f"model.layers.{config['num_hidden_layers']}."
+    kept = {name: t for name, t in apart(tensors).items() if not name.startswith(extra)}
     safetensors.numpy.save_file(kept, folder / "model.safetensors", {"format": "pt"})
 
 
@@ -317,7 +343,7 @@ def permuted(matrix, heads):
     return halves.swapaxes(1, 2).reshape(matrix.shape)
 
 
-def factors(scaling, head=16):
+def factors(scaling, head=HEAD):
     """What llama.cpp divides the frequencies of Llama 3's scaling by."""
     low = scaling["original_max_position_embeddings"] / scaling["low_freq_factor"]
     high = scaling["original_max_position_embeddings"] / scaling["high_freq_factor"]
@@ -335,7 +361,7 @@ def factors(scaling, head=16):
 def in_gguf(kind, tensors):
     """The tensors of a GGUF by their names there, from those of a checkpoint."""
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == kind.arch)
-    names = gguf.get_tensor_name_map(arch, LAYERS + 1)
+    names = gguf.get_tensor_name_map(arch, kind.layers + 1)
     stacks, made = {}, {}
 
     def put(name, tensor):
@@ -350,9 +376,10 @@ def in_gguf(kind, tensors):
             number = words.pop(words.index("experts") + 1)
             stacks.setdefault(".".join(words), {})[int(number)] = tensor
         elif name.endswith("kv_b_proj.weight"):
-            parts = tensor.reshape(kind.heads[0], NOPE + VALUE, RANK)
-            put(name.replace("kv_b_proj", "k_b_proj"), parts[:, :NOPE].swapaxes(1, 2))
-            put(name.replace("kv_b_proj", "v_b_proj"), parts[:, NOPE:])
+            plain, value, rank = kind.latent
+            parts = tensor.reshape(kind.heads[0], plain + value, rank)
+            put(name.replace("kv_b_proj", "k_b_proj"), parts[:, :plain].swapaxes(1, 2))
+            put(name.replace("kv_b_proj", "v_b_proj"), parts[:, plain:])
         elif name.endswith((".gate_up_proj", ".gate_up_proj_bias")):
             across = tensor.swapaxes(1, 2) if name.endswith("proj") else tensor
             suffix = ".weight" if name.endswith("proj") else ".bias"
