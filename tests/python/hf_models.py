@@ -207,7 +207,7 @@ def glm4moe():
 NOPE, ROPE, VALUE, RANK, QUERY_RANK = 32, 16, 32, 64, 32
 
 
-def deepseek(version):
+def deepseek(version, lite=False):
     heads = 4
 
     def layer(n, at):
@@ -215,7 +215,7 @@ def deepseek(version):
         shapes = {f"{here}.kv_a_proj_with_mqa.weight": (RANK + ROPE, HIDDEN), f"{here}.kv_a_layernorm.weight": (RANK,)}
         shapes[f"{here}.kv_b_proj.weight"] = (heads * (NOPE + VALUE), RANK)
         shapes[f"{here}.o_proj.weight"] = (HIDDEN, heads * VALUE)
-        if version == 2:
+        if lite:
             shapes[f"{here}.q_proj.weight"] = (heads * (NOPE + ROPE), HIDDEN)
         else:
             shapes[f"{here}.q_a_proj.weight"] = (QUERY_RANK, HIDDEN)
@@ -232,7 +232,7 @@ def deepseek(version):
     del config["head_dim"]
     groups = (2, 1) if version == 3 else (1, 1)
     config |= {
-        "q_lora_rank": QUERY_RANK if version == 3 else None, "kv_lora_rank": RANK, "qk_rope_head_dim": ROPE,
+        "q_lora_rank": None if lite else QUERY_RANK, "kv_lora_rank": RANK, "qk_rope_head_dim": ROPE,
         "qk_nope_head_dim": NOPE, "v_head_dim": VALUE, "n_routed_experts": EXPERTS, "num_experts_per_tok": USED,
         "moe_intermediate_size": WIDTH, "n_shared_experts": 2, "first_k_dense_replace": 1, "moe_layer_freq": 1,
         "routed_scaling_factor": 2.5, "norm_topk_prob": version == 3, "n_group": groups[0], "topk_group": groups[1],
@@ -251,7 +251,7 @@ def deepseek(version):
     more |= {"expert_gating_func": version - 1, "expert_group_count": groups[0], "expert_group_used_count": groups[1]}
     more |= {"rope.scaling.type": "yarn", "rope.scaling.factor": 40.0, "rope.scaling.original_context_length": 128}
     more |= {"rope.scaling.yarn_log_multiplier": 0.0707}
-    if version == 3:
+    if not lite:
         more["attention.q_lora_rank"] = QUERY_RANK
     return Kind("deepseek2", config, more, whole(layer), (4, 4))
 
@@ -284,12 +284,14 @@ def minimax_m2():
 
     config = common("minimax", intermediate_size=WIDTH, num_local_experts=EXPERTS, num_experts_per_tok=USED)
     config |= {"rotary_dim": HEAD // 2, "shared_intermediate_size": 0, "use_qk_norm": True, "scoring_func": "sigmoid"}
-    more = keys(**moe_keys(), **dense_keys()) | {"rope.dimension_count": HEAD // 2, "expert_gating_func": 2}
+    more = keys(**moe_keys(), feed_forward_length=WIDTH)
+    more |= {"rope.dimension_count": HEAD // 2, "expert_gating_func": 2}
     return Kind("minimax-m2", config, more, whole(layer))
 
 
 KINDS = {
-    "qwen3moe": qwen3moe, "qwen2moe": qwen2moe, "deepseek_v2": lambda: deepseek(2), "deepseek_v3": lambda: deepseek(3),
+    "qwen3moe": qwen3moe, "qwen2moe": qwen2moe, "deepseek_v2": lambda: deepseek(2),
+    "deepseek_v2-lite": lambda: deepseek(2, lite=True), "deepseek_v3": lambda: deepseek(3),
     "glm4moe": glm4moe, "gpt-oss": gpt_oss, "mixtral": mixtral, "olmoe": olmoe, "minimax-m2": minimax_m2,
     "llama": llama, "llama-tied": lambda: llama(tied=True), "llama-scaled": lambda: llama(scaled=True), "qwen2": qwen2,
     "qwen3": qwen3,
@@ -309,6 +311,9 @@ def weights(kind, seed=7, deviation=0.2):
     for name, shape in kind.shapes.items():
         numbers = random.standard_normal(shape, dtype=np.float32)
         made[name] = (1 + 0.1 * numbers) if "norm" in name else (deviation * numbers).astype(np.float32)
+        if name.endswith("e_score_correction_bias"):
+            # Where a score is negative, mlx-lm takes an expert of a group that is not used rather than one that is.
+            made[name] = np.abs(made[name])
     return made
 
 

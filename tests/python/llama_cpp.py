@@ -6,7 +6,9 @@ import subprocess
 import sys
 import tarfile
 import types
+from unittest import mock
 
+import gguf
 import numpy as np
 
 from odmoe import REPO
@@ -39,8 +41,11 @@ def tool(name, *arguments):
     subprocess.run([llama_cpp() / "build/bin" / name, *arguments], check=True, capture_output=True)
 
 
-def logits(model, prompts):
-    """What llama.cpp computes for each prompt, all of the same length, with keys and values in F32."""
+def logits(model, prompts, repack=True, **options):
+    """What llama.cpp computes for each prompt, all of the same length, with keys and values in F32.
+
+    Without `repack`, other kernels multiply: those of the blocks as the file has them.
+    """
     llama_cpp()
     os.environ["LLAMA_CPP_LIB_PATH"] = str(ROOT / "build/bin")
     (package,) = BINDINGS.glob("llama_cpp_python-*/llama_cpp")
@@ -56,13 +61,52 @@ def logits(model, prompts):
             del sys.modules[name]
         if own:
             sys.modules["llama_cpp"] = own
-    loaded = bindings.Llama(str(model), logits_all=True, n_ctx=64, verbose=False, n_threads=1, type_k=0, type_v=0)
+    defaults = bindings.llama_cpp.llama_model_default_params
+
+    def parameters():
+        made = defaults()
+        made.use_extra_bufts = repack
+        return made
+
+    options = {"verbose": False, "n_ctx": 64, "n_threads": 1, "n_threads_batch": 1, "type_k": 0, "type_v": 0} | options
+    with mock.patch.object(bindings.llama_cpp, "llama_model_default_params", parameters):
+        loaded = bindings.Llama(str(model), logits_all=True, **options)
     computed = []
     for prompt in prompts:
         loaded.reset()
         loaded.eval(prompt)
         computed.append(np.array(loaded.scores[: len(prompt)]))
     return np.array(computed)
+
+
+def importances(model, out):
+    """Writes what llama-quantize needs for the smallest types: here, every column of a matrix matters as much."""
+    writer = gguf.GGUFWriter(out, "")
+    writer.add_string("general.type", "imatrix")
+    writer.add_array("imatrix.datasets", ["none"])
+    writer.add_uint32("imatrix.chunk_count", 1)
+    writer.add_uint32("imatrix.chunk_size", 1)
+    for tensor in gguf.GGUFReader(model).tensors:
+        if tensor.name.endswith(".weight") and len(tensor.shape) > 1:
+            matrices = int(np.prod(tensor.shape[2:]))
+            writer.add_tensor(f"{tensor.name}.in_sum2", np.ones((matrices, int(tensor.shape[0])), np.float32))
+            writer.add_tensor(f"{tensor.name}.counts", np.ones((matrices, 1), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def quantised(model, out, ftype):
+    """Quantises a GGUF of F32."""
+    matrix = out.with_suffix(".imatrix")
+    importances(model, matrix)
+    tool("llama-quantize", "--imatrix", matrix, model, out, ftype, "2")
+
+
+def dequantised(model, out):
+    """The numbers of a quantised GGUF as F32."""
+    tool("llama-quantize", "--allow-requantize", model, out, "F32", "2")
 
 
 # Runs the converter; the checkpoint has no tokenizer, so it gets one of single characters.

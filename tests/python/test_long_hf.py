@@ -10,8 +10,8 @@ import pytest
 import safetensors.numpy
 from mlx_lm import utils
 
-from hf_models import KINDS, VOCABULARY, in_gguf, qwen3moe, value_type, weights, write_gguf
-from llama_cpp import convert, llama_cpp, logits, tool
+from hf_models import KINDS, VOCABULARY, in_gguf, qwen3moe, sized, value_type, weights, write_gguf
+from llama_cpp import convert, dequantised, llama_cpp, logits, quantised, tool
 from odmoe import REPO, odmoe, succeed
 from test_hf import tensors_of
 
@@ -86,24 +86,82 @@ def test_transformers_computes_the_same(checkpoint, tmp_path):
     assert np.allclose(computed(folder), computed(tmp_path / "out/hf"), rtol=1e-5, atol=1e-5)
 
 
-# llama.cpp tells V2 from V2-Lite by the number of layers, and knows MiniMax by sizes that ours has not. Of V3 it masks
-# groups of experts otherwise than mlx-lm does, where a score is negative.
-OTHERS = {"deepseek_v2", "deepseek_v3", "minimax-m2"}
+PROMPTS = np.random.default_rng(1).integers(0, VOCABULARY - 2, (64, 12)).tolist()
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS.keys() - OTHERS))
-def test_mlx_lm_computes_what_llama_cpp_computes(kind, tmp_path):
-    kind = KINDS[kind]()
+def mlx_logits(model, out):
+    """What mlx-lm computes, on the numbers of the model as they are: with scales of F32 nothing is rounded."""
+    succeed("materialize", "--show", "hf", "--as", "mlx", "--scales", "f32", model, out)
+    loaded, _ = utils.load_model(out / "hf")
+    return np.array(loaded(mx.array(PROMPTS)).astype(mx.float32))
+
+
+def apart(found, expected):
+    """How far apart logits are, for each token, as a share of the largest."""
+    return np.abs(found - expected).max(-1) / np.abs(expected).max(-1)
+
+
+def choices(computed):
+    """The tokens that follow the prompts."""
+    return computed[:, -1].argmax(-1)
+
+
+# llama.cpp tells V2-Lite, whose queries are one matrix, by the number of layers.
+LITE = 27
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_mlx_lm_computes_what_llama_cpp_computes(name, tmp_path):
+    kind = sized(name, LAYERS=LITE) if name == "deepseek_v2-lite" else KINDS[name]()
     (model,) = write_gguf(tmp_path / "m.gguf", kind, weights(kind))
-    succeed("materialize", "--show", "hf", "--as", "mlx", "--scales", "f32", model, tmp_path / "out")
-    prompts = np.random.default_rng(1).integers(0, VOCABULARY - 2, (64, 12)).tolist()
-    expected = logits(model, prompts)
-    loaded, _ = utils.load_model(tmp_path / "out/hf")
-    found = np.array(loaded(mx.array(prompts)).astype(mx.float32))
-    assert np.array_equal(found[:, -1].argmax(-1), expected[:, -1].argmax(-1))
+    found, expected = mlx_logits(model, tmp_path / "out"), logits(model, PROMPTS)
+    assert np.array_equal(choices(found), choices(expected))
     # A few of 768 tokens may choose another expert, where two have nearly the same score.
-    difference = np.abs(found - expected).max(-1) / np.abs(expected).max(-1)
-    assert np.median(difference) < 1e-5 and np.quantile(difference, 0.98) < 1e-4
+    layers = 10 if kind.layers == LITE else 1
+    assert np.median(apart(found, expected)) < layers * 1e-5
+    assert np.quantile(apart(found, expected), 0.98) < layers * 1e-4
+
+
+# K-quants need rows of 256.
+WIDE = {"HIDDEN": 256, "HEAD": 64, "WIDTH": 256, "DENSE": 512, "QUERY_RANK": 256, "RANK": 256, "NOPE": 64, "VALUE": 64}
+FILE_TYPES = {"Q4_K_M": "Q4_K", "Q8_0": "Q8_0", "MXFP4_MOE": "MXFP4", "IQ2_XXS": "IQ2_XXS"}
+
+
+def quantised_runs(name, file_type, folder):
+    """The logits of a quantised model: of mlx-lm, and of llama.cpp in four ways."""
+    kind = sized(name, **WIDE)
+    (whole,) = write_gguf(folder / "m.gguf", kind, weights(kind, deviation=0.1))
+    model, numbers = folder / "q.gguf", folder / "f.gguf"
+    quantised(whole, model, file_type)
+    dequantised(model, numbers)
+    assert FILE_TYPES[file_type] in {tensor.tensor_type.name for tensor in gguf.GGUFReader(model).tensors}
+    return {
+        "mlx": mlx_logits(model, folder / "out"),
+        "f32": logits(numbers, PROMPTS),
+        "f32 by tokens": logits(numbers, PROMPTS, n_batch=1),
+        "blocks": logits(model, PROMPTS),
+        "blocks, other kernels": logits(model, PROMPTS, flash_attn=True),
+    }
+
+
+@pytest.mark.parametrize("file_type", FILE_TYPES)
+@pytest.mark.parametrize("name", ["qwen3moe", "mixtral", "gpt-oss", "deepseek_v3", "glm4moe", "minimax-m2"])
+def test_mlx_lm_computes_on_quantised_models_what_llama_cpp_computes(name, file_type, tmp_path):
+    """llama.cpp rounds activations to 8 bits before it multiplies them by blocks, and mlx-lm does not.
+
+    So the numbers of the model are compared on llama.cpp's matrices of F32, and the blocks by what that rounding does.
+    """
+    runs = quantised_runs(name, file_type, tmp_path)
+
+    def between(first, second):
+        return np.median(apart(runs[first], runs[second]))
+
+    assert np.array_equal(choices(runs["mlx"]), choices(runs["f32"]))
+    assert between("mlx", "f32") < 1e-5
+    assert between("mlx", "f32") < 8 * between("f32 by tokens", "f32")
+
+    assert between("mlx", "blocks") < 1.01 * between("f32", "blocks")
+    assert between("mlx", "blocks") < 2 * between("blocks, other kernels", "blocks")
 
 
 @pytest.mark.parametrize("flags", [["--split-max-tensors", "7"], ["--split-max-tensors", "20", "--no-tensor-first-split"]])
