@@ -139,17 +139,38 @@ def olmoe():
     return Kind("olmoe", config, keys(key_values=4, **moe), whole(layer), (4, 4))
 
 
-def llama(tied=False, scaled=False):
-    def layer(n, at):
-        return attention(n) | mlp(f"{at}.mlp", DENSE)
+LLAMA_3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+LINEAR = {"rope_type": "linear", "factor": 2.5}
+LINEAR_KEYS = {"rope.scaling.type": "linear", "rope.scaling.factor": 2.5}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+YARN_KEYS = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 128}
 
-    config = common("llama", tied=tied, intermediate_size=DENSE)
-    if scaled:
-        config["rope_scaling"] = {
-            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        }  # fmt: skip
-    return Kind("llama", config, keys(**dense_keys()), whole(layer, tied), permuted=True)
+
+def llama(tied=False, scaling=None, biased=False, key_values=KEY_VALUES, **more):
+    biases = (*BIASES, "o_proj") if biased else ()
+
+    def layer(n, at):
+        shapes = attention(n, key_values=key_values, biases=biases)
+        made = mlp(f"{at}.mlp", DENSE)
+        if biased:
+            made |= {name.replace("weight", "bias"): shape[:1] for name, shape in made.items()}
+        return shapes | made
+
+    config = common("llama", key_values=key_values, tied=tied, intermediate_size=DENSE)
+    config |= {"rope_scaling": scaling, "attention_bias": biased, "mlp_bias": biased}
+    return Kind(
+        "llama", config, keys(key_values=key_values, **dense_keys(), **more), whole(layer, tied), (HEADS, key_values), permuted=True
+    )  # fmt: skip
+
+
+def with_yarn(kind):
+    """The same kind for a longer context."""
+    kind.config["rope_scaling"] = YARN
+    kind.keys |= YARN_KEYS
+    return kind
 
 
 def mixtral():
@@ -293,8 +314,14 @@ KINDS = {
     "qwen3moe": qwen3moe, "qwen2moe": qwen2moe, "deepseek_v2": lambda: deepseek(2),
     "deepseek_v2-lite": lambda: deepseek(2, lite=True), "deepseek_v3": lambda: deepseek(3),
     "glm4moe": glm4moe, "gpt-oss": gpt_oss, "mixtral": mixtral, "olmoe": olmoe, "minimax-m2": minimax_m2,
-    "llama": llama, "llama-tied": lambda: llama(tied=True), "llama-scaled": lambda: llama(scaled=True), "qwen2": qwen2,
-    "qwen3": qwen3,
+    "llama": llama, "llama-tied": lambda: llama(tied=True), "llama-scaled": lambda: llama(scaling=LLAMA_3),
+    "llama-linear": lambda: llama(scaling=LINEAR, **LINEAR_KEYS), "llama-biased": lambda: llama(biased=True),
+    "llama-multi-query": lambda: llama(key_values=1), "qwen2": qwen2, "qwen3": qwen3,
+    "qwen2-yarn": lambda: with_yarn(qwen2()), "qwen3moe-yarn": lambda: with_yarn(qwen3moe()),
+    # Rows that are no multiple of 32, which no block fits: nearly all, or only those of two matrices.
+    "qwen3moe-odd": lambda: sized("qwen3moe", HIDDEN=72, HEAD=32),
+    "qwen2moe-odd": lambda: sized("qwen2moe", WIDTH=20), "mixtral-odd": lambda: sized("mixtral", WIDTH=44),
+    "llama-odd": lambda: sized("llama", HIDDEN=40, HEAD=24),
 }  # fmt: skip
 
 
@@ -394,7 +421,7 @@ def in_gguf(kind, tensors):
         elif name.endswith((".experts.down_proj", ".experts.down_proj_bias")):
             across = tensor.swapaxes(1, 2) if name.endswith("proj") else tensor
             put(name.removesuffix("_bias") + (".weight" if name.endswith("proj") else ".bias"), across)
-        elif kind.permuted and name.endswith(("q_proj.weight", "k_proj.weight")):
+        elif kind.permuted and words[-2] in ("q_proj", "k_proj"):
             put(name, permuted(tensor, kind.heads["k_proj" in name]))
         elif name.endswith("sinks"):
             put(f"{name}.weight", tensor)
@@ -437,7 +464,8 @@ def write_gguf(path, kind, tensors, quantised=None, **split):
     writer.add_token_merges(merges)
     writer.add_eos_token_id(len(tokens) - 1)
     for name, tensor in in_gguf(kind, tensors).items():
-        ggml_type = (quantised and tensor.ndim > 1 and quantised(name)) or Type.F32
+        fits = tensor.ndim > 1 and tensor.shape[-1] % 32 == 0
+        ggml_type = (quantised and fits and quantised(name)) or Type.F32
         data = tensor if ggml_type == Type.F32 else gguf.quants.quantize(tensor, ggml_type)
         writer.add_tensor(name, data, raw_dtype=ggml_type)
     writer.write_header_to_file()
