@@ -5,7 +5,6 @@ use serde_json::{Map, Value as Json};
 use super::HfError;
 use super::architectures::{Architecture, COMMON, Constant, Setting};
 use super::facts::Facts;
-use super::keys::shortest;
 
 /// What config.json says, but for the dtype and what else depends on the form of the tensors.
 pub(super) fn of(facts: &Facts, architecture: &Architecture) -> Result<Map<String, Json>, HfError> {
@@ -24,8 +23,6 @@ fn value(facts: &Facts, setting: &Setting) -> Result<Json, HfError> {
     let keys = &facts.keys;
     Ok(match *setting {
         Setting::Count(key) => keys.count(key)?.into(),
-        Setting::CountOr(key, default) => keys.number(key)?.unwrap_or(default).into(),
-        Setting::FloatOr(key, default) => shortest(keys.float(key)?.unwrap_or(default)).into(),
         Setting::FlagOr(key, default) => keys.flag(key)?.unwrap_or(default).into(),
         Setting::Is(Constant::Flag(flag)) => flag.into(),
         Setting::Is(Constant::Number(number)) => number.into(),
@@ -43,16 +40,18 @@ fn check_heads(facts: &Facts, config: &Map<String, Json>) -> Result<(), HfError>
     }
     let width = facts.head_width()?;
     let hidden = facts.keys.count("embedding_length")?;
+    let (queries, others) = (facts.query_heads()?, facts.key_value_head_count()?);
     let heads = [
-        ("attn_q.weight", facts.query_heads()?),
-        ("attn_k.weight", facts.key_value_head_count()?),
-        ("attn_v.weight", facts.key_value_head_count()?),
+        ("attn_q.weight", "attention.head_count", queries),
+        ("attn_k.weight", "attention.head_count_kv", others),
+        ("attn_v.weight", "attention.head_count_kv", others),
     ];
-    for (name, heads) in heads {
+    for (name, key, heads) in heads {
         if let Some(found) = facts.of_layer(0, name)
             && found.info.ne[1] != heads * width
         {
-            return Err(found.wrong(format!("{heads} heads are {width} wide")));
+            let key = facts.keys.full(key);
+            return Err(found.wrong(format!("{key} is {heads}, and heads are {width} wide")));
         }
     }
     // Without it, loaders divide the width of the model by the number of heads.

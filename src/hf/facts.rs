@@ -11,6 +11,7 @@ use super::keys::Keys;
 use crate::gguf::{ModelHeader, TensorInfo};
 
 /// `expert_gating_func`, as llama.cpp numbers it.
+pub(super) const SOFTMAX: u64 = 1;
 pub(super) const SIGMOID: u64 = 2;
 
 /// A model as its table sees it.
@@ -103,8 +104,12 @@ impl<'a> Facts<'a> {
         self.of_layer(layer, "ffn_gate_inp.weight").is_some()
     }
 
+    /// By its tensors, so that a wrong count of experts is found later, and named.
     pub fn has_experts(&self) -> bool {
-        self.keys.number("expert_count").ok().flatten().unwrap_or(0) > 0
+        let names = self.model.tensors.iter().map(|tensor| &tensor.info.name);
+        names
+            .into_iter()
+            .any(|name| name.ends_with(".ffn_gate_inp.weight"))
     }
 
     pub fn has_latent_attention(&self) -> bool {
@@ -156,12 +161,17 @@ impl<'a> Facts<'a> {
                 return Err(self.keys.wrong("attention.head_count", problem));
             }
         };
-        let values = self.keys.number("attention.value_length")?;
-        if width == 0 || values.is_some_and(|values| values != width) {
-            let problem = format!("is {}, but keys are {width} wide", values.unwrap_or(0));
-            return Err(self.keys.wrong("attention.value_length", problem));
+        if width == 0 {
+            return Err(self.keys.wrong("attention.key_length", "is 0"));
         }
-        Ok(width)
+        match self.keys.number("attention.value_length")? {
+            Some(values) if values != width => {
+                let keys = self.keys.full("attention.key_length");
+                let problem = format!("is {values}, but {keys} is {width}");
+                Err(self.keys.wrong("attention.value_length", problem))
+            }
+            _ => Ok(width),
+        }
     }
 
     /// The width of the part of each head that has no positions (MLA).

@@ -116,6 +116,22 @@ impl<'a> Keys<'a> {
             .ok_or_else(|| self.wrong(name, "must be a finite number"))
     }
 
+    /// A number that is not negative either.
+    pub fn float_from_0(&self, name: &str) -> Result<Option<f32>, HfError> {
+        match self.float(name)? {
+            Some(float) if float < 0.0 => Err(self.wrong(name, "must not be negative")),
+            float => Ok(float),
+        }
+    }
+
+    /// A number above 0.
+    pub fn float_above_0(&self, name: &str) -> Result<Option<f32>, HfError> {
+        match self.float(name)? {
+            Some(float) if float <= 0.0 => Err(self.wrong(name, "must be above 0")),
+            float => Ok(float),
+        }
+    }
+
     pub fn flag(&self, name: &str) -> Result<Option<bool>, HfError> {
         match self.scalar(name)? {
             None => Ok(None),

@@ -26,25 +26,26 @@ pub fn factors(model: &ModelHeader) -> Option<&Tensor> {
 }
 
 pub(super) fn theta(facts: &Facts) -> Result<f32, HfError> {
-    let theta = facts.keys.float("rope.freq_base")?.unwrap_or(DEFAULT_THETA);
-    if theta <= 0.0 {
-        return Err(facts.keys.wrong("rope.freq_base", "must be above 0"));
-    }
-    Ok(theta)
+    let theta = facts.keys.float_above_0("rope.freq_base")?;
+    Ok(theta.unwrap_or(DEFAULT_THETA))
 }
 
 pub(super) fn scaling(facts: &Facts) -> Result<Json, HfError> {
     let keys = &facts.keys;
-    let factor = keys.float("rope.scaling.factor")?;
+    // Files of 2023 have the other key. llama.cpp takes 0 for none, and linear for no type.
+    let factor = match keys.float_from_0("rope.scaling.factor")? {
+        None => keys.float_from_0("rope.scale_linear")?,
+        factor => factor,
+    };
+    let factor = factor.filter(|&factor| factor > 0.0);
     let kind = keys.text("rope.scaling.type")?;
     let factor = match (kind, factor) {
-        (None | Some("none"), _) => return llama3(facts),
+        (Some("none"), _) | (None, None | Some(1.0)) => return llama3(facts),
         (_, None) => return Err(HfError::MissingKey(keys.full("rope.scaling.factor"))),
-        (_, Some(factor)) if factor > 0.0 => factor,
-        _ => return Err(keys.wrong("rope.scaling.factor", "must be above 0")),
+        (_, Some(factor)) => factor,
     };
     match kind {
-        Some("linear") => Ok(json!({
+        None | Some("linear") => Ok(json!({
             "type": "linear",
             "rope_type": "linear",
             "factor": shortest(factor),
@@ -73,19 +74,21 @@ fn yarn(facts: &Facts, factor: f32) -> Result<Json, HfError> {
         ("beta_fast", "rope.scaling.yarn_beta_fast", Some(32.0)),
         ("beta_slow", "rope.scaling.yarn_beta_slow", Some(1.0)),
         ("attention_factor", "rope.scaling.yarn_attn_factor", None),
-        ("extrapolation_factor", "rope.scaling.yarn_ext_factor", None),
     ] {
-        if let Some(value) = keys.float(key)?.or(default) {
+        if let Some(value) = keys.float_above_0(key)?.or(default) {
             set(name, shortest(value).into());
         }
     }
-    if let Some(stored) = keys.float("rope.scaling.yarn_log_multiplier")? {
+    if let Some(factor) = keys.float_from_0("rope.scaling.yarn_ext_factor")? {
+        set("extrapolation_factor", shortest(factor).into());
+    }
+    if let Some(stored) = keys.float_from_0("rope.scaling.yarn_log_multiplier")? {
         // The file does not hold `mscale`, but it is the same in every published model.
         let all_dim = undo_share(stored);
         set("mscale", all_dim.into());
         set("mscale_all_dim", all_dim.into());
     }
-    if keys.has("attention.sliding_window") && facts.model.architecture() == Some("gpt-oss") {
+    if facts.model.architecture() == Some("gpt-oss") {
         set("truncate", false.into());
     }
     Ok(scaling.into())

@@ -74,6 +74,14 @@ pub(super) fn list(
         list.layer(layer, architecture, &[])?;
     }
     let extra = facts.extra_layer_numbers()?;
+    if !extra.is_empty() && architecture.extra_layer.is_empty() {
+        let problem = format!(
+            "is {}, but {} has no such layers",
+            extra.end - extra.start,
+            architecture.model_type
+        );
+        return Err(facts.keys.wrong("nextn_predict_layers", problem));
+    }
     match naming {
         Naming::Mlx => list.leave_out_layers(extra),
         Naming::Checkpoint => {

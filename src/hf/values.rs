@@ -2,7 +2,7 @@
 
 use serde_json::{Value as Json, json};
 
-use super::facts::{Facts, SIGMOID};
+use super::facts::{Facts, SIGMOID, SOFTMAX};
 use super::keys::shortest;
 use super::{HfError, rope};
 use crate::gguf::Value;
@@ -24,8 +24,14 @@ pub fn key_value_heads(facts: &Facts) -> Result {
 
 pub fn norm_epsilon(facts: &Facts) -> Result {
     let name = "attention.layer_norm_rms_epsilon";
-    let epsilon = facts.keys.float(name)?;
+    let epsilon = facts.keys.float_from_0(name)?;
     Ok(shortest(epsilon.ok_or_else(|| facts.missing(name))?).into())
+}
+
+pub fn hidden(facts: &Facts) -> Result {
+    let embedding = facts.tensor("token_embd.weight");
+    facts.keys.count("embedding_length")?;
+    Ok(facts.of_shape(embedding, 0, "embedding_length")?.into())
 }
 
 pub fn rope_theta(facts: &Facts) -> Result {
@@ -106,6 +112,47 @@ pub fn shared_width(facts: &Facts) -> Result {
     Ok(facts.of_shape(shared, 0, key)?.into())
 }
 
+/// How many experts a token uses.
+pub fn experts_used(facts: &Facts) -> Result {
+    let (used, all) = (
+        facts.keys.count("expert_used_count")?,
+        facts.keys.count("expert_count")?,
+    );
+    if used > all {
+        let problem = format!("is {used}, but there are only {all} experts");
+        return Err(facts.keys.wrong("expert_used_count", problem));
+    }
+    Ok(used.into())
+}
+
+/// How many experts' worth of rows every token uses.
+pub fn shared_experts(facts: &Facts) -> Result {
+    let name = "ffn_down_shexp.weight";
+    let key = "expert_shared_count";
+    let stated = facts.keys.number(key)?;
+    let width = expert_width(facts)?.as_u64().unwrap_or(0);
+    let Some(found) = facts.first(name)? else {
+        return match stated {
+            None | Some(0) => Ok(0.into()),
+            Some(_) => Err(HfError::MissingTensor(name.to_owned())),
+        };
+    };
+    let count = found.info.ne[0].checked_div(width).unwrap_or(0);
+    if count * width != found.info.ne[0] || stated.is_some_and(|stated| stated != count) {
+        let key = facts.keys.full(key);
+        let stated = stated.map_or("missing".to_owned(), |stated| stated.to_string());
+        return Err(found.wrong(format!("{key} is {stated}, and experts are {width} wide")));
+    }
+    Ok(count.into())
+}
+
+/// What the outputs of experts are multiplied by; llama.cpp takes 0 for 1.
+pub fn routed_scale(facts: &Facts) -> Result {
+    let scale = facts.keys.float_from_0("expert_weights_scale")?;
+    let scale = scale.filter(|&scale| scale > 0.0).unwrap_or(1.0);
+    Ok(shortest(scale).into())
+}
+
 /// The layers without experts, where they may be anywhere.
 pub fn dense_layers(facts: &Facts) -> Result {
     let layers = facts.layer_numbers()?;
@@ -140,6 +187,17 @@ pub fn sigmoid(facts: &Facts) -> Result {
     }
 }
 
+/// That experts are chosen by softmax; llama.cpp takes 0 for nothing said.
+pub fn softmax(facts: &Facts) -> Result {
+    match facts.keys.number("expert_gating_func")? {
+        None | Some(0 | SOFTMAX) => Ok("softmax".into()),
+        Some(other) => {
+            let problem = format!("is {other}, but only {SOFTMAX} (softmax) can be expressed");
+            Err(facts.keys.wrong("expert_gating_func", problem))
+        }
+    }
+}
+
 /// Groups of experts, of which a token uses some. Files of before October 2025 do not say, so
 /// that those of DeepSeek's two large models are given here.
 fn group_counts(facts: &Facts) -> std::result::Result<(u64, u64), HfError> {
@@ -156,9 +214,13 @@ fn group_counts(facts: &Facts) -> std::result::Result<(u64, u64), HfError> {
         },
     };
     let experts = facts.keys.count("expert_count")?;
-    if groups == 0 || used == 0 || used > groups || !experts.is_multiple_of(groups) {
-        let problem = format!("is {groups}, of which {used} are used, with {experts} experts");
+    if groups == 0 || !experts.is_multiple_of(groups) {
+        let problem = format!("is {groups}, with {experts} experts");
         return Err(facts.keys.wrong("expert_group_count", problem));
+    }
+    if used == 0 || used > groups {
+        let problem = format!("is {used}, but there are {groups} groups");
+        return Err(facts.keys.wrong("expert_group_used_count", problem));
     }
     Ok((groups, used))
 }

@@ -3,7 +3,7 @@
 
 use super::Constant::{Number, Text};
 use super::Row::{Experts, KeyValueUp, Linear, Maybe, Norm, Precise, Router};
-use super::Setting::{Count, CountOr, FlagOr, FloatOr, Found, HasTensor, Is};
+use super::Setting::{Count, FlagOr, Found, HasTensor, Is};
 use super::{Architecture, EXPERTS, InMlx, MLP, Row, values};
 
 const V2_LAYER: &[Row] = &layer(InMlx::Whole);
@@ -25,7 +25,15 @@ const fn layer(in_mlx: InMlx) -> [Row; 10] {
     ]
 }
 
-const MOE_LAYER: &[Row] = &[
+const V2_EXPERTS: &[Row] = &[
+    Router("ffn_gate_inp", "mlp.gate"),
+    Experts(EXPERTS),
+    Maybe(&Linear("ffn_gate_shexp", "mlp.shared_experts.gate_proj")),
+    Maybe(&Linear("ffn_up_shexp", "mlp.shared_experts.up_proj")),
+    Maybe(&Linear("ffn_down_shexp", "mlp.shared_experts.down_proj")),
+];
+
+const V3_EXPERTS: &[Row] = &[
     Router("ffn_gate_inp", "mlp.gate"),
     Maybe(&Precise(
         "exp_probs_b.bias",
@@ -44,7 +52,7 @@ pub static DEEPSEEK_V2: Architecture = Architecture {
     model_type: "deepseek_v2",
     every_layer: V2_LAYER,
     dense_layer: MLP,
-    moe_layer: MOE_LAYER,
+    moe_layer: V2_EXPERTS,
     extra_layer: &[],
     config: &[
         ("intermediate_size", Found(values::dense_width)),
@@ -55,17 +63,14 @@ pub static DEEPSEEK_V2: Architecture = Architecture {
         ("v_head_dim", Found(values::value_head_dim)),
         ("attention_bias", HasTensor("attn_q_a.bias")),
         ("n_routed_experts", Count("expert_count")),
-        ("num_experts_per_tok", Count("expert_used_count")),
+        ("num_experts_per_tok", Found(values::experts_used)),
         ("moe_intermediate_size", Found(values::expert_width)),
-        ("n_shared_experts", CountOr("expert_shared_count", 0)),
+        ("n_shared_experts", Found(values::shared_experts)),
         ("first_k_dense_replace", Found(values::leading_dense_layers)),
         ("moe_layer_freq", Is(Number(1))),
-        (
-            "routed_scaling_factor",
-            FloatOr("expert_weights_scale", 1.0),
-        ),
+        ("routed_scaling_factor", Found(values::routed_scale)),
         ("norm_topk_prob", FlagOr("expert_weights_norm", false)),
-        ("scoring_func", Is(Text("softmax"))),
+        ("scoring_func", Found(values::softmax)),
         ("topk_method", Found(values::softmax_choice)),
         ("n_group", Found(values::groups)),
         ("topk_group", Found(values::groups_used)),
@@ -79,7 +84,7 @@ pub static DEEPSEEK_V3: Architecture = Architecture {
     model_type: "deepseek_v3",
     every_layer: V3_LAYER,
     dense_layer: MLP,
-    moe_layer: MOE_LAYER,
+    moe_layer: V3_EXPERTS,
     extra_layer: super::glm::PREDICTS_FURTHER,
     config: &[
         ("intermediate_size", Found(values::dense_width)),
@@ -90,15 +95,12 @@ pub static DEEPSEEK_V3: Architecture = Architecture {
         ("v_head_dim", Found(values::value_head_dim)),
         ("attention_bias", HasTensor("attn_q_a.bias")),
         ("n_routed_experts", Count("expert_count")),
-        ("num_experts_per_tok", Count("expert_used_count")),
+        ("num_experts_per_tok", Found(values::experts_used)),
         ("moe_intermediate_size", Found(values::expert_width)),
-        ("n_shared_experts", CountOr("expert_shared_count", 0)),
+        ("n_shared_experts", Found(values::shared_experts)),
         ("first_k_dense_replace", Found(values::leading_dense_layers)),
         ("moe_layer_freq", Is(Number(1))),
-        (
-            "routed_scaling_factor",
-            FloatOr("expert_weights_scale", 1.0),
-        ),
+        ("routed_scaling_factor", Found(values::routed_scale)),
         ("norm_topk_prob", FlagOr("expert_weights_norm", false)),
         ("scoring_func", Found(values::sigmoid)),
         ("topk_method", Is(Text("noaux_tc"))),

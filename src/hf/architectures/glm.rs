@@ -2,7 +2,7 @@
 
 use super::Constant::Text;
 use super::Row::{Experts, Linear, Maybe, Norm, Precise, Router};
-use super::Setting::{Count, CountOr, FlagOr, FloatOr, Found, HasTensor, Is};
+use super::Setting::{Count, FlagOr, Found, HasTensor, Is};
 use super::{Architecture, EXPERTS, MLP, Row, values};
 
 /// A layer that predicts the token after the next one (MTP).
@@ -47,14 +47,11 @@ pub static GLM4_MOE: Architecture = Architecture {
         ("attention_bias", HasTensor("attn_q.bias")),
         ("use_qk_norm", HasTensor("attn_q_norm.weight")),
         ("n_routed_experts", Count("expert_count")),
-        ("num_experts_per_tok", Count("expert_used_count")),
+        ("num_experts_per_tok", Found(values::experts_used)),
         ("moe_intermediate_size", Found(values::expert_width)),
-        ("n_shared_experts", CountOr("expert_shared_count", 0)),
+        ("n_shared_experts", Found(values::shared_experts)),
         ("first_k_dense_replace", Found(values::leading_dense_layers)),
-        (
-            "routed_scaling_factor",
-            FloatOr("expert_weights_scale", 1.0),
-        ),
+        ("routed_scaling_factor", Found(values::routed_scale)),
         ("norm_topk_prob", FlagOr("expert_weights_norm", false)),
         ("scoring_func", Found(values::sigmoid)),
         ("topk_method", Is(Text("noaux_tc"))),

@@ -35,7 +35,7 @@ pub static GPT_OSS: Architecture = Architecture {
         ("sliding_window", Count("attention.sliding_window")),
         ("layer_types", Found(values::alternating_layers)),
         ("num_local_experts", Count("expert_count")),
-        ("num_experts_per_tok", Count("expert_used_count")),
+        ("num_experts_per_tok", Found(values::experts_used)),
         ("swiglu_limit", Is(Real(7.0))),
     ],
 };

@@ -23,7 +23,7 @@ pub static LLAMA: Architecture = Architecture {
     moe_layer: &[],
     extra_layer: &[],
     config: &[
-        ("intermediate_size", Count("feed_forward_length")),
+        ("intermediate_size", Found(values::dense_width)),
         ("head_dim", Found(values::head_dim)),
         ("attention_bias", HasTensor("attn_q.bias")),
         ("mlp_bias", HasTensor("ffn_down.bias")),
@@ -46,6 +46,6 @@ pub static MIXTRAL: Architecture = Architecture {
         ("intermediate_size", Found(values::expert_width)),
         ("head_dim", Found(values::head_dim)),
         ("num_local_experts", Count("expert_count")),
-        ("num_experts_per_tok", Count("expert_used_count")),
+        ("num_experts_per_tok", Found(values::experts_used)),
     ],
 };

@@ -37,7 +37,7 @@ pub static MINIMAX_M2: Architecture = Architecture {
         ("use_qk_norm", Is(Flag(true))),
         ("qk_norm_type", Is(Text("per_layer"))),
         ("num_local_experts", Count("expert_count")),
-        ("num_experts_per_tok", Count("expert_used_count")),
+        ("num_experts_per_tok", Found(values::experts_used)),
         ("shared_intermediate_size", Is(Number(0))),
         ("scoring_func", Found(values::sigmoid)),
         ("use_routing_bias", Is(Flag(true))),

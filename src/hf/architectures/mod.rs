@@ -100,10 +100,7 @@ pub(super) enum InCheckpoint {
 pub(super) enum Setting {
     /// A key of the GGUF that must be there, a whole number above 0.
     Count(&'static str),
-    /// A whole number, or this one if the key is missing.
-    CountOr(&'static str, u64),
-    /// A number, or this one if the key is missing.
-    FloatOr(&'static str, f32),
+    /// Yes or no, or this if the key is missing.
     FlagOr(&'static str, bool),
     /// The same for every model of the architecture.
     Is(Constant),
@@ -123,7 +120,7 @@ use Setting::{Count, Found, Is};
 
 /// What config.json holds for every architecture.
 pub(super) const COMMON: &[(&str, Setting)] = &[
-    ("hidden_size", Count("embedding_length")),
+    ("hidden_size", Found(values::hidden)),
     ("num_hidden_layers", Found(values::layers)),
     ("num_attention_heads", Count("attention.head_count")),
     ("num_key_value_heads", Found(values::key_value_heads)),

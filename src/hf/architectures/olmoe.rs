@@ -28,7 +28,7 @@ pub static OLMOE: Architecture = Architecture {
         ("attention_bias", HasTensor("attn_q.bias")),
         ("clip_qkv", Found(values::clamp)),
         ("num_experts", Count("expert_count")),
-        ("num_experts_per_tok", Count("expert_used_count")),
+        ("num_experts_per_tok", Found(values::experts_used)),
         ("norm_topk_prob", Is(Flag(false))),
     ],
 };

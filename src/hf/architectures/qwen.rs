@@ -36,7 +36,7 @@ pub static QWEN2: Architecture = Architecture {
     moe_layer: &[],
     extra_layer: &[],
     config: &[
-        ("intermediate_size", Count("feed_forward_length")),
+        ("intermediate_size", Found(values::dense_width)),
         ("use_sliding_window", Is(Flag(false))),
     ],
 };
@@ -51,7 +51,7 @@ pub static QWEN3: Architecture = Architecture {
     moe_layer: &[],
     extra_layer: &[],
     config: &[
-        ("intermediate_size", Count("feed_forward_length")),
+        ("intermediate_size", Found(values::dense_width)),
         ("head_dim", Found(values::head_dim)),
         ("attention_bias", HasTensor("attn_q.bias")),
         ("use_sliding_window", Is(Flag(false))),
@@ -77,7 +77,7 @@ pub static QWEN2_MOE: Architecture = Architecture {
     config: &[
         ("intermediate_size", Found(values::dense_width)),
         ("num_experts", Count("expert_count")),
-        ("num_experts_per_tok", Count("expert_used_count")),
+        ("num_experts_per_tok", Found(values::experts_used)),
         ("moe_intermediate_size", Found(values::expert_width)),
         (
             "shared_expert_intermediate_size",
@@ -104,7 +104,7 @@ pub static QWEN3_MOE: Architecture = Architecture {
         ("intermediate_size", Found(values::dense_width)),
         ("head_dim", Found(values::head_dim)),
         ("num_experts", Count("expert_count")),
-        ("num_experts_per_tok", Count("expert_used_count")),
+        ("num_experts_per_tok", Found(values::experts_used)),
         ("moe_intermediate_size", Found(values::expert_width)),
         ("norm_topk_prob", Is(Flag(true))),
         ("attention_bias", HasTensor("attn_q.bias")),

@@ -1,0 +1,173 @@
+"""Keys that no model has: hf/ is refused, or says what it leaves out, and the other views do not mind."""
+
+import json
+
+import gguf
+import numpy as np
+import pytest
+from gguf import GGUFValueType as Kind
+
+from hf_models import KINDS, in_gguf, value_type, weights
+from odmoe import fail, odmoe, succeed
+
+ARCHITECTURES = {kind().config["model_type"]: kind for kind in reversed(KINDS.values())}
+
+
+def write(path, kind, change=None, without=(), tensors=None):
+    """Writes a GGUF with other keys: `change` gives the arguments of `add_key_value` by their names."""
+    writer = gguf.GGUFWriter(path, kind.arch)
+    values = {key: (value, value_type(value)) for key, value in kind.keys.items()}
+    values |= change or {}
+    for key, arguments in values.items():
+        if key not in without:
+            writer.add_key_value(f"{kind.arch}.{key}", *arguments)
+    for name, tensor in (tensors or in_gguf(kind, weights(kind))).items():
+        writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+HOSTILE = {
+    "negative": (-1, Kind.INT32),
+    "zero": (0, Kind.UINT32),
+    "large": (2**32 - 1, Kind.UINT32),
+    "too large": (2**64 - 1, Kind.UINT64),
+    "a fraction": (0.5, Kind.FLOAT32),
+    "not a number": (float("nan"), Kind.FLOAT32),
+    "infinite": (float("inf"), Kind.FLOAT64),
+    "a text": ("seven", Kind.STRING),
+    "a flag": (True, Kind.BOOL),
+    "different layers": ([1, 2, 3], Kind.ARRAY, Kind.UINT32),
+    "texts": (["seven"], Kind.ARRAY, Kind.STRING),
+    "a long array": ([4] * 5000, Kind.ARRAY, Kind.UINT32),
+}
+MORE_KEYS = {
+    "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_attn_factor", "rope.scaling.yarn_log_multiplier", "nextn_predict_layers", "expert_gating_func",
+    "attention.sliding_window", "attention.sliding_window_pattern", "attention.clamp_kqv",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_any_value_of_any_key_is_taken_or_refused_and_never_panics(name, tmp_path, times):
+    kind = ARCHITECTURES[name]()
+    tensors = in_gguf(kind, weights(kind))
+    names = list(HOSTILE)
+    for at, key in enumerate(sorted(kind.keys.keys() | MORE_KEYS)):
+        # The short form tries another few values with each key.
+        for value in np.roll(names, -5 * at)[: times(5, long=len(names))]:
+            path = write(tmp_path / "m.gguf", kind, {key: HOSTILE[value]}, tensors=tensors)
+            done = odmoe("inspect", "--json", "--show", "hf", path)
+            assert done.returncode in (0, 1), (key, value, done.stderr)
+            if done.returncode == 1:
+                assert f"{kind.arch}." in done.stderr or '"blk.' in done.stderr, (key, value, done.stderr)
+
+
+def scaled(kind, factor=4.0, **more):
+    return {"rope.scaling.type": (kind, Kind.STRING), "rope.scaling.factor": (factor, Kind.FLOAT32)} | more
+
+
+WINDOW = {"rope.scaling.original_context_length": (128, Kind.UINT32)}
+REFUSED = {
+    "no width": ("llama", {"embedding_length": (0, Kind.UINT32)}, ["llama.embedding_length is 0"]),
+    "another width": ("qwen2", {"embedding_length": (65, Kind.UINT32)}, ["token_embd.weight", "qwen2.embedding_length is 65"]),
+    "no heads": ("llama", {"attention.head_count": (0, Kind.UINT32)}, ["llama.attention.head_count is 0"]),
+    "other heads": ("qwen3", {"attention.head_count_kv": (1, Kind.UINT32)}, ["attn_k.weight", "qwen3.attention.head_count_kv is 1"]),
+    "more used than there are": ("qwen3moe", {"expert_used_count": (5, Kind.UINT32)}, ["qwen3moe.expert_used_count is 5", "4 experts"]),
+    "too many of one layer": ("mixtral", {"expert_used_count": (400, Kind.UINT32)}, ["llama.expert_used_count is 400"]),
+    "a negative epsilon": ("olmoe", {"attention.layer_norm_rms_epsilon": (-1e-5, Kind.FLOAT32)}, ["layer_norm_rms_epsilon must not be neg"]),
+    "a negative scale": ("glm4moe", {"expert_weights_scale": (-2.5, Kind.FLOAT32)}, ["glm4moe.expert_weights_scale must not be negative"]),
+    "other shared experts": ("deepseek_v3", {"expert_shared_count": (1, Kind.UINT32)}, ["ffn_down_shexp.weight", "expert_shared_count is 1"]),
+    "no shared experts": ("glm4moe", {"expert_shared_count": (0, Kind.UINT32)}, ["ffn_down_shexp.weight", "expert_shared_count is 0"]),
+    "corrections of softmax": ("deepseek_v3", {"expert_gating_func": (1, Kind.UINT32)}, ["no name for", "exp_probs_b.bias"]),
+    "gates of a text": ("deepseek_v2", {"expert_gating_func": ("softmax", Kind.STRING)}, ["deepseek2.expert_gating_func must be"]),
+    "gates of V2": ("deepseek_v2", {"expert_gating_func": (3, Kind.UINT32)}, ["deepseek2.expert_gating_func is 3"]),
+    "another dense width": ("llama", {"feed_forward_length": (95, Kind.UINT32)}, ["ffn_up.weight", "llama.feed_forward_length is 95"]),
+    "a dense width of qwen": ("qwen3", {"feed_forward_length": (1, Kind.UINT32)}, ["ffn_up.weight", "qwen3.feed_forward_length is 1"]),
+    "experts in words": ("mixtral", {"expert_count": ("eight", Kind.STRING)}, ["llama.expert_count must be a whole number"]),
+    "no experts but their tensors": ("mixtral", {"expert_count": (0, Kind.UINT32)}, ["llama.expert_count is 0"]),
+    "keys of no width": ("qwen2", {"attention.key_length": (0, Kind.UINT32)}, ["qwen2.attention.key_length is 0"]),
+    "values of another width": ("qwen2", {"attention.value_length": (8, Kind.UINT32)}, ["value_length is 8", "key_length is 16"]),
+    "no groups used": ("deepseek_v3", {"expert_group_used_count": (0, Kind.UINT32)}, ["deepseek2.expert_group_used_count is 0"]),
+    "unknown gates": ("glm4moe", {"expert_gating_func": (7, Kind.UINT32)}, ["glm4moe.expert_gating_func is 7"]),
+    "layers that predict": ("qwen3moe", {"nextn_predict_layers": (1, Kind.UINT32)}, ["qwen3moe.nextn_predict_layers is 1"]),
+    "only such layers": ("glm4moe", {"nextn_predict_layers": (4, Kind.UINT32)}, ["nextn_predict_layers is 4", "only 4 layers"]),
+    "scaling of an unknown kind": ("llama", scaled("longrope"), ['llama.rope.scaling.type is "longrope"']),
+    "scaling of a kind to come": ("qwen3moe", scaled("dynamic"), ['qwen3moe.rope.scaling.type is "dynamic"']),
+    "scaling without a factor": ("llama", {"rope.scaling.type": ("linear", Kind.STRING)}, ["llama.rope.scaling.factor is missing"]),
+    "scaling down": ("qwen2", scaled("linear", -2.0), ["qwen2.rope.scaling.factor must not be negative"]),
+    "yarn without a length": ("qwen2", scaled("yarn"), ["qwen2.rope.scaling.original_context_length is missing"]),
+    "yarn of no factor": (
+        "qwen3", scaled("yarn", **WINDOW, **{"rope.scaling.yarn_attn_factor": (0.0, Kind.FLOAT32)}), ["yarn_attn_factor must be above 0"]
+    ),
+    "yarn of a negative ramp": (
+        "gpt-oss", {"rope.scaling.yarn_beta_fast": (-32.0, Kind.FLOAT32)}, ["gpt-oss.rope.scaling.yarn_beta_fast must be above 0"]
+    ),
+    "a type that is a number": ("llama", {"rope.scaling.type": (2, Kind.UINT32)}, ["llama.rope.scaling.type must be a text"]),
+    "waves of no length": ("llama", {"rope.freq_base": (0.0, Kind.FLOAT32)}, ["llama.rope.freq_base must be above 0"]),
+    "positions of another width": ("qwen3moe", {"rope.dimension_count": (8, Kind.UINT32)}, ["qwen3moe.rope.dimension_count is 8"]),
+    "more positions than a head": ("glm4moe", {"rope.dimension_count": (32, Kind.UINT32)}, ["glm4moe.rope.dimension_count is 32"]),
+    "a head for each layer": (
+        "qwen3", {"attention.head_count": ([4, 4, 2], Kind.ARRAY, Kind.UINT32)}, ["qwen3.attention.head_count differs"]
+    ),
+    "groups of no size": ("deepseek_v3", {"expert_group_count": (3, Kind.UINT32)}, ["deepseek2.expert_group_count is 3"]),
+    "a window for each layer": (
+        "gpt-oss", {"attention.sliding_window_pattern": ([True], Kind.ARRAY, Kind.BOOL)}, ["sliding_window_pattern must say yes or no"]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_no_config_can_say_is_named_and_the_experts_are_shown_all_the_same(case, tmp_path):
+    name, change, naming = REFUSED[case]
+    path = write(tmp_path / "m.gguf", KINDS[name](), change)
+    fail("mount", "--show", "base,experts,hf", path, tmp_path, naming=["hf", *naming])
+    report = json.loads(succeed("inspect", "--json", path))
+    assert report["hf"]["possible"] is False
+    succeed("materialize", path, tmp_path / "out")
+    assert (tmp_path / "out/base_model").is_dir()
+
+
+@pytest.mark.parametrize("key", ["attention.head_count", "embedding_length", "context_length", "attention.layer_norm_rms_epsilon"])
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3", "gpt-oss"])
+def test_a_key_that_every_config_needs_is_named_when_it_is_missing(name, key, tmp_path):
+    kind = KINDS[name]()
+    path = write(tmp_path / "m.gguf", kind, without=[key])
+    fail("inspect", "--show", "hf", path, naming=[f"{kind.arch}.{key}"])
+    succeed("materialize", path, tmp_path / "out")
+
+
+def config_of(path, out, *flags):
+    done = odmoe("materialize", "--show", "hf", *flags, path, out)
+    assert done.returncode == 0, done.stderr
+    return json.loads((out / "hf/config.json").read_text()), done.stderr
+
+
+def test_scaling_that_llama_cpp_takes_to_be_linear_is_linear(tmp_path):
+    """Without a type it is; files of 2023 have another key; a factor of 0 is none."""
+    for n, (change, factor) in enumerate([
+        ({"rope.scaling.factor": (4.0, Kind.FLOAT32)}, 4.0),
+        ({"rope.scale_linear": (2.0, Kind.FLOAT32)}, 2.0),
+        ({"rope.scaling.factor": (0.0, Kind.FLOAT32)}, None),
+        (scaled("none"), None),
+    ]):  # fmt: skip
+        path = write(tmp_path / f"{n}.gguf", KINDS["qwen2"](), change)
+        config, _ = config_of(path, tmp_path / f"{n}")
+        expected = factor and {"type": "linear", "rope_type": "linear", "factor": factor}
+        assert config["rope_scaling"] == expected
+
+
+def test_experts_scaled_by_0_are_not_scaled_as_in_llama_cpp(tmp_path):
+    path = write(tmp_path / "m.gguf", KINDS["deepseek_v2"](), {"expert_weights_scale": (0.0, Kind.FLOAT32)})
+    config, _ = config_of(path, tmp_path / "out")
+    assert config["routed_scaling_factor"] == 1.0
+
+
+def test_keys_that_a_config_has_no_place_for_are_named(tmp_path):
+    change = {"attention.sliding_window": (4096, Kind.UINT32), "attention.key_length_swa": ("seven", Kind.STRING)}
+    path = write(tmp_path / "m.gguf", KINDS["deepseek_v3"](), change)
+    _, said = config_of(path, tmp_path / "out")
+    assert "deepseek2.attention.sliding_window" in said and "deepseek2.attention.key_length_swa" in said
