@@ -97,6 +97,13 @@ impl Directory {
         let tokenizer = tokenizer::files(model, inputs);
         config.extend(tokenizer.ids);
         let mut warnings = tokenizer.warnings;
+        let is_scaled = !config["rope_scaling"].is_null();
+        let kind = architecture.model_type;
+        if naming == Naming::Mlx && is_scaled && architectures::UNSCALED_IN_MLX.contains(&kind) {
+            warnings.push(format!(
+                "mlx-lm computes {kind} without the rope_scaling that config.json has"
+            ));
+        }
         let unread = facts.keys.unread();
         if !unread.is_empty() {
             let unread = unread.join(", ");

@@ -171,3 +171,15 @@ def test_keys_that_a_config_has_no_place_for_are_named(tmp_path):
     path = write(tmp_path / "m.gguf", KINDS["deepseek_v3"](), change)
     _, said = config_of(path, tmp_path / "out")
     assert "deepseek2.attention.sliding_window" in said and "deepseek2.attention.key_length_swa" in said
+
+
+@pytest.mark.parametrize("name", ["qwen3moe-yarn", "qwen2moe", "mixtral", "glm4moe", "minimax-m2"])
+def test_scaling_that_mlx_lm_does_not_compute_is_a_warning(name, tmp_path):
+    kind = KINDS[name]()
+    path = write(tmp_path / "m.gguf", kind, scaled("linear"))
+    _, said = config_of(path, tmp_path / "mlx", "--as", "mlx")
+    assert "without the rope_scaling" in said
+    _, said = config_of(path, tmp_path / "f32", "--as", "f32")
+    assert "without the rope_scaling" not in said
+    _, said = config_of(write(tmp_path / "p.gguf", kind, scaled("none")), tmp_path / "plain", "--as", "mlx")
+    assert "without the rope_scaling" not in said
