@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 import types
+from pathlib import Path
 from unittest import mock
 
 import gguf
@@ -23,15 +24,19 @@ def llama_cpp():
     """The folder of the sources, with the tools built in build/bin. Made once; it takes a quarter of an hour."""
     if not ROOT.exists():
         folder = BINDINGS
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
-        subprocess.run([*command, "--no-build-isolation", "-d", folder, PACKAGE], check=True)
+        # pip asks the package for its metadata, and so needs what it is built with; those may be wheels.
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        subprocess.run([*command, "--no-binary", "llama-cpp-python", "-d", folder, PACKAGE], check=True)
         (archive,) = folder.glob("*.tar.gz")
         with tarfile.open(archive) as file:
             file.extractall(folder, filter="data")
         (folder / archive.name.removesuffix(".tar.gz") / "vendor/llama.cpp").rename(ROOT)
     if not all((ROOT / "build/bin" / tool).exists() for tool in TOOLS):
         cmake = [sys.executable, "-m", "cmake"]
-        flags = ["-DCMAKE_BUILD_TYPE=Release", "-DLLAMA_CURL=OFF", "-DGGML_NATIVE=OFF"]
+        off = ["GGML_NATIVE", *(f"LLAMA_{part}" for part in ("OPENSSL", "BUILD_TESTS", "BUILD_EXAMPLES", "BUILD_SERVER"))]
+        flags = ["-DCMAKE_BUILD_TYPE=Release", *(f"-D{name}=OFF" for name in off)]
+        # The package's, which is not on the path unless its environment is active.
+        flags.append(f"-DCMAKE_MAKE_PROGRAM={Path(sys.executable).with_name('ninja')}")
         subprocess.run([*cmake, "-S", ROOT, "-B", ROOT / "build", "-G", "Ninja", *flags], check=True)
         subprocess.run([*cmake, "--build", ROOT / "build", "--target", *TOOLS], check=True)
     return ROOT
