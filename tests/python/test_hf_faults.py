@@ -66,56 +66,116 @@ def test_any_value_of_any_key_is_taken_or_refused_and_never_panics(name, tmp_pat
                 assert f"{kind.arch}." in done.stderr or '"blk.' in done.stderr, (key, value, done.stderr)
 
 
+def count(number):
+    return number, Kind.UINT32
+
+
+def real(number):
+    return number, Kind.FLOAT32
+
+
+def text(words):
+    return words, Kind.STRING
+
+
 def scaled(kind, factor=4.0, **more):
-    return {"rope.scaling.type": (kind, Kind.STRING), "rope.scaling.factor": (factor, Kind.FLOAT32)} | more
+    return {"rope.scaling.type": text(kind), "rope.scaling.factor": real(factor)} | more
 
 
-WINDOW = {"rope.scaling.original_context_length": (128, Kind.UINT32)}
+WINDOW = {"rope.scaling.original_context_length": count(128)}
 REFUSED = {
-    "no width": ("llama", {"embedding_length": (0, Kind.UINT32)}, ["llama.embedding_length is 0"]),
-    "another width": ("qwen2", {"embedding_length": (65, Kind.UINT32)}, ["token_embd.weight", "qwen2.embedding_length is 65"]),
-    "no heads": ("llama", {"attention.head_count": (0, Kind.UINT32)}, ["llama.attention.head_count is 0"]),
-    "other heads": ("qwen3", {"attention.head_count_kv": (1, Kind.UINT32)}, ["attn_k.weight", "qwen3.attention.head_count_kv is 1"]),
-    "more used than there are": ("qwen3moe", {"expert_used_count": (5, Kind.UINT32)}, ["qwen3moe.expert_used_count is 5", "4 experts"]),
-    "too many of one layer": ("mixtral", {"expert_used_count": (400, Kind.UINT32)}, ["llama.expert_used_count is 400"]),
-    "a negative epsilon": ("olmoe", {"attention.layer_norm_rms_epsilon": (-1e-5, Kind.FLOAT32)}, ["layer_norm_rms_epsilon must not be neg"]),
-    "a negative scale": ("glm4moe", {"expert_weights_scale": (-2.5, Kind.FLOAT32)}, ["glm4moe.expert_weights_scale must not be negative"]),
-    "other shared experts": ("deepseek_v3", {"expert_shared_count": (1, Kind.UINT32)}, ["ffn_down_shexp.weight", "expert_shared_count is 1"]),
-    "no shared experts": ("glm4moe", {"expert_shared_count": (0, Kind.UINT32)}, ["ffn_down_shexp.weight", "expert_shared_count is 0"]),
-    "corrections of softmax": ("deepseek_v3", {"expert_gating_func": (1, Kind.UINT32)}, ["no name for", "exp_probs_b.bias"]),
-    "gates of a text": ("deepseek_v2", {"expert_gating_func": ("softmax", Kind.STRING)}, ["deepseek2.expert_gating_func must be"]),
-    "gates of V2": ("deepseek_v2", {"expert_gating_func": (3, Kind.UINT32)}, ["deepseek2.expert_gating_func is 3"]),
-    "another dense width": ("llama", {"feed_forward_length": (95, Kind.UINT32)}, ["ffn_up.weight", "llama.feed_forward_length is 95"]),
-    "a dense width of qwen": ("qwen3", {"feed_forward_length": (1, Kind.UINT32)}, ["ffn_up.weight", "qwen3.feed_forward_length is 1"]),
-    "experts in words": ("mixtral", {"expert_count": ("eight", Kind.STRING)}, ["llama.expert_count must be a whole number"]),
-    "no experts but their tensors": ("mixtral", {"expert_count": (0, Kind.UINT32)}, ["llama.expert_count is 0"]),
-    "keys of no width": ("qwen2", {"attention.key_length": (0, Kind.UINT32)}, ["qwen2.attention.key_length is 0"]),
-    "values of another width": ("qwen2", {"attention.value_length": (8, Kind.UINT32)}, ["value_length is 8", "key_length is 16"]),
-    "no groups used": ("deepseek_v3", {"expert_group_used_count": (0, Kind.UINT32)}, ["deepseek2.expert_group_used_count is 0"]),
-    "unknown gates": ("glm4moe", {"expert_gating_func": (7, Kind.UINT32)}, ["glm4moe.expert_gating_func is 7"]),
-    "layers that predict": ("qwen3moe", {"nextn_predict_layers": (1, Kind.UINT32)}, ["qwen3moe.nextn_predict_layers is 1"]),
-    "only such layers": ("glm4moe", {"nextn_predict_layers": (4, Kind.UINT32)}, ["nextn_predict_layers is 4", "only 4 layers"]),
+    "no width": ("llama", {"embedding_length": count(0)}, ["llama.embedding_length is 0"]),
+    "another width": (
+        "qwen2", {"embedding_length": count(65)}, ["token_embd.weight", "qwen2.embedding_length is 65"]
+    ),
+    "no heads": ("llama", {"attention.head_count": count(0)}, ["llama.attention.head_count is 0"]),
+    "other heads": (
+        "qwen3", {"attention.head_count_kv": count(1)}, ["attn_k.weight", "qwen3.attention.head_count_kv is 1"]
+    ),
+    "more used than there are": (
+        "qwen3moe", {"expert_used_count": count(5)}, ["qwen3moe.expert_used_count is 5", "4 experts"]
+    ),
+    "too many of one layer": (
+        "mixtral", {"expert_used_count": count(400)}, ["llama.expert_used_count is 400"]
+    ),
+    "a negative epsilon": (
+        "olmoe", {"attention.layer_norm_rms_epsilon": real(-1e-5)}, ["layer_norm_rms_epsilon must not be neg"]
+    ),
+    "a negative scale": (
+        "glm4moe", {"expert_weights_scale": real(-2.5)}, ["glm4moe.expert_weights_scale must not be negative"]
+    ),
+    "other shared experts": (
+        "deepseek_v3", {"expert_shared_count": count(1)}, ["ffn_down_shexp.weight", "expert_shared_count is 1"]
+    ),
+    "no shared experts": (
+        "glm4moe", {"expert_shared_count": count(0)}, ["ffn_down_shexp.weight", "expert_shared_count is 0"]
+    ),
+    "corrections of softmax": (
+        "deepseek_v3", {"expert_gating_func": count(1)}, ["no name for", "exp_probs_b.bias"]
+    ),
+    "gates of a text": (
+        "deepseek_v2", {"expert_gating_func": text("softmax")}, ["deepseek2.expert_gating_func must be"]
+    ),
+    "gates of V2": ("deepseek_v2", {"expert_gating_func": count(3)}, ["deepseek2.expert_gating_func is 3"]),
+    "another dense width": (
+        "llama", {"feed_forward_length": count(95)}, ["ffn_up.weight", "llama.feed_forward_length is 95"]
+    ),
+    "a dense width of qwen": (
+        "qwen3", {"feed_forward_length": count(1)}, ["ffn_up.weight", "qwen3.feed_forward_length is 1"]
+    ),
+    "experts in words": (
+        "mixtral", {"expert_count": text("eight")}, ["llama.expert_count must be a whole number"]
+    ),
+    "no experts but their tensors": ("mixtral", {"expert_count": count(0)}, ["llama.expert_count is 0"]),
+    "keys of no width": ("qwen2", {"attention.key_length": count(0)}, ["qwen2.attention.key_length is 0"]),
+    "values of another width": (
+        "qwen2", {"attention.value_length": count(8)}, ["value_length is 8", "key_length is 16"]
+    ),
+    "no groups used": (
+        "deepseek_v3", {"expert_group_used_count": count(0)}, ["deepseek2.expert_group_used_count is 0"]
+    ),
+    "unknown gates": ("glm4moe", {"expert_gating_func": count(7)}, ["glm4moe.expert_gating_func is 7"]),
+    "layers that predict": (
+        "qwen3moe", {"nextn_predict_layers": count(1)}, ["qwen3moe.nextn_predict_layers is 1"]
+    ),
+    "only such layers": (
+        "glm4moe", {"nextn_predict_layers": count(4)}, ["nextn_predict_layers is 4", "only 4 layers"]
+    ),
     "scaling of an unknown kind": ("llama", scaled("longrope"), ['llama.rope.scaling.type is "longrope"']),
     "scaling of a kind to come": ("qwen3moe", scaled("dynamic"), ['qwen3moe.rope.scaling.type is "dynamic"']),
-    "scaling without a factor": ("llama", {"rope.scaling.type": ("linear", Kind.STRING)}, ["llama.rope.scaling.factor is missing"]),
+    "scaling without a factor": (
+        "llama", {"rope.scaling.type": text("linear")}, ["llama.rope.scaling.factor is missing"]
+    ),
     "scaling down": ("qwen2", scaled("linear", -2.0), ["qwen2.rope.scaling.factor must not be negative"]),
-    "yarn without a length": ("qwen2", scaled("yarn"), ["qwen2.rope.scaling.original_context_length is missing"]),
+    "yarn without a length": (
+        "qwen2", scaled("yarn"), ["qwen2.rope.scaling.original_context_length is missing"]
+    ),
     "yarn of no factor": (
-        "qwen3", scaled("yarn", **WINDOW, **{"rope.scaling.yarn_attn_factor": (0.0, Kind.FLOAT32)}), ["yarn_attn_factor must be above 0"]
+        "qwen3", scaled("yarn", **WINDOW, **{"rope.scaling.yarn_attn_factor": real(0.0)}),
+        ["yarn_attn_factor must be above 0"]
     ),
     "yarn of a negative ramp": (
-        "gpt-oss", {"rope.scaling.yarn_beta_fast": (-32.0, Kind.FLOAT32)}, ["gpt-oss.rope.scaling.yarn_beta_fast must be above 0"]
+        "gpt-oss", {"rope.scaling.yarn_beta_fast": real(-32.0)}, ["gpt-oss.rope.scaling.yarn_beta_fast must be above 0"]
     ),
-    "a type that is a number": ("llama", {"rope.scaling.type": (2, Kind.UINT32)}, ["llama.rope.scaling.type must be a text"]),
-    "waves of no length": ("llama", {"rope.freq_base": (0.0, Kind.FLOAT32)}, ["llama.rope.freq_base must be above 0"]),
-    "positions of another width": ("qwen3moe", {"rope.dimension_count": (8, Kind.UINT32)}, ["qwen3moe.rope.dimension_count is 8"]),
-    "more positions than a head": ("glm4moe", {"rope.dimension_count": (32, Kind.UINT32)}, ["glm4moe.rope.dimension_count is 32"]),
+    "a type that is a number": (
+        "llama", {"rope.scaling.type": count(2)}, ["llama.rope.scaling.type must be a text"]
+    ),
+    "waves of no length": ("llama", {"rope.freq_base": real(0.0)}, ["llama.rope.freq_base must be above 0"]),
+    "positions of another width": (
+        "qwen3moe", {"rope.dimension_count": count(8)}, ["qwen3moe.rope.dimension_count is 8"]
+    ),
+    "more positions than a head": (
+        "glm4moe", {"rope.dimension_count": count(32)}, ["glm4moe.rope.dimension_count is 32"]
+    ),
     "a head for each layer": (
         "qwen3", {"attention.head_count": ([4, 4, 2], Kind.ARRAY, Kind.UINT32)}, ["qwen3.attention.head_count differs"]
     ),
-    "groups of no size": ("deepseek_v3", {"expert_group_count": (3, Kind.UINT32)}, ["deepseek2.expert_group_count is 3"]),
+    "groups of no size": (
+        "deepseek_v3", {"expert_group_count": count(3)}, ["deepseek2.expert_group_count is 3"]
+    ),
     "a window for each layer": (
-        "gpt-oss", {"attention.sliding_window_pattern": ([True], Kind.ARRAY, Kind.BOOL)}, ["sliding_window_pattern must say yes or no"]
+        "gpt-oss", {"attention.sliding_window_pattern": ([True], Kind.ARRAY, Kind.BOOL)},
+        ["sliding_window_pattern must say yes or no"]
     ),
 }  # fmt: skip
 
@@ -149,9 +209,9 @@ def config_of(path, out, *flags):
 def test_scaling_that_llama_cpp_takes_to_be_linear_is_linear(tmp_path):
     """Without a type it is; files of 2023 have another key; a factor of 0 is none."""
     for n, (change, factor) in enumerate([
-        ({"rope.scaling.factor": (4.0, Kind.FLOAT32)}, 4.0),
-        ({"rope.scale_linear": (2.0, Kind.FLOAT32)}, 2.0),
-        ({"rope.scaling.factor": (0.0, Kind.FLOAT32)}, None),
+        ({"rope.scaling.factor": real(4.0)}, 4.0),
+        ({"rope.scale_linear": real(2.0)}, 2.0),
+        ({"rope.scaling.factor": real(0.0)}, None),
         (scaled("none"), None),
     ]):  # fmt: skip
         path = write(tmp_path / f"{n}.gguf", KINDS["qwen2"](), change)
@@ -161,13 +221,13 @@ def test_scaling_that_llama_cpp_takes_to_be_linear_is_linear(tmp_path):
 
 
 def test_experts_scaled_by_0_are_not_scaled_as_in_llama_cpp(tmp_path):
-    path = write(tmp_path / "m.gguf", KINDS["deepseek_v2"](), {"expert_weights_scale": (0.0, Kind.FLOAT32)})
+    path = write(tmp_path / "m.gguf", KINDS["deepseek_v2"](), {"expert_weights_scale": real(0.0)})
     config, _ = config_of(path, tmp_path / "out")
     assert config["routed_scaling_factor"] == 1.0
 
 
 def test_keys_that_a_config_has_no_place_for_are_named(tmp_path):
-    change = {"attention.sliding_window": (4096, Kind.UINT32), "attention.key_length_swa": ("seven", Kind.STRING)}
+    change = {"attention.sliding_window": count(4096), "attention.key_length_swa": text("seven")}
     path = write(tmp_path / "m.gguf", KINDS["deepseek_v3"](), change)
     _, said = config_of(path, tmp_path / "out")
     assert "deepseek2.attention.sliding_window" in said and "deepseek2.attention.key_length_swa" in said
