@@ -61,7 +61,9 @@ rust() {
     step cargo fmt --check
     step cargo clippy --all-targets -- -D warnings
     RUSTDOCFLAGS="-D warnings" step cargo doc --no-deps
-    step cargo test
+    # The examples are linted above and built for use below.
+    step cargo test --lib --bins --tests
+    step cargo test --doc
     library
     licences
     macos
@@ -110,7 +112,28 @@ venv() { # venv [long]
 
 python() {
     case " $* " in *" --long "*) venv long ;; *) venv ;; esac
-    step "$venv/bin/python" -m pytest tests/python "$@"
+    local pytest=("$venv/bin/python" -m pytest)
+    case "$*" in
+    "" | --long) ;;
+    *)
+        step "${pytest[@]}" tests/python "$@"
+        return
+        ;;
+    esac
+    # The tests of models elsewhere mostly wait, so they run beside the others: as a job of their own, since other
+    # background commands of a script ignore Ctrl-C, and so would what they test.
+    local elsewhere=(tests/python/test_remote*.py) said=$target/elsewhere.txt beside failed=0
+    set -m
+    "${pytest[@]}" "${elsewhere[@]}" "$@" >"$said" 2>&1 </dev/null &
+    beside=$!
+    set +m
+    trap "kill $beside 2>/dev/null || true" EXIT
+    step "${pytest[@]}" tests/python "${elsewhere[@]/#/--ignore=}" "$@" || failed=$?
+    echo "==> ${pytest[*]} ${elsewhere[*]} $*" >&2
+    wait "$beside" || failed=$?
+    trap - EXIT
+    cat "$said"
+    return "$failed"
 }
 
 soak() { # soak SECONDS
@@ -131,9 +154,9 @@ fuzz() { # fuzz SECONDS
 case "${1:-all}" in
 all)
     rust
-    fuzz 15
+    fuzz 10
     python
-    soak 120
+    soak 60
     ;;
 long)
     rust
