@@ -1,9 +1,9 @@
 //! How much the kernel reads ahead of programs that read mounted files.
 //!
 //! A file system cannot ask for more than the kernel's 128 KiB. Only root can set more, in
-//! `/sys/class/bdi`. By default we leave it alone: since we read the model ahead ourselves, a
-//! larger value made nothing faster in our measurements (`docs/performance.md`), and each look at a
-//! header reads that much.
+//! `/sys/class/bdi`. By default we leave it alone for raw bytes: since we read the model ahead
+//! ourselves, a larger value made nothing faster in our measurements (`docs/performance.md`), and
+//! each look at a header reads that much. Computed bytes do come faster in larger pieces.
 
 use std::io;
 use std::path::{Path, PathBuf};
