@@ -7,6 +7,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use super::processes::{name_of, process_folder, process_ids};
+use super::status;
 use super::table::{MountEntry, mount_table, parse_table};
 
 /// Another mount of the same file system.
@@ -34,10 +35,18 @@ pub(super) fn of_device(table: Vec<MountEntry>, device: Option<&str>) -> Vec<Mou
     table.into_iter().filter(is_it).collect()
 }
 
-/// Every mount of a device, in our mount namespace and in those of all processes that this user may
-/// look into.
-pub(super) fn elsewhere(device: Option<&str>) -> Vec<MountCopy> {
+/// Every mount of a device that a process serves, in our mount namespace and in those of all
+/// processes that this user may look into. The number of a device is soon reused: what another
+/// process serves is no mount of it.
+pub(super) fn elsewhere(device: Option<&str>, daemon: u32) -> Vec<MountCopy> {
+    let is_another_s = |mounts: &[MountEntry]| {
+        let serving = mounts.first().and_then(status::pid_of);
+        serving.is_some_and(|pid| pid != daemon)
+    };
     let here = of_device(mount_table(), device);
+    if is_another_s(&here) {
+        return Vec::new();
+    }
     let mut found: Vec<MountCopy> = here
         .into_iter()
         .map(|mount| MountCopy {
@@ -54,6 +63,9 @@ pub(super) fn elsewhere(device: Option<&str>) -> Vec<MountCopy> {
         }
         let table = fs::read(process_folder(pid).join("mountinfo")).unwrap_or_default();
         let copies = of_device(parse_table(&table), device);
+        if is_another_s(&copies) {
+            return Vec::new();
+        }
         found.extend(copies.into_iter().map(|mount| MountCopy {
             directory: mount.directory,
             namespace_of: Some((pid, name_of(pid))),

@@ -256,7 +256,7 @@ impl Attached {
             Ok(directories) => {
                 // Usually the session ends at once, and the process with it.
                 std::thread::sleep(LEAVING);
-                let others = copies::elsewhere(self.device.as_deref());
+                let others = copies::elsewhere(self.device.as_deref(), std::process::id());
                 let used = match others.first() {
                     None => "files of it are still open".to_owned(),
                     Some(copy) => format!("it is still mounted {copy}"),

@@ -121,7 +121,7 @@ pub fn unmount(directory: &Path, lazy: bool) -> Result<Unmounted, UnmountError> 
         .filter(|(_, daemon)| !daemon.ends_within(ENDING))
         .map(|(pid, _)| StillServed {
             pid,
-            copies: copies::elsewhere(Some(&entry.device)),
+            copies: copies::elsewhere(Some(&entry.device), pid),
         });
     Ok(Unmounted {
         directory,

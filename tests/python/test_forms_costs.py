@@ -115,8 +115,9 @@ def test_each_block_of_an_expert_is_read_once(on_disk, form, cache, way, tmp_pat
         for path in experts(root):
             WAYS[way](path)
         read = counters(daemon_of(root))["read_bytes"] - before
-    # Arrays that are asked for one by one may come before their file is known to be wanted whole.
-    most = 1.1 if way in ONCE else 2
+    # Arrays that are asked for one by one may come before their file is known to be wanted whole. On a busy machine each
+    # of the three may be read from blocks of its own.
+    most = 1.1 if way in ONCE else 3
     assert 0.98 * wanted <= read <= most * wanted, read / wanted
 
 

@@ -243,6 +243,27 @@ def test_a_daemon_that_goes_on_after_an_unmount_is_told_of(keeper, model, folder
     wait_for(lambda: not is_running(daemon))
 
 
+@needs_root
+def test_a_mount_that_gets_the_number_of_one_that_ends_is_not_taken_for_a_copy_of_it(model, folder, public):
+    """The kernel gives the number of a device to the next mount at once, while a daemon may still be ending."""
+    new = public / "new"
+    new.mkdir()
+    succeed("mount", model, folder)
+    daemon = daemon_of(folder)
+    os.kill(daemon, signal.SIGSTOP)
+    try:
+        with subprocess.Popen([BINARY, "umount", folder], stdout=subprocess.PIPE, text=True) as umount:
+            wait_for(lambda: mount_at(folder) is None)
+            succeed("mount", model, new)
+            said = umount.communicate()[0]
+        assert f"process {daemon} goes on serving the model, and has not ended within a second" in said
+        assert str(new) not in said
+    finally:
+        os.kill(daemon, signal.SIGCONT)
+        detach(new)
+    wait_for(lambda: not is_running(daemon))
+
+
 # --- by a signal ----------------------------------------------------------------------------------------------------
 
 
