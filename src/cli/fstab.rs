@@ -1,10 +1,12 @@
 //! Options as in mount(8) and /etc/fstab, and `mount.fuse.odmoe`, the name by which mount(8)
 //! calls this program: `mount.fuse.odmoe MODEL DIR [-sfnv] [-N NAMESPACE] [-o OPTIONS] [-t TYPE]`.
 
+use std::borrow::Cow;
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
 
 use clap::{Args, Command};
+use odmoe_fs::show::Show;
 
 use super::failure::{Failure, Result};
 use super::mount::MountArgs;
@@ -175,7 +177,18 @@ pub fn flags<'a>(
     lists: impl IntoIterator<Item = &'a str>,
     is_sloppy: bool,
 ) -> Result<Vec<OsString>> {
-    let options = lists.into_iter().flat_map(options);
+    let mut joined: Vec<Cow<str>> = Vec::new();
+    for option in lists.into_iter().flat_map(options) {
+        match joined.last_mut() {
+            // Its value is a list, too, and no option has the name of an item.
+            Some(last) if last.starts_with("show=") && option.parse::<Show>().is_ok() => {
+                last.to_mut().push(',');
+                last.to_mut().push_str(option);
+            }
+            _ => joined.push(option.into()),
+        }
+    }
+    let options = joined.iter();
     options
         .filter_map(|option| flag(option).transpose())
         .filter(|flag| !(is_sloppy && flag.is_err()))
@@ -290,6 +303,11 @@ mod tests {
         assert_eq!(parts(r#"a="b,c"#), [r#"a="b,c"#]);
         assert_eq!(parts(""), [""]);
         assert_eq!(words(r#"log_file="/a,b""#), "--log-file=/a,b");
+        assert_eq!(
+            words("ro,show=base,hf,uid=7,as=mlx"),
+            "--show=base,hf --uid=7 --as=mlx"
+        );
+        assert_eq!(words(r#"show="base,hf",uid=7"#), "--show=base,hf --uid=7");
     }
 
     #[test]
