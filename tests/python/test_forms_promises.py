@@ -95,7 +95,7 @@ def test_each_byte_of_the_model_feeds_one_tensor(shown, model):
     assert all(start + size <= following for (start, size), (following, _) in zip(runs, runs[1:]))
 
 
-@promises("Tensors that are not quantised keep their dtype and their bytes in every form.")
+@promises("Tensors of `base_model/` and `experts/` that are not quantised keep their dtype and their bytes in every form.")
 def test_tensors_of_numbers_are_those_of_the_model(shown, model):
     whole, seen = by_gguf_py(model), set()
     for _, key, note, arrays in tensors_of(shown[1]):

@@ -110,7 +110,7 @@ def test_a_server_that_comes_back_is_found_again(mount, server, expected):
 
 
 @promises(
-    "A range that could not be fetched is EIO for its readers, and is asked for again when it is read again.",
+    "A range that could not be fetched is EIO for its readers, and is asked for again when it is read again a second later.",
     "What is in the cache stays readable when the server is gone.",
 )
 def test_a_server_that_stays_away_is_an_error_of_what_is_not_cached_after_30_seconds(mount, server, expected):

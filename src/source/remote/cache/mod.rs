@@ -403,7 +403,7 @@ impl CachedPart {
         {
             return;
         }
-        tracing::warn!("a damaged piece of the cache at byte {start} is fetched again");
+        tracing::warn!("a piece of the cache, from byte {start} on, is damaged and not used");
         index.pieces.remove(&start);
         if self.writable {
             let _ = index.append(&[Record::Gone { start }]);
