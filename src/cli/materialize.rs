@@ -8,6 +8,7 @@ use odmoe_fs::materialize::{Numbers, Options, Plan, Reflink, Selection};
 use odmoe_fs::model::Model;
 use odmoe_fs::mounts::odmoe_mount_of;
 use odmoe_fs::process::ignore_file_size_signal;
+use odmoe_fs::show::Show;
 use odmoe_fs::source::PageCache;
 use odmoe_fs::verify::{Comparison, Depth, DifferenceKind};
 use odmoe_fs::work::default_jobs;
@@ -89,12 +90,44 @@ impl From<When> for Reflink {
     }
 }
 
+/// Fails if files are chosen that are not shown.
+fn check_choice(args: &MaterializeArgs, show: Show) -> Result<()> {
+    let choices = [
+        ("--base-only", args.base_only && !show.base, "base"),
+        (
+            "--experts-only",
+            args.experts_only && !show.experts,
+            "experts",
+        ),
+        (
+            "--layers",
+            args.layers.is_some() && !show.experts,
+            "experts",
+        ),
+        (
+            "--experts",
+            args.experts.is_some() && !show.experts,
+            "experts",
+        ),
+    ];
+    match choices.into_iter().find(|(_, is_wrong, _)| *is_wrong) {
+        None => Ok(()),
+        Some((option, _, view)) => {
+            let message = format!("{option} chooses files of {view}, which --show leaves out");
+            Err(Failure::usage(message)
+                .hint(format!("leave {option} out, or add {view} to --show")))
+        }
+    }
+}
+
 pub fn run(args: &MaterializeArgs, quiet: bool) -> Result<()> {
     // Writing beyond `ulimit -f` must be an error, not the end of the process.
     ignore_file_size_signal();
     let directory = args.model.directory(args.directory.as_ref())?;
+    let show = args.show.show();
+    check_choice(args, show)?;
     let stop = Stop::at_once(false)?;
-    let mut model = args.model.open(args.form.form()?, args.show.show())?;
+    let mut model = args.model.open(args.form.form()?, show)?;
     warn_of_directory(&model);
     warn_of_unfinished(&model)?;
     // Each byte is read once, and 578 GiB must not push out what other programs have cached.
