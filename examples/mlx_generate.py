@@ -172,13 +172,18 @@ def load(mount, budget):
     store = Store(mount / "experts", budget)
     if not replace_experts(model, store):
         sys.exit(f"{mount}: the model has no experts; mlx_lm.generate is all it needs")
+    if not store.paths:
+        sys.exit(f"{mount}: there is no experts/; mount the model with --show experts,hf --as mlx")
     mx.eval(model.parameters())
     ends = config.get("eos_token_id")
     return model, load_tokenizer(mount / "hf", eos_token_ids=ends), store
 
 
 def size(text):
-    number, unit = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)", text.upper()).groups()
+    parts = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)", text.upper())
+    if not parts:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size, such as 8G")
+    number, unit = parts.groups()
     return int(float(number) * 1024 ** " KMGT".index(unit or " "))
 
 

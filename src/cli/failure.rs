@@ -140,6 +140,9 @@ impl Failure {
 
     /// The same, when a signal has ended the work.
     pub fn by_signal(self, signal: i32) -> Self {
+        if self.code == "interrupted" {
+            return self; // it says so
+        }
         Self {
             code: "interrupted".into(),
             message: format!("interrupted by signal {signal}: {}", self.message),

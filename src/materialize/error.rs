@@ -120,6 +120,11 @@ pub(super) fn io_error(
     action: &'static str,
     path: &Path,
 ) -> impl FnOnce(io::Error) -> MaterializeError {
+    // The folder of a name alone is this one.
+    let path = match path.as_os_str().is_empty() {
+        true => Path::new("."),
+        false => path,
+    };
     move |cause| MaterializeError::Io {
         action,
         path: path.to_owned(),

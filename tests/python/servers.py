@@ -406,7 +406,7 @@ class Hub(RangeServer):
         self.store.stop()
 
 
-def tls(folder, names=("localhost", "127.0.0.1"), days=(-1, 1)):
+def tls(folder, names=("localhost", "127.0.0.1"), days=(-1, 1), authority=False):
     """A context of a server with a certificate of its own for these names and days from now, and the file of it."""
     import datetime
     import ipaddress
@@ -423,6 +423,8 @@ def tls(folder, names=("localhost", "127.0.0.1"), days=(-1, 1)):
     builder = x509.CertificateBuilder().subject_name(subject).issuer_name(subject).public_key(key.public_key())
     builder = builder.serial_number(x509.random_serial_number()).not_valid_before(first).not_valid_after(last)
     builder = builder.add_extension(x509.SubjectAlternativeName(named), critical=False)
+    if authority:
+        builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
     certificate = builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
     folder.mkdir(exist_ok=True)
     (folder / "tls.pem").write_bytes(certificate)

@@ -95,6 +95,31 @@ def test_partial_runs_add_up_to_the_whole(model, whole, tmp_path, runs):
     assert contents(tmp_path / "out") == whole
 
 
+@pytest.mark.parametrize(
+    "show, flags",
+    [
+        ("experts", "--base-only"),
+        ("hf", "--base-only"),
+        ("base", "--experts-only"),
+        ("joined,base", "--layers 0"),
+        ("hf", "--experts 1"),
+    ],
+)
+def test_files_that_are_not_shown_cannot_be_chosen(model, tmp_path, show, flags):
+    option = flags.split()[0]
+    fail("materialize", model, tmp_path / "out", "--show", show, *flags.split(), status=2, naming=[option, "--show"])
+    assert not (tmp_path / "out").exists()
+
+
+@needs_root
+def test_a_folder_without_a_name_is_called_this_one(public, nobody):
+    succeed("toy", public / "toy.gguf")
+    below = public / "below"
+    below.mkdir()
+    said = fail("materialize", "../toy.gguf", "out", user=nobody, cwd=below, naming=['"."', "Permission denied"])
+    assert '""' not in said
+
+
 def test_a_second_run_has_nothing_to_write(model, tmp_path):
     out = tmp_path / "out"
 

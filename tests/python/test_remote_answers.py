@@ -239,6 +239,7 @@ CERTIFICATES = {
     "expired": ({"days": (-9, -2)}, True, "clock"),
     "of tomorrow": ({"days": (2, 9)}, True, "clock"),
     "of another host": ({"names": ["example.org"]}, True, "another"),
+    "of an authority": ({"authority": True}, True, "CA:FALSE"),
 }
 
 

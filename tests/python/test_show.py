@@ -313,6 +313,18 @@ def test_experts_read_on_demand_give_the_same_tokens(generating):
     assert figures["bytes_read"] > figures["bytes_kept"]
 
 
+@pytest.mark.parametrize(
+    "view, flags, status, words",
+    [("hf", [], 1, "there is no experts/"), ("hf,experts", ["--budget", "foo"], 2, "'foo' is no size, such as 8G")],
+)
+def test_generating_says_what_it_lacks(view, flags, status, words, tmp_path):
+    succeed("toy", tmp_path / "toy.gguf", "--arch", "qwen3moe")
+    program = [sys.executable, REPO / "examples/mlx_generate.py", tmp_path / "mnt", "--prompt", "hello", *flags]
+    with mounted(tmp_path / "toy.gguf", tmp_path / "mnt", "--show", view, "--as", "mlx"):
+        done = subprocess.run([*map(str, program)], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == status and words in done.stderr
+
+
 def test_the_tokenizer_of_the_toy_knows_every_byte(generating):
     from transformers import AutoTokenizer
 

@@ -138,6 +138,9 @@ impl Explain for Fault {
             Self::Tls(text) if text.contains("corrupt message") => {
                 "check the port in the address: there the server seems to speak plain HTTP"
             }
+            Self::Tls(text) if text.contains("CaUsedAsEndEntity") => {
+                "the server's certificate is one of an authority: it needs one for itself, with CA:FALSE"
+            }
             Self::Tls(_) => {
                 "if the server has a certificate of its own, name the file of its authority in SSL_CERT_FILE"
             }
