@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds the Debian package into target/debian: `cargo install cargo-deb`, then this.
+# Builds the Debian package into target/debian: `cargo install cargo-deb`, then this. With ODMOE_FS_BUILT=1 it packs the
+# binary that is there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -7,7 +8,7 @@ target=${CARGO_TARGET_DIR:-target}
 binary=$target/release/odmoe-fs
 made=$target/packaging
 
-cargo build --release --bin odmoe-fs
+[ -n "${ODMOE_FS_BUILT:-}" ] || cargo build --release --bin odmoe-fs
 rm -rf "$made"
 mkdir -p "$made"
 "$binary" man --all "$made/man"

@@ -149,7 +149,8 @@ def test_the_debian_package_installs_mounts_by_mount_and_fstab_and_goes_away(tmp
     """Changes the machine, so only where that is meant for it: `.ci/run` says so."""
     if not os.environ.get("ODMOE_FS_INSTALL"):
         pytest.skip("ODMOE_FS_INSTALL is not set: the package is not installed")
-    environment = os.environ | {"CARGO_TARGET_DIR": str(REPO / "target")}
+    # The binary that all other tests run.
+    environment = os.environ | {"CARGO_TARGET_DIR": str(REPO / "target"), "ODMOE_FS_BUILT": "1"}
     subprocess.run([REPO / "packaging/deb.sh"], check=True, env=environment)
     (package,) = (REPO / "target/debian").glob("*.deb")
     model, where = tmp_path / "toy.gguf", tmp_path / "mnt"
