@@ -142,7 +142,10 @@ impl Shown {
 
     /// Bytes of all arrays of a tensor with this type and logical shape.
     pub fn bytes(self, ggml_type: &GgmlType, shape: &Shape) -> u64 {
-        let arrays = (0..self.arrays()).map(|n| self.array_bytes(n, ggml_type, shape));
+        let arrays = (0..self.arrays()).map(|n| {
+            let (dtype, shape) = self.elements(n, ggml_type, shape);
+            shape.bytes(dtype)
+        });
         arrays.fold(0, u64::saturating_add)
     }
 
@@ -194,12 +197,6 @@ impl Shown {
         }
     }
 
-    /// Bytes of that array.
-    pub fn array_bytes(self, n: usize, ggml_type: &GgmlType, shape: &Shape) -> u64 {
-        let (dtype, shape) = self.elements(n, ggml_type, shape);
-        shape.elements().saturating_mul(dtype.width())
-    }
-
     /// The array, with the name that it has if the tensor has this one.
     pub fn array<'a>(
         self,
@@ -218,7 +215,7 @@ impl Shown {
             _ => name.into(),
         };
         Array {
-            bytes: shape.elements().saturating_mul(dtype.width()),
+            bytes: shape.bytes(dtype),
             name,
             dtype,
             shape,

@@ -120,6 +120,11 @@ impl Shape {
         dims.fold(1, |product: u64, &n| product.saturating_mul(n))
     }
 
+    /// Bytes of an array of this shape; `u64::MAX` stands for all that do not fit 64 bits.
+    pub fn bytes(&self, dtype: Dtype) -> u64 {
+        self.elements().saturating_mul(dtype.width())
+    }
+
     /// The dimensions, row-major.
     pub fn dims(&self) -> &[u64] {
         &self.dims[..self.len]

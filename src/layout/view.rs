@@ -50,10 +50,7 @@ impl<'a> TensorView<'a> {
     pub(super) fn sizes(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
         (0..self.shown.arrays()).map(|n| {
             let (dtype, shape) = self.shown.elements(n, self.ggml_type, &self.shape);
-            (
-                dtype.width(),
-                shape.elements().saturating_mul(dtype.width()),
-            )
+            (dtype.width(), shape.bytes(dtype))
         })
     }
 
