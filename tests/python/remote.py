@@ -39,6 +39,13 @@ def own_cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def expected(model, tmp_path):
+    """The experts of the test's model, as a mount of the file itself shows them."""
+    with mounted(model, tmp_path / "local") as root:
+        return [expert(root, number).read_bytes() for number in range(8)]
+
+
+@pytest.fixture
 def server():
     server = RangeServer()
     yield server

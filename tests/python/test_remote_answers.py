@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from odmoe import expert_gguf, fail, mount_at, mounted, odmoe
+from odmoe import expert_gguf, fail, mount_at, odmoe
 from remote import *  # noqa: F403
 from servers import RangeServer, changed, chunked, page, status, tls, trickle, unframed, whole
 
@@ -16,12 +16,6 @@ from servers import RangeServer, changed, chunked, page, status, tls, trickle, u
 @pytest.fixture
 def model(tmp_path):
     return expert_gguf(tmp_path)
-
-
-@pytest.fixture
-def expected(model, tmp_path):
-    with mounted(model, tmp_path / "local") as root:
-        return [expert(root, number).read_bytes() for number in range(8)]
 
 
 def assert_read(url, expected, tmp_path, cache, *flags, **options):

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from odmoe import MIB, expert_gguf, file_system, mounted, needs_root, promises, run, succeed
+from odmoe import MIB, expert_gguf, file_system, needs_root, promises, run, succeed
 from remote import *  # noqa: F403
 from servers import RangeServer
 
@@ -21,12 +21,6 @@ def model(tmp_path):
 @pytest.fixture
 def url(server, model):
     return server.put("/m.gguf", model)
-
-
-@pytest.fixture
-def expected(model, tmp_path):
-    with mounted(model, tmp_path / "local") as root:
-        return [expert(root, number).read_bytes() for number in range(8)]
 
 
 def read_or_none(path):

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from odmoe import expert_gguf, fail, mounted, promises, run, succeed
+from odmoe import expert_gguf, fail, promises, run, succeed
 from remote import *  # noqa: F403
 from servers import changed, cut, hang_up, stall, status, whole
 
@@ -17,12 +17,6 @@ PAYLOAD = 64 << 10
 @pytest.fixture
 def model(tmp_path):
     return expert_gguf(tmp_path)
-
-
-@pytest.fixture
-def expected(model, tmp_path):
-    with mounted(model, tmp_path / "local") as root:
-        return [expert(root, number).read_bytes() for number in range(8)]
 
 
 @pytest.fixture
