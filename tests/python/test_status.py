@@ -105,9 +105,10 @@ def test_names_cannot_break_the_table(model, public):
     where = public / "a\nb \x1b[2J"
     where.mkdir()
     with mounted(model, where):
-        lines = succeed("status").splitlines()
+        lines = succeed("status").split("\n\n")[0].splitlines()  # a second table is of models elsewhere
         assert len([line for line in lines if r"a\nb \u{1b}[2J" in line]) == 1
-        assert len(lines) == 1 + len([m for m in mounts() if m.kind == "fuse.odmoe"])
+        # Each line but the heading begins with a directory, whatever else is mounted meanwhile.
+        assert all(line.startswith("/") for line in lines[1:])
         assert str(where) in [line["directory"] for line in json.loads(succeed("status", "--json"))]
 
 
