@@ -30,7 +30,9 @@ def run(folder, *words):
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 60, COLUMNS, 0, 0))
     environment = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "TERM": "xterm-256color"}
-    process = subprocess.Popen([BINARY, *words], stdin=slave, stdout=slave, stderr=slave, cwd=folder, env=environment)
+    # Not the errors: of a model of full size that was made for the picture, `mount` warns that its data is missing.
+    ours = {"stdin": slave, "stdout": slave, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([BINARY, *words], cwd=folder, env=environment, **ours)
     os.close(slave)
     shown = b""
     with contextlib.suppress(OSError):  # the terminal is closed
@@ -48,7 +50,7 @@ def main():
         folder = Path(folder)
         (folder / "mnt").mkdir()
         try:
-            for words in (["inspect", model.name], ["mount", model.name, "mnt"]):
+            for words in (["inspect", model.name], ["mount", "--as", "mlx", model.name, "mnt"]):
                 console.print(Text(f"$ odmoe-fs {' '.join(words)}", style="bold"))
                 said = run(model.parent if words[0] == "inspect" else folder, words[0], *[
                     str(model) if word == model.name else word for word in words[1:]
