@@ -51,10 +51,10 @@ pub struct MountArgs {
     #[arg(long)]
     allow_other: bool,
     /// Owner of the files, instead of the user who mounts
-    #[arg(long, value_name = "UID", value_parser = clap::value_parser!(u32).range(..i64::from(u32::MAX)))]
+    #[arg(long, value_name = "UID", value_parser = id)]
     uid: Option<u32>,
     /// Group of the files, instead of that of the user who mounts
-    #[arg(long, value_name = "GID", value_parser = clap::value_parser!(u32).range(..i64::from(u32::MAX)))]
+    #[arg(long, value_name = "GID", value_parser = id)]
     gid: Option<u32>,
     /// Whose page cache keeps what was read
     #[arg(long, value_enum, value_name = "WHOSE", default_value_t = CacheArg::Page, help_heading = "Reading")]
@@ -146,6 +146,12 @@ enum CacheArg {
 enum ReadAheadArg {
     Auto,
     Bytes(u64),
+}
+
+/// The number of a user or a group. The largest means no one: chown(2) takes it for "as it is".
+fn id(text: &str) -> std::result::Result<u32, String> {
+    let id = text.parse().ok().filter(|id| *id != u32::MAX);
+    id.ok_or_else(|| "it must be a number; `id NAME` tells a user's and the groups'".to_owned())
 }
 
 fn read_ahead(text: &str) -> std::result::Result<ReadAheadArg, String> {

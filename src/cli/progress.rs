@@ -28,11 +28,9 @@ impl Meter {
             ProgressBar::hidden()
         } else {
             let style = ProgressStyle::with_template(
-                "{wide_bar} {bytes}/{total_bytes} {binary_bytes_per_sec} {msg} {eta} left",
+                "{wide_bar} {bytes}/{total_bytes} {binary_bytes_per_sec}{msg}, {eta} left",
             );
-            ProgressBar::new(total_bytes)
-                .with_style(style.expect("the template is valid"))
-                .with_message("0 files")
+            ProgressBar::new(total_bytes).with_style(style.expect("the template is valid"))
         };
         Self {
             bar,
@@ -50,8 +48,7 @@ impl Meter {
         let files = self.files.fetch_add(progress.files, Ordering::Relaxed) + progress.files;
         self.bar.inc(progress.bytes);
         if progress.files > 0 {
-            self.bar
-                .set_message(format!("{} files", text::count(files)));
+            self.bar.set_message(finished(files));
         }
         let tenth = bytes * 10 / self.total_bytes.max(1);
         let elapsed = self.started.elapsed();
@@ -62,11 +59,11 @@ impl Meter {
             let rate = bytes as f64 / elapsed.as_secs_f64();
             let _ = writeln!(
                 Diagnostics,
-                "{}0 %: {} of {}, {} files, {}/s",
+                "{}0 %: {} of {}{}, {}/s",
                 tenth,
                 text::size(bytes),
                 text::size(self.total_bytes),
-                text::count(files),
+                finished(files),
                 text::size(rate as u64)
             );
         }
@@ -74,6 +71,14 @@ impl Meter {
 
     pub fn finish(&self) {
         self.bar.finish_and_clear();
+    }
+}
+
+/// `, 3 files`; nothing before the first, and of work that finishes none.
+fn finished(files: u64) -> String {
+    match files {
+        0 => String::new(),
+        _ => format!(", {}", text::counted(files as usize, "file")),
     }
 }
 

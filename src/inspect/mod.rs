@@ -144,7 +144,8 @@ pub struct TreeReport {
     /// shares blocks has to copy them.
     pub incongruent_bytes: u64,
     pub incongruent_expert_bytes: u64,
-    /// Payload bytes whose blocks such a file system can share with the model.
+    /// Payload bytes whose blocks such a file system can share with the model; 0 if that is
+    /// elsewhere.
     pub sharable_bytes: u64,
 }
 
@@ -247,7 +248,10 @@ impl<'a> Report<'a> {
                 hf_files: hf_files(model),
                 bytes: model.tree().total_size(),
                 incongruent_bytes,
-                sharable_bytes: payloads.iter().sum::<u64>() - incongruent_bytes,
+                sharable_bytes: match model.source().is_remote() {
+                    true => 0,
+                    false => payloads.iter().sum::<u64>() - incongruent_bytes,
+                },
                 incongruent_expert_bytes: incongruent(layout.experts()),
             },
             hf: DirectoryReport::new(model),

@@ -47,3 +47,9 @@ def test_the_tip_is_the_hint_for_programs():
     assert error["code"] == "usage" and error["hint"] in done.stderr and "comes first" in error["hint"]
     done = odmoe("inspect", "--json")
     assert json.loads(done.stdout)["error"]["hint"] == "see --help"
+
+
+@pytest.mark.parametrize("number", ["nobody", "-1", "4294967295", "0x10", ""])
+def test_owners_are_numbers(number):
+    for option in ("--uid", "--gid"):
+        assert "`id NAME`" in fail("mount", f"{option}={number}", "model.gguf", "mnt", status=2)

@@ -134,7 +134,11 @@ def test_inspect_and_verify_take_urls(server, tmp_path, cache):
     )
     for report in (here, there):
         del report["memory"], report["parts"]
+    # No file system can share blocks with a model elsewhere.
+    assert here["tree"].pop("sharable_bytes") > 0 == there["tree"].pop("sharable_bytes")
     assert here == there
+    assert "XFS" in succeed("inspect", parts[0])
+    assert "XFS" not in succeed("inspect", url, "--cache-dir", cache)
     assert json.loads(succeed("verify", url, "--json", "--cache-dir", cache))["sound"]
 
 

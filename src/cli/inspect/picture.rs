@@ -281,16 +281,21 @@ fn tree(report: &Report, screen: &Screen, out: &mut String) -> std::fmt::Result 
     let joined = usize::from(shows("joined"));
     let documents = tree.files - base - experts - joined - tree.hf_files;
     let mut text = format!(
-        "  {}, {}\n  {}, {}, {}\n\
-         \x20 materialized on XFS or btrfs it shares {}\n  with the model, and {} are copied\n",
+        "  {}, {}\n  {}, {}, {}\n",
         text::counted(tree.files, "file"),
         text::size(tree.bytes),
         text::counted(experts, "expert"),
         text::counted(base, "base file"),
         text::counted(documents, "document"),
-        text::size(tree.sharable_bytes),
-        text::size(tree.incongruent_bytes),
     );
+    if tree.sharable_bytes > 0 {
+        writeln!(
+            text,
+            "  materialized on XFS or btrfs it shares {}\n  with the model, and {} are copied",
+            text::size(tree.sharable_bytes),
+            text::size(tree.incongruent_bytes),
+        )?;
+    }
     match &report.hf.reason {
         None if tree.hf_files > 0 => writeln!(text, "  hf/: {} of them", tree.hf_files),
         None => writeln!(text, "  hf/: possible, with --show base,experts,hf"),
