@@ -132,6 +132,14 @@ impl Facts {
         if range.start != asked.start || range.end != asked.end.min(size) {
             return Err(Fault::OtherRange(printable(written)));
         }
+        // A server that contradicts itself may have sent any range.
+        let length = text(CONTENT_LENGTH).map(str::trim);
+        if let Some(length) = length
+            && length.parse() != Ok(range.end - range.start)
+        {
+            let both = format!("{written}, in {length} bytes");
+            return Err(Fault::OtherRange(printable(&both)));
+        }
         let owned = |name| text(name).map(str::to_owned);
         let pin = Pin {
             size,
@@ -246,6 +254,10 @@ mod tests {
         ] {
             let found = facts(206, &[(CONTENT_RANGE, range)], 10..20);
             assert!(matches!(found, Err(Fault::OtherRange(_))), "{range}");
+        }
+        for (length, is_good) in [("10", true), ("9", false), ("11", false), ("ten", false)] {
+            let pairs = [(CONTENT_RANGE, "bytes 10-19/100"), (CONTENT_LENGTH, length)];
+            assert_eq!(facts(206, &pairs, 10..20).is_ok(), is_good, "{length}");
         }
         assert!(matches!(facts(206, &[], 0..1), Err(Fault::OtherRange(_))));
         assert_eq!(facts(204, &[], 0..1), Err(Fault::Status(204)));
