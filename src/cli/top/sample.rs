@@ -72,13 +72,15 @@ impl Sample {
             let _ = output.read_to_end(&mut json); // what is missing is no JSON
             let _ = sender.send(json); // perhaps nobody waits any more
         };
-        std::thread::Builder::new()
+        let reader = std::thread::Builder::new()
             .spawn(read)
             .context("cannot start a thread")?;
         let Ok(json) = receiver.recv_timeout(PATIENCE) else {
             let _ = child.kill(); // it ends when it can
             return fail(TopError::NotAnswering);
         };
+        // The view blocks signals next, but in its own thread only: another one would die of them.
+        let _ = reader.join();
         match child.wait()?.success() {
             true => parsed(&json),
             false => Err(parsed::<Refused>(&json)?.error),
