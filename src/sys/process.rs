@@ -229,6 +229,17 @@ impl Signals {
         Ok(Self(set))
     }
 
+    /// Blocks every signal in the calling thread: for threads that must leave them to those that
+    /// were there before, or that will wait for them. A signal that comes to a process ends it if
+    /// only one of its threads has not blocked it.
+    pub fn block_all() {
+        // SAFETY: sigset_t consists of integers only, for which zeros are valid.
+        let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
+        // SAFETY: the pointer is to a sigset_t.
+        unsafe { libc::sigfillset(&mut set) };
+        set_mask(libc::SIG_BLOCK, &set).expect("the arguments are valid");
+    }
+
     /// Lets the calling thread receive them again.
     pub fn unblock(&self) -> io::Result<()> {
         // SAFETY: the first pointer is to a sigset_t, and the second may be null.

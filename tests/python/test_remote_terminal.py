@@ -1,6 +1,7 @@
 """What commands say while a server keeps them waiting, when they are interrupted, and of wrong options."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -9,7 +10,19 @@ import time
 import pytest
 
 import models
-from odmoe import expert_gguf, fail, odmoe, promises, succeed
+from odmoe import (
+    daemon_of,
+    detach,
+    expert_gguf,
+    fail,
+    foreground,
+    is_running,
+    mount_at,
+    odmoe,
+    promises,
+    succeed,
+    wait_for,
+)
 from remote import *  # noqa: F403
 from servers import hang_up, status
 
@@ -157,3 +170,22 @@ def test_an_interrupted_command_answers_programs_in_json(server, tmp_path):
         said, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert json.loads(said)["error"]["code"] == "interrupted"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_unmounts_a_model_elsewhere(number, server, tmp_path, cache):
+    url = server.put("/m.gguf", expert_gguf(tmp_path))
+    where = tmp_path / "mnt"
+    with foreground(url, where, "--cache-dir", cache) as process:
+        process.send_signal(number)
+        assert process.wait(60) == 0
+        assert mount_at(where) is None
+    succeed("mount", url, where, "--cache-dir", cache)
+    assert len(os.listdir(where / "experts")) > 1
+    daemon = daemon_of(where)
+    os.kill(daemon, number)
+    try:
+        wait_for(lambda: not is_running(daemon))
+        assert mount_at(where) is None
+    finally:
+        detach(where)

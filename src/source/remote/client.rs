@@ -17,6 +17,7 @@ use super::address::check_plain;
 use super::fault::{Fault, Kind};
 use super::pin::retry_after;
 use super::retry::PATIENCE;
+use crate::process::Signals;
 
 /// Requests that are under way at the same time. At 20 ms and 100 MB/s per connection, 32 pieces of
 /// 1 MiB came in 36 to 38 ms, and four in 174 ms (docs/performance.md).
@@ -85,6 +86,8 @@ impl Client {
         let runtime = Builder::new_multi_thread()
             .worker_threads(THREADS)
             .thread_name("remote")
+            // A model is opened before a mount's signals are blocked.
+            .on_thread_start(Signals::block_all)
             .enable_all()
             .build()
             .map_err(|e| failed(&e))?;
