@@ -5,34 +5,29 @@
 mod blocks;
 mod documents;
 mod inputs;
+mod windows;
 
-use std::collections::VecDeque;
+use std::collections::HashSet;
 use std::ops::{Deref, Range};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-
-use parking_lot::Mutex;
 
 use self::blocks::{PartBlocks, blocks_run};
 use self::documents::Kept;
 use self::inputs::{inputs, rope_factors};
+use self::windows::Windows;
 use crate::computed::{self, Job, Stash};
 use crate::explain::{Explain, Hint};
 use crate::form::Form;
 use crate::gguf::{HeaderError, ModelHeader};
 use crate::hf::{self, HfError, Inputs};
-use crate::layout::{Arranged, Layout, LayoutError};
+use crate::layout::{Arranged, Layout, LayoutError, Stored};
 use crate::predictor::reader_of_whole;
 use crate::show::Show;
 #[cfg(feature = "remote")]
 use crate::source::remote;
 use crate::source::{self, Held, OpenError, PageCache, ReadError, Run, Source};
 use crate::tree::{Content, Ino, Origin, RecipeId, Slice, Tree};
-
-/// Matrices that were transposed for a reader are kept until it has read them, but no more than this
-/// of all of them: those of two experts of the largest gpt-oss as F16.
-const KEPT_TRANSPOSED_BYTES: usize = 64 << 20;
 
 /// Why a model cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -75,8 +70,7 @@ pub struct Model {
     source: Source,
     kept: Kept,
     stash: Stash,
-    /// Matrices that were transposed for a reader who is not through with them.
-    transposed: Mutex<VecDeque<(RecipeId, Arc<[u8]>)>>,
+    windows: Windows,
     /// For each file of a form with computed arrays, the bytes of the model that it is made from;
     /// `u64::MAX` until somebody asks.
     source_bytes: Vec<AtomicU64>,
@@ -149,7 +143,7 @@ impl Model {
             source,
             kept,
             stash: Stash::default(),
-            transposed: Mutex::default(),
+            windows: Windows::default(),
             source_bytes: (0..nodes).map(|_| AtomicU64::new(u64::MAX)).collect(),
         })
     }
@@ -305,6 +299,7 @@ impl Model {
     fn runs(&self, file: Ino, range: Range<u64>) -> Vec<Run> {
         let mut runs: Vec<Run> = Vec::new();
         let mut tensors = Vec::new();
+        let mut windows = HashSet::new();
         let len = range.end.saturating_sub(range.start);
         let mut add = |run: Run| match runs.last_mut() {
             Some(last) if last.is_followed_by(&run) => last.len += run.len,
@@ -314,9 +309,13 @@ impl Model {
             match slice.origin {
                 Origin::Made(_) => {}
                 Origin::Part(_) => run_of(&slice).into_iter().for_each(&mut add),
-                // Read when it is wanted: its order is not that of the model.
-                Origin::Computed(id) if self.layout.arranged(id).is_some() => {}
                 Origin::Computed(id) => {
+                    if let Some(arranged) = self.layout.arranged(id) {
+                        let missing = self.missing_windows(&arranged, &slice).into_iter();
+                        let new = missing.filter(|run| windows.insert((run.part, run.offset)));
+                        new.for_each(&mut add);
+                        continue;
+                    }
                     let job = self.layout.job(id);
                     if job.array == 0 || !tensors.contains(&job.tensor) {
                         self.missing_runs(id, &job, &slice)
@@ -336,7 +335,12 @@ impl Model {
         let Origin::Computed(id) = slice.origin else {
             return;
         };
-        if self.layout.arranged(id).is_some() {
+        if let Some(arranged) = self.layout.arranged(id) {
+            let runs = self.missing_windows(&arranged, slice);
+            let bytes = runs.iter().map(|run| run.len).sum();
+            if !runs.iter().all(|run| self.source.is_begun(*run)) {
+                self.source.fetch_ahead(reader_of_whole(file), &runs, bytes);
+            }
             return;
         }
         let job = self.layout.job(id);
@@ -355,6 +359,29 @@ impl Model {
             last.len = recipe.offset + recipe.len - last.offset;
             // Those who read the arrays side by side are the readers of the whole file soon.
             self.source.fetch_ahead(reader_of_whole(file), &runs, bytes);
+        }
+    }
+
+    /// The windows that are not here of those from which a range of an array is put together.
+    fn missing_windows(&self, arranged: &Arranged, slice: &Slice) -> Vec<Run> {
+        let missing = |rows: &Stored, range: Range<u64>| {
+            let range = rows.offset + range.start..rows.offset + range.end;
+            self.windows.missing(rows, range)
+        };
+        match arranged {
+            Arranged::Apart { rows, apart } => {
+                let range = slice.offset..slice.offset + slice.len;
+                missing(rows, apart.stored(&range))
+            }
+            Arranged::Transposed {
+                matrices,
+                transposed,
+            } => {
+                let matrices = matrices[..transposed.matrices as usize].iter();
+                let all = matrices.enumerate();
+                all.flat_map(|(n, rows)| missing(rows, 0..transposed.stored(n)))
+                    .collect()
+            }
         }
     }
 
@@ -382,7 +409,7 @@ impl Model {
     /// Computes a range of an array from the blocks beneath it.
     fn compute(&self, id: RecipeId, offset: u64, out: &mut [u8]) -> Result<(), ReadError> {
         if let Some(arranged) = self.layout.arranged(id) {
-            return self.arrange(id, arranged, offset, out);
+            return self.arrange(arranged, offset, out);
         }
         let job = self.layout.job(id);
         let blocks = PartBlocks {
@@ -395,57 +422,30 @@ impl Model {
     }
 
     /// Puts together a range of an array whose order is not that of the model.
-    fn arrange(
-        &self,
-        id: RecipeId,
-        arranged: Arranged,
-        offset: u64,
-        out: &mut [u8],
-    ) -> Result<(), ReadError> {
-        let (matrices, transposed) = match arranged {
-            Arranged::Apart {
-                part,
-                offset: start,
-                apart,
-            } => {
-                return apart.range(offset, out, |at, bytes| {
-                    self.source.read_at(part, start + at, bytes)
-                });
+    fn arrange(&self, arranged: Arranged, offset: u64, out: &mut [u8]) -> Result<(), ReadError> {
+        let reader = |rows: Stored| self.windows.of(&self.source, rows);
+        match arranged {
+            Arranged::Apart { rows, apart } => {
+                self.source.check_unchanged(rows.part)?;
+                let mut reader = reader(rows);
+                apart.range(offset, out, |at, bytes| {
+                    reader.read(rows.offset + at, bytes)
+                })
             }
             Arranged::Transposed {
                 matrices,
                 transposed,
-            } => (matrices, transposed),
-        };
-        let known = |(known, bytes): &(RecipeId, Arc<[u8]>)| (*known == id).then(|| bytes.clone());
-        let kept = self.transposed.lock().iter().find_map(known);
-        let whole = match kept {
-            Some(whole) => whole,
-            None => {
-                let whole: Arc<[u8]> = transposed
-                    .whole(|n, bytes| {
-                        let (part, start) = matrices[n as usize];
-                        self.source.read_at(part, start, bytes)
-                    })?
-                    .into();
-                let mut kept = self.transposed.lock();
-                kept.push_back((id, whole.clone()));
-                let bytes = |kept: &VecDeque<(RecipeId, Arc<[u8]>)>| {
-                    kept.iter().map(|(_, bytes)| bytes.len()).sum::<usize>()
-                };
-                while kept.len() > 1 && bytes(&kept) > KEPT_TRANSPOSED_BYTES {
-                    kept.pop_front();
+            } => {
+                for rows in &matrices {
+                    self.source.check_unchanged(rows.part)?;
                 }
-                whole
+                let mut readers = matrices.map(reader);
+                transposed.range(offset, out, |n, at, bytes| {
+                    let n = n as usize;
+                    readers[n].read(matrices[n].offset + at, bytes)
+                })
             }
-        };
-        let start = offset as usize;
-        out.copy_from_slice(&whole[start..start + out.len()]);
-        if start + out.len() == whole.len() {
-            // Most readers go from the start to the end.
-            self.transposed.lock().retain(|(kept, _)| *kept != id);
         }
-        Ok(())
     }
 }
 

@@ -1,12 +1,15 @@
 //! Arrays whose elements lie in another order than in the model: every other row of a matrix, or a
 //! matrix transposed.
 
-use crate::codec::Codec;
+use std::ops::Range;
+
+use crate::codec::{Codec, Unit};
 
 /// Bytes of the model that are read at a time.
 const STEP_BYTES: u64 = 256 << 10;
-/// The side of the squares in which a matrix is transposed, in elements: both fit into a cache.
-const SQUARE: usize = 32;
+/// Rows of a matrix that are transposed at a time: what is read of them and what is written fit into
+/// a cache.
+const TILE_ROWS: usize = 32;
 
 /// Rows that lie apart from each other, as an array of rows side by side.
 #[derive(Debug, Clone, Copy)]
@@ -33,13 +36,21 @@ impl Apart {
         self.count * self.row_out()
     }
 
+    /// Bytes of the model, counted from the first row, that hold what a range of the array is made
+    /// of.
+    pub fn stored(&self, range: &Range<u64>) -> Range<u64> {
+        let first = range.start / self.row_out();
+        let last = range.end.div_ceil(self.row_out()) - 1;
+        first * self.step..last * self.step + self.row
+    }
+
     /// Fills `out` with the bytes of the array from `offset` on. `read` reads the bytes of the
     /// model from an offset on, counted from the first row.
     pub fn range<E>(
         &self,
         offset: u64,
         out: &mut [u8],
-        read: impl Fn(u64, &mut [u8]) -> Result<(), E>,
+        mut read: impl FnMut(u64, &mut [u8]) -> Result<(), E>,
     ) -> Result<(), E> {
         let row_out = self.row_out();
         let (mut blocks, mut made) = (Vec::new(), vec![0; row_out as usize]);
@@ -80,8 +91,8 @@ pub struct Transposed {
     pub rows: u64,
     pub columns: u64,
     pub matrices: u64,
-    /// Bytes of each matrix in the model.
-    pub bytes: [u64; 2],
+    /// Bytes of a row of each matrix in the model.
+    pub row: [u64; 2],
     /// Bytes of an element of the array: 2 or 4.
     pub width: u64,
     /// What makes the elements of each; `None` if they are the model's own.
@@ -91,48 +102,148 @@ pub struct Transposed {
 impl Transposed {
     /// Bytes of the array.
     pub fn size(&self) -> u64 {
-        self.matrices * self.rows * self.columns * self.width
+        self.columns * self.column()
     }
 
-    /// The whole array. `read` reads a matrix.
-    pub fn whole<E>(&self, read: impl Fn(u64, &mut [u8]) -> Result<(), E>) -> Result<Box<[u8]>, E> {
-        let mut out = vec![0; self.size() as usize];
-        let mut blocks = Vec::new();
-        let elements = (self.rows * self.columns * self.width) as usize;
-        let mut numbers = vec![0; elements];
-        for n in 0..self.matrices {
-            let bytes = self.bytes[n as usize];
-            match self.codecs[n as usize] {
-                None => read(n, &mut numbers)?,
-                Some(codec) => {
-                    blocks.resize(bytes as usize, 0);
-                    read(n, &mut blocks)?;
-                    codec.compute(&blocks, &mut numbers);
-                }
+    /// Bytes of a matrix in the model: any range of the array is made of some of each of its rows.
+    pub fn stored(&self, n: usize) -> u64 {
+        self.rows * self.row[n]
+    }
+
+    /// Bytes of a column of the matrices, which the array has side by side.
+    fn column(&self) -> u64 {
+        self.rows * self.matrices * self.width
+    }
+
+    /// Fills `out` with the bytes of the array from `offset` on. `read` reads the bytes of a matrix
+    /// from an offset on: of each row, what the columns of the range are made of.
+    pub fn range<E>(
+        &self,
+        offset: u64,
+        out: &mut [u8],
+        read: impl FnMut(u64, u64, &mut [u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        match self.width {
+            2 => self.columns_of::<2, E>(offset, out, read),
+            4 => self.columns_of::<4, E>(offset, out, read),
+            _ => unreachable!("numbers are of two or four bytes"),
+        }
+    }
+
+    fn columns_of<const W: usize, E>(
+        &self,
+        offset: u64,
+        out: &mut [u8],
+        mut read: impl FnMut(u64, u64, &mut [u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let end = offset + out.len() as u64;
+        let columns = offset / self.column()..end.div_ceil(self.column());
+        let matrices = self.matrices as usize;
+        let mut tiles = [Tile::default(), Tile::default()];
+        let mut run = [[0; W]; 2 * TILE_ROWS];
+        for top in (0..self.rows).step_by(TILE_ROWS) {
+            let rows = (self.rows - top).min(TILE_ROWS as u64);
+            for (n, tile) in tiles[..matrices].iter_mut().enumerate() {
+                let units = Units::of(self.codecs[n], W, &columns);
+                tile.fill(units, rows, |row, blocks| {
+                    let start = (top + row) * self.row[n] + units.first_block();
+                    read(n as u64, start, blocks)
+                })?;
             }
-            match self.width {
-                2 => self.put::<2>(n, &numbers, &mut out),
-                4 => self.put::<4>(n, &numbers, &mut out),
-                _ => unreachable!("numbers are of two or four bytes"),
+            let run = &mut run[..rows as usize * matrices];
+            for column in columns.clone() {
+                for (n, tile) in tiles[..matrices].iter().enumerate() {
+                    tile.column(column, &mut run[n..], matrices);
+                }
+                // What is wanted of it; the first and the last column may be wanted in part.
+                let start = column * self.column() + top * self.matrices * self.width;
+                let run = run.as_flattened();
+                let wanted = start.max(offset)..(start + run.len() as u64).min(end);
+                if !wanted.is_empty() {
+                    let here = (wanted.start - offset) as usize..(wanted.end - offset) as usize;
+                    let from = (wanted.start - start) as usize;
+                    out[here.clone()].copy_from_slice(&run[from..from + here.len()]);
+                }
             }
         }
-        Ok(out.into())
+        Ok(())
+    }
+}
+
+/// The units of a row from which a range of its columns is made.
+#[derive(Debug, Clone, Copy)]
+struct Units {
+    codec: Option<Codec>,
+    unit: Unit,
+    first: u64,
+    count: u64,
+}
+
+impl Units {
+    fn of(codec: Option<Codec>, width: usize, columns: &Range<u64>) -> Self {
+        let own = Unit {
+            blocks: width,
+            out: width,
+        };
+        let unit = codec.map_or(own, |codec| codec.unit());
+        let (width, out) = (width as u64, unit.out as u64);
+        let first = columns.start * width / out;
+        Self {
+            codec,
+            unit,
+            first,
+            count: (columns.end * width).div_ceil(out) - first,
+        }
     }
 
-    fn put<const W: usize>(&self, n: u64, numbers: &[u8], out: &mut [u8]) {
-        let (numbers, _) = numbers.as_chunks::<W>();
-        let (out, _) = out.as_chunks_mut::<W>();
-        let [rows, columns, matrices, n] =
-            [self.rows, self.columns, self.matrices, n].map(|n| n as usize);
-        for top in (0..rows).step_by(SQUARE) {
-            for left in (0..columns).step_by(SQUARE) {
-                for row in top..rows.min(top + SQUARE) {
-                    for column in left..columns.min(left + SQUARE) {
-                        let to = (column * rows + row) * matrices + n;
-                        out[to] = numbers[row * columns + column];
-                    }
+    /// Where the blocks begin in the row.
+    fn first_block(&self) -> u64 {
+        self.first * self.unit.blocks as u64
+    }
+}
+
+/// Numbers of a few rows of a matrix.
+#[derive(Debug, Default)]
+struct Tile {
+    blocks: Vec<u8>,
+    numbers: Vec<u8>,
+    /// Bytes of numbers of a row.
+    row: usize,
+    /// Bytes of numbers of the row in front of those.
+    before: u64,
+}
+
+impl Tile {
+    fn fill<E>(
+        &mut self,
+        units: Units,
+        rows: u64,
+        mut read: impl FnMut(u64, &mut [u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.row = units.count as usize * units.unit.out;
+        self.before = units.first * units.unit.out as u64;
+        self.blocks
+            .resize(units.count as usize * units.unit.blocks, 0);
+        self.numbers.resize(rows as usize * self.row, 0);
+        for (n, numbers) in self.numbers.chunks_exact_mut(self.row).enumerate() {
+            match units.codec {
+                None => read(n as u64, numbers)?,
+                Some(codec) => {
+                    read(n as u64, &mut self.blocks)?;
+                    codec.compute(&self.blocks, numbers);
                 }
             }
+        }
+        Ok(())
+    }
+
+    /// Puts a column's numbers into every `step`th place.
+    fn column<const W: usize>(&self, column: u64, out: &mut [[u8; W]], step: usize) {
+        let at = (column * W as u64 - self.before) as usize / W;
+        let (numbers, _) = self.numbers.as_chunks::<W>();
+        let numbers = numbers[at..].iter().step_by(self.row / W);
+        for (out, number) in out.iter_mut().step_by(step).zip(numbers) {
+            *out = *number;
         }
     }
 }
@@ -198,16 +309,23 @@ mod tests {
                 rows,
                 columns,
                 matrices,
-                bytes: [stored[0].len() as u64; 2],
+                row: [columns * 2; 2],
                 width: 2,
                 codecs: [None; 2],
             };
-            let read = |n: u64, out: &mut [u8]| -> Result<(), ()> {
-                out.copy_from_slice(&stored[n as usize]);
+            let read = |n: u64, offset: u64, out: &mut [u8]| -> Result<(), ()> {
+                out.copy_from_slice(&stored[n as usize][offset as usize..][..out.len()]);
                 Ok(())
             };
-            let out = transposed.whole(read).unwrap();
-            let (out, _) = out.as_chunks::<2>();
+            let mut whole = vec![0; transposed.size() as usize];
+            transposed.range(0, &mut whole, read).unwrap();
+            let column = transposed.column() as usize;
+            for (offset, len) in [(0, 1), (1, 2), (column - 1, 2), (column, column), (77, 999)] {
+                let mut part = vec![0; len];
+                transposed.range(offset as u64, &mut part, read).unwrap();
+                assert_eq!(part, whole[offset..offset + len]);
+            }
+            let (out, _) = whole.as_chunks::<2>();
             let mut at = 0;
             for column in 0..columns {
                 for row in 0..rows {

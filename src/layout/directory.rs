@@ -60,16 +60,27 @@ struct Segment {
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Arranged {
     Apart {
-        part: u32,
-        /// The first byte of the first row.
-        offset: u64,
+        rows: Stored,
         apart: Apart,
     },
     Transposed {
-        /// Part and first byte of each matrix; the second counts only if there are two.
-        matrices: [(u32, u64); 2],
+        /// The second counts only if there are two.
+        matrices: [Stored; 2],
         transposed: Transposed,
     },
+}
+
+/// Where rows of a tensor lie in the model.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Stored {
+    /// 0-based.
+    pub part: u32,
+    /// First byte of the first row in the part's file.
+    pub offset: u64,
+    /// First byte of the tensor in the part's file.
+    pub tensor: u64,
+    /// Bytes of the tensor.
+    pub tensor_bytes: u64,
 }
 
 /// A tensor of the directory in its form.
@@ -421,13 +432,12 @@ fn of_rows<'a>(piece: &Piece, model: &'a ModelHeader) -> (&'a Tensor, Rows) {
 fn arranged(piece: &Piece, shown: Shown, n: usize, model: &ModelHeader) -> Option<Arranged> {
     let (tensor, rows) = of_rows(piece, model);
     let codec = shown.codec(n, tensor.info.ggml_type);
-    let (_, row, offset) = row_of(&rows, model);
+    let row = row_of(&rows, model).1;
     let two = match piece {
         Piece::Rows(rows) if is_side_by_side(rows) => return None,
         Piece::Rows(_) => {
             return Some(Arranged::Apart {
-                part: tensor.part,
-                offset,
+                rows: stored(&rows, model),
                 apart: Apart {
                     row,
                     step: row * rows.step,
@@ -447,19 +457,25 @@ fn arranged(piece: &Piece, shown: Shown, n: usize, model: &ModelHeader) -> Optio
         rows: rows.count,
         columns: rows.columns,
         matrices: piece.rows().count() as u64,
-        bytes: two.map(|rows| range(&rows, model).2),
+        row: two.map(|rows| row_of(&rows, model).1),
         width,
         codecs: two.map(|rows| {
             let tensor = &model.tensors[rows.tensor as usize];
             shown.codec(n, tensor.info.ggml_type)
         }),
     };
-    let matrices = two.map(|rows| {
-        let (part, offset, _) = range(&rows, model);
-        (part, offset)
-    });
     Some(Arranged::Transposed {
-        matrices,
+        matrices: two.map(|rows| stored(&rows, model)),
         transposed,
     })
+}
+
+fn stored(rows: &Rows, model: &ModelHeader) -> Stored {
+    let (tensor, _, offset) = row_of(rows, model);
+    Stored {
+        part: tensor.part,
+        offset,
+        tensor: tensor.info.offset,
+        tensor_bytes: tensor.info.bytes,
+    }
 }

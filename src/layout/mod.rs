@@ -25,8 +25,8 @@ mod view;
 
 use std::io::{self, Write};
 
-pub(crate) use directory::Arranged;
 pub use directory::HF_DIRECTORY;
+pub(crate) use directory::{Arranged, Stored};
 pub use documents::{Doc, METADATA_GGUF_PATH, METADATA_PATH, Present, REGISTRY_PATH};
 pub use error::LayoutError;
 pub use file::{FileKind, Piece, Recipe, TensorFile, View};

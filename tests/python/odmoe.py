@@ -408,6 +408,11 @@ def counters(pid):
     return collections.Counter({name: int(n) for name, n in (line.split(": ") for line in lines)})
 
 
+def anonymous(pid):
+    """Bytes of a process's own memory."""
+    return int(re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())[1]) << 10
+
+
 # How a process uses a file of a mount, or the mount; `read` reads it all and tells how much that was.
 USES = {
     "open": "file = open(path, 'rb'); read = lambda: len(file.read())",

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from odmoe import (
     KIB,
     MIB,
+    anonymous,
     cached,
     counters,
     daemon_of,
@@ -277,11 +278,6 @@ def test_what_others_have_cached_of_the_model_stays_cached(on_disk, tmp_path):
         size = sum(read_in_order(path)[0] for path in expert_files(root))
         assert size > 5 * half
         assert before <= cached(source) <= before + 0.02 * size
-
-
-def anonymous(pid):
-    """Bytes of a process's own memory."""
-    return int(re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())[1]) * KIB
 
 
 @needs_root
