@@ -42,8 +42,8 @@ def write(path, kind, quantised, ggml_type):
 
 @pytest.fixture(scope="module")
 def transposed(tmp_path_factory):
-    """Six experts of gpt-oss, whose matrices the checkpoint has transposed, the rows of gate and up in turn."""
-    kind = sized("gpt-oss", HIDDEN=SIDE, WIDTH=SIDE, EXPERTS=6, LAYERS=1, HEAD=64)
+    """Five experts of gpt-oss, whose matrices the checkpoint has transposed, the rows of gate and up in turn."""
+    kind = sized("gpt-oss", HIDDEN=SIDE, WIDTH=SIDE, EXPERTS=5, LAYERS=1, HEAD=64)
     return write(tmp_path_factory.mktemp("transposed") / "m.gguf", kind, "_exps.weight", "MXFP4")
 
 
