@@ -121,16 +121,17 @@ python() {
         return
         ;;
     esac
-    # The tests of models elsewhere mostly wait, so they run beside the others: as a job of their own, since other
-    # background commands of a script ignore Ctrl-C, and so would what they test.
-    local elsewhere=(tests/python/test_remote*.py) said=$target/elsewhere.txt beside failed=0
+    # The tests of models elsewhere and of the life of mounts mostly wait, so they run beside the others: as a job of
+    # their own, since other background commands of a script ignore Ctrl-C, and so would what they test.
+    local waiting=(tests/python/test_{remote*,interrupted,lifecycle,progress,status,top,unmount,verify_errors}.py)
+    local said=$target/waiting.txt beside failed=0
     set -m
-    "${pytest[@]}" "${elsewhere[@]}" "$@" >"$said" 2>&1 </dev/null &
+    "${pytest[@]}" "${waiting[@]}" "$@" >"$said" 2>&1 </dev/null &
     beside=$!
     set +m
     trap "kill $beside 2>/dev/null || true" EXIT
-    step "${pytest[@]}" tests/python "${elsewhere[@]/#/--ignore=}" "$@" || failed=$?
-    echo "==> ${pytest[*]} ${elsewhere[*]} $*" >&2
+    step "${pytest[@]}" tests/python "${waiting[@]/#/--ignore=}" "$@" || failed=$?
+    echo "==> ${pytest[*]} ${waiting[*]} $*" >&2
     wait "$beside" || failed=$?
     trap - EXIT
     cat "$said"
