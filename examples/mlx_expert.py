@@ -15,14 +15,19 @@ tensors = json.loads(metadata["odmoe.tensors"])
 
 
 def linear(name, x):
-    """Multiplies by a matrix, which is packed, or numbers where MLX cannot pack its type."""
+    """Multiplies by a matrix, which is packed, or numbers where MLX cannot pack its type.
+
+    Some models have a number beside a matrix, by which the product is multiplied (NVFP4), or a bias.
+    """
     weight, form = arrays[f"{name}.weight"], tensors[f"{name}.weight"].get("form", {})
     print(f"{name}.weight", weight.shape, weight.dtype, tensors[f"{name}.weight"]["ggml_type"])
-    if "mode" not in form:
-        return x @ weight.T
-    how = {key: form[key] for key in ("mode", "bits", "group_size")}
-    # MXFP4 and NVFP4 have no biases.
-    return mx.quantized_matmul(x, weight, arrays[f"{name}.scales"], arrays.get(f"{name}.biases"), **how)
+    if "mode" in form:
+        how = {key: form[key] for key in ("mode", "bits", "group_size")}
+        # MXFP4 and NVFP4 have no biases.
+        y = mx.quantized_matmul(x, weight, arrays[f"{name}.scales"], arrays.get(f"{name}.biases"), **how)
+    else:
+        y = x @ weight.T
+    return y * arrays.get(f"{name}.scale", 1) + arrays.get(f"{name}.bias", 0)
 
 
 x = mx.sin(mx.arange(tensors["w1.weight"]["shape"][1]))[None]

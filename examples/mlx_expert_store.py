@@ -38,17 +38,28 @@ class Mount:
     def _matrix(self, arrays, name, gguf_name):
         # As `mx.quantized_matmul` calls them: mode, bits, group_size. What is not listed is plain numbers.
         how = self.metadata["quantization"].get(gguf_name)
-        parts = [arrays.get(name.removesuffix("weight") + part) for part in ("weight", "scales", "biases")]
-        return Matrix(how, [part for part in parts if part is not None] if how else [arrays[name]])
+        stem = name.removesuffix("weight")
+        parts = [arrays[stem + part] for part in ("weight", "scales", "biases") if stem + part in arrays]
+        scale = arrays.get(stem + "scale")
+        if scale is not None and scale.size > 1:  # of the router's input, in models of Gemma
+            scale = None
+        return Matrix(how, parts, scale, arrays.get(stem + "bias"))
 
 
 class Matrix:
-    """Multiplies by a weight of shape [out, in], packed or plain."""
+    """Multiplies by a weight of shape [out, in], packed or plain; some have a scale for the product, or a bias."""
 
-    def __init__(self, how, arrays):
-        self.how, self.arrays = how, arrays
+    def __init__(self, how, arrays, scale, bias):
+        self.how, self.arrays, self.scale, self.bias = how, arrays, scale, bias
 
     def __call__(self, x):
+        if self.scale is None:
+            y = self._product(x)
+        else:  # without it, the product may be too large for F16
+            y = (self._product(x.astype(mx.float32)) * self.scale).astype(x.dtype)
+        return y if self.bias is None else y + self.bias.astype(y.dtype)
+
+    def _product(self, x):
         if self.how:
             return mx.quantized_matmul(x, *self.arrays, **self.how)
         return x @ self.arrays[0].T
@@ -89,7 +100,7 @@ class ExpertStore:
 
     def _read(self, path):
         expert = self.mount.matrices(path)
-        mx.eval([matrix.arrays for matrix in expert.values()])
+        mx.eval([(matrix.arrays, matrix.scale, matrix.bias) for matrix in expert.values()])
         return expert
 
 

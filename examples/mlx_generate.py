@@ -57,15 +57,20 @@ class Expert:
         self.bytes = sum(array.nbytes for array in self.arrays.values())
 
     def multiply(self, name, x):
-        weight, form = self.arrays[f"{name}.weight"], self.forms[f"{name}.weight"]
-        if "mode" in form:
-            scales, biases = self.arrays[f"{name}.scales"], self.arrays.get(f"{name}.biases")
-            sizes = {key: form[key] for key in ("group_size", "bits", "mode")}
-            y = mx.quantized_matmul(x, weight, scales, biases, transpose=True, **sizes)
-        else:
-            y = x @ weight.T.astype(x.dtype)
-        bias = self.arrays.get(f"{name}.bias")
+        scale, bias = self.arrays.get(f"{name}.scale"), self.arrays.get(f"{name}.bias")
+        if scale is None:
+            y = self.product(name, x)
+        else:  # one number for the product, which without it may be too large for F16
+            y = (self.product(name, x.astype(mx.float32)) * scale).astype(x.dtype)
         return y if bias is None else y + bias.astype(y.dtype)
+
+    def product(self, name, x):
+        weight, form = self.arrays[f"{name}.weight"], self.forms[f"{name}.weight"]
+        if "mode" not in form:
+            return x @ weight.T.astype(x.dtype)
+        scales, biases = self.arrays[f"{name}.scales"], self.arrays.get(f"{name}.biases")
+        sizes = {key: form[key] for key in ("group_size", "bits", "mode")}
+        return mx.quantized_matmul(x, weight, scales, biases, transpose=True, **sizes)
 
 
 class Store:

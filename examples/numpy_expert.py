@@ -23,7 +23,13 @@ with safe_open(f"{mount}/experts/layer_{layer:02}_expert_{expert:03}.safetensors
         print(name, array.shape, array.dtype)
         weights[name] = array.astype(np.float32)
 
+
+def linear(name, x):
+    """Multiplies by a matrix; some models have a number beside it, by which the product is multiplied, or a bias."""
+    return weights[f"{name}.weight"] @ x * weights.get(f"{name}.scale", 1) + weights.get(f"{name}.bias", 0)
+
+
 x = np.sin(np.arange(weights["w1.weight"].shape[1], dtype=np.float32))
-gate = weights["w1.weight"] @ x
-y = weights["w2.weight"] @ (gate / (1 + np.exp(-gate)) * (weights["w3.weight"] @ x))
+gate = linear("w1", x)
+y = linear("w2", gate / (1 + np.exp(-gate)) * linear("w3", x))
 print(f"norm {np.linalg.norm(y):.6g}")

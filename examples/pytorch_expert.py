@@ -14,8 +14,14 @@ weights = load_file(f"{mount}/experts/layer_{layer:02}_expert_{expert:03}.safete
 for name, tensor in weights.items():
     print(name, tuple(tensor.shape), tensor.dtype)
 
-# The arithmetic is in F32, so that the result can be compared with those of the other examples.
-w1, w2, w3 = (weights[f"{name}.weight"].float() for name in ("w1", "w2", "w3"))
-x = torch.sin(torch.arange(w1.shape[1], dtype=torch.float32))
-y = w2 @ (torch.nn.functional.silu(w1 @ x) * (w3 @ x))
+
+def linear(name, x):
+    """Multiplies by a matrix; some models have a number beside it, by which the product is multiplied, or a bias."""
+    # In F32, so that the result can be compared with those of the other examples.
+    y = weights[f"{name}.weight"].float() @ x
+    return y * weights.get(f"{name}.scale", 1) + weights.get(f"{name}.bias", 0)
+
+
+x = torch.sin(torch.arange(weights["w1.weight"].shape[1], dtype=torch.float32))
+y = linear("w2", torch.nn.functional.silu(linear("w1", x)) * linear("w3", x))
 print(f"norm {torch.linalg.norm(y):.6g}")

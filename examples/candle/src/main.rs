@@ -6,6 +6,7 @@
 use std::error::Error;
 
 use candle_core::quantized::{GgmlDType, QMatMul, QStorage, QTensor};
+use candle_core::safetensors::Load;
 use candle_core::{DType, Device, Module, Result, Tensor};
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -22,7 +23,9 @@ fn main() -> std::result::Result<(), Box<dyn Error>> {
     let metadata = header.metadata().as_ref().ok_or("the file has no metadata")?;
     let tensors: Value = serde_json::from_str(&metadata["odmoe.tensors"])?;
 
-    let matrix = |name: &str| -> std::result::Result<QMatMul, Box<dyn Error>> {
+    let linear = |name: &str| -> std::result::Result<Linear, Box<dyn Error>> {
+        let beside = |part| file.tensor(&name.replace("weight", part)).ok();
+        let beside = |part| beside(part).map(|tensor| tensor.load(&Device::Cpu)).transpose();
         // What the tensor is in the model; in a form with numbers, these are in `form.dtype`.
         let tensor = &tensors[name];
         let stored = tensor["form"]["dtype"].as_str().or(tensor["ggml_type"].as_str());
@@ -32,13 +35,34 @@ fn main() -> std::result::Result<(), Box<dyn Error>> {
         let blocks = file.tensor(name)?.data();
         println!("{name} {shape:?} {dtype:?}, {} bytes", blocks.len());
         let storage = QStorage::from_data(blocks.into(), &Device::Cpu, dtype)?;
-        Ok(QMatMul::from_qtensor(QTensor::new(storage, shape)?)?)
+        let matrix = QMatMul::from_qtensor(QTensor::new(storage, shape)?)?;
+        Ok(Linear { matrix, scale: beside("scale")?, bias: beside("bias")? })
     };
-    let (w1, w2, w3) = (matrix("w1.weight")?, matrix("w2.weight")?, matrix("w3.weight")?);
+    let (w1, w2, w3) = (linear("w1.weight")?, linear("w2.weight")?, linear("w3.weight")?);
     let dim = tensors["w1.weight"]["shape"][1].as_u64().ok_or("the shape is missing")?;
     let y = feed_forward(&w1, &w2, &w3, dim as f32)?;
     println!("norm {:.6}", y.sqr()?.sum_all()?.sqrt()?.to_scalar::<f32>()?);
     Ok(())
+}
+
+/// A matrix. Some models have a number beside it, by which the product is multiplied, or a bias.
+struct Linear {
+    matrix: QMatMul,
+    scale: Option<Tensor>,
+    bias: Option<Tensor>,
+}
+
+impl Linear {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let mut y = self.matrix.forward(x)?;
+        if let Some(scale) = &self.scale {
+            y = y.broadcast_mul(scale)?;
+        }
+        match &self.bias {
+            Some(bias) => y.broadcast_add(bias),
+            None => Ok(y),
+        }
+    }
 }
 
 /// The type of candle that a name of GGML means.
@@ -62,7 +86,7 @@ fn dtype(name: &str) -> Option<GgmlDType> {
 }
 
 /// `w2 · (silu(w1 · x) * (w3 · x))`, of the vector that all examples have.
-fn feed_forward(w1: &QMatMul, w2: &QMatMul, w3: &QMatMul, dim: f32) -> Result<Tensor> {
+fn feed_forward(w1: &Linear, w2: &Linear, w3: &Linear, dim: f32) -> Result<Tensor> {
     let x = Tensor::arange(0.0, dim, &Device::Cpu)?.to_dtype(DType::F32)?.sin()?.unsqueeze(0)?;
     let hidden = (w1.forward(&x)?.silu()? * w3.forward(&x)?)?;
     w2.forward(&hidden)
