@@ -14,9 +14,10 @@ use serde::Serialize;
 pub use self::expert::{ArrayReport, ExpertReport, ExpertTensor};
 pub use self::forms::{FormReport, FormsReport};
 pub use self::memory::Memory;
-use crate::layout::{FileKind, HF_DIRECTORY, Layout, TensorFile};
+use crate::layout::{FileKind, HF_DIRECTORY, Layout};
 use crate::model::Model;
 use crate::safetensors::{Dtype, Shape};
+use crate::tree::Extent;
 
 /// What is in a model. Bytes are payload, what tensors hold without headers, unless it says
 /// otherwise.
@@ -140,13 +141,36 @@ pub struct TreeReport {
     pub hf_files: usize,
     /// Of all files, headers and documents included.
     pub bytes: u64,
-    /// Payload bytes that are at another place modulo 4096 than in the model: a file system that
-    /// shares blocks has to copy them.
+    /// Payload bytes that are computed, or at another place modulo 4096 than in the model: a file
+    /// system that shares blocks has to copy them.
     pub incongruent_bytes: u64,
     pub incongruent_expert_bytes: u64,
-    /// Payload bytes whose blocks such a file system can share with the model; 0 if that is
+    /// Bytes of whole blocks that such a file system can share with the model; 0 if that is
     /// elsewhere.
     pub sharable_bytes: u64,
+}
+
+impl TreeReport {
+    fn new(model: &Model) -> Self {
+        let (tree, layout) = (model.tree(), model.layout());
+        let incongruent = |ino| tree.incongruent_bytes(ino);
+        let experts = layout.experts().iter();
+        let experts = experts.filter_map(|file| tree.find(&file.kind.path()));
+        let extents = tree.files().flat_map(|ino| tree.extents(ino));
+        let sharable_bytes = extents.map(Extent::sharable_bytes).sum();
+        Self {
+            show: layout.show().to_string(),
+            files: tree.files().count(),
+            hf_files: hf_files(model),
+            bytes: tree.total_size(),
+            incongruent_bytes: tree.files().map(incongruent).sum(),
+            incongruent_expert_bytes: experts.map(incongruent).sum(),
+            sharable_bytes: match model.source().is_remote() {
+                true => 0,
+                false => sharable_bytes,
+            },
+        }
+    }
 }
 
 /// Whether `hf/` can be shown.
@@ -213,11 +237,9 @@ impl<'a> Report<'a> {
             data_start: part.data_start,
             tensors,
         });
-        let incongruent = |files: &[TensorFile]| files.iter().map(|f| f.incongruent_bytes).sum();
         let number = |key| header.get_of_architecture(key)?.value.as_u64();
         let payloads: Vec<u64> = layout.files().iter().map(|f| f.payload_bytes).collect();
         let expert_layers = expert_layers(layout, &payloads);
-        let incongruent_bytes: u64 = incongruent(layout.files());
         Self {
             form: layout.form().name(),
             layers: layers(layout, &expert_layers),
@@ -242,18 +264,7 @@ impl<'a> Report<'a> {
                 incomplete: incomplete(layout),
                 layers: expert_layers,
             },
-            tree: TreeReport {
-                show: layout.show().to_string(),
-                files: model.tree().files().count(),
-                hf_files: hf_files(model),
-                bytes: model.tree().total_size(),
-                incongruent_bytes,
-                sharable_bytes: match model.source().is_remote() {
-                    true => 0,
-                    false => payloads.iter().sum::<u64>() - incongruent_bytes,
-                },
-                incongruent_expert_bytes: incongruent(layout.experts()),
-            },
+            tree: TreeReport::new(model),
             hf: DirectoryReport::new(model),
             tensors: None,
         }

@@ -100,8 +100,6 @@ pub struct TensorFile {
     pub header_bytes: u64,
     /// Bytes of payload.
     pub payload_bytes: u64,
-    /// Payload bytes whose offset in the file is not that in the model, modulo 4096.
-    pub incongruent_bytes: u64,
 }
 
 impl TensorFile {

@@ -308,7 +308,6 @@ impl Layout {
             widest_first,
             header_bytes: 0,
             payload_bytes: 0,
-            incongruent_bytes: 0,
         };
         self.check_names(&file)?;
         let too_large = || LayoutError::TooLarge {
@@ -326,8 +325,7 @@ impl Layout {
         let mut json = CountingWriter::new(io::sink());
         self.write_json(&file, &arrays, &mut json)
             .expect("counting bytes cannot fail");
-        let (header_bytes, congruent_bytes) =
-            self.choose_padding(&arrays, LENGTH_WORD_BYTES + json.bytes);
+        let header_bytes = self.choose_padding(&arrays, LENGTH_WORD_BYTES + json.bytes);
         if header_bytes - LENGTH_WORD_BYTES > safetensors::MAX_HEADER_BYTES {
             return Err(LayoutError::HeaderTooLarge {
                 path: kind.path(),
@@ -335,7 +333,6 @@ impl Layout {
             });
         }
         file.header_bytes = header_bytes;
-        file.incongruent_bytes = file.payload_bytes - congruent_bytes;
         self.total_bytes = total as u64;
         self.files.push(file);
         Ok(())

@@ -6,8 +6,8 @@ impl Layout {
     /// Chooses the start of the payload. With computed arrays it is a page boundary. Otherwise the
     /// padding is less than a page, aligns the payload, and makes the most of its bytes congruent with
     /// their place in the model: their whole pages are whole pages of the model. Of equals, the
-    /// smallest. Returns the payload's start and the congruent bytes.
-    pub(super) fn choose_padding(&self, arrays: &[ArrayView], unpadded: u64) -> (u64, u64) {
+    /// smallest.
+    pub(super) fn choose_padding(&self, arrays: &[ArrayView], unpadded: u64) -> u64 {
         // For each tensor, the payload start modulo a page that makes it congruent, and its bytes.
         let mut candidates: Vec<(u64, u64)> = Vec::with_capacity(arrays.len());
         let mut payload_offset = 0u64;
@@ -23,9 +23,7 @@ impl Layout {
             payload_offset += bytes;
         }
         if is_computed {
-            let start = unpadded.next_multiple_of(PAGE_BYTES);
-            let congruent = candidates.iter().filter(|(residue, _)| *residue == 0);
-            return (start, congruent.map(|(_, bytes)| bytes).sum());
+            return unpadded.next_multiple_of(PAGE_BYTES);
         }
         candidates.sort_unstable();
         let smallest = unpadded.next_multiple_of(PAYLOAD_ALIGNMENT);
@@ -37,6 +35,6 @@ impl Layout {
                 best = (start, bytes);
             }
         }
-        best
+        best.0
     }
 }

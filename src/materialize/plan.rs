@@ -36,7 +36,6 @@ pub struct Plan<'a> {
     pub(super) options: Options,
     pub(super) methods: Methods,
     pub(super) cost: Cost,
-    pub(super) incongruent_bytes: u64,
 }
 
 impl<'a> Plan<'a> {
@@ -66,14 +65,11 @@ impl<'a> Plan<'a> {
             options: options.clone(),
             methods,
             cost: Cost::default(),
-            incongruent_bytes: 0,
         };
         let mut chosen_experts = 0;
         for (index, file) in layout.files().iter().enumerate() {
             if layout.shows(file.kind) && selection.takes(file.kind) {
-                if plan.take(plan.find(&file.kind.path()))? {
-                    plan.incongruent_bytes += file.incongruent_bytes;
-                }
+                plan.take(plan.find(&file.kind.path()))?;
                 plan.chosen[index] = true;
                 chosen_experts += usize::from(matches!(file.kind, FileKind::Expert { .. }));
             }
@@ -178,7 +174,9 @@ impl<'a> Plan<'a> {
     /// Bytes to write that lie at another place modulo 4096 than in the model, so that no file
     /// system can share their blocks.
     pub fn incongruent_bytes(&self) -> u64 {
-        self.incongruent_bytes
+        let tree = self.model.tree();
+        let missing = self.missing.iter();
+        missing.map(|&ino| tree.incongruent_bytes(ino)).sum()
     }
 
     /// Fails if the target cannot be written to, or if its file system has less room than the plan
@@ -241,8 +239,8 @@ impl<'a> Plan<'a> {
         found.expect("the layout's files are in the tree")
     }
 
-    /// Adds a chosen file to the plan. Returns whether it must be written.
-    fn take(&mut self, ino: Ino) -> Result<bool, MaterializeError> {
+    /// Adds a chosen file to the plan.
+    fn take(&mut self, ino: Ino) -> Result<(), MaterializeError> {
         match self.state(self.target.there(), ino)? {
             State::Done => self.done.push(ino),
             State::OtherTime => self.unsure.push(Unsure {
@@ -253,15 +251,11 @@ impl<'a> Plan<'a> {
             State::Foreign(_) if self.options.force => {
                 self.replaced.insert(ino);
                 self.plan_to_write(ino)?;
-                return Ok(true);
             }
             State::Foreign(reason) => return Err(self.foreign(ino, &reason)),
-            State::Missing => {
-                self.plan_to_write(ino)?;
-                return Ok(true);
-            }
+            State::Missing => self.plan_to_write(ino)?,
         }
-        Ok(false)
+        Ok(())
     }
 
     fn plan_to_write(&mut self, ino: Ino) -> Result<(), MaterializeError> {

@@ -49,6 +49,33 @@ pub struct Extent {
     pub content: Content,
 }
 
+/// What file systems share blocks in, nearly always: that is what plans count with.
+const BLOCK_BYTES: u64 = 4096;
+
+impl Extent {
+    /// Bytes of whole blocks that are whole blocks of the model, too, so that a file system can
+    /// share them.
+    pub fn sharable_bytes(&self) -> u64 {
+        match self.content {
+            Content::Model { offset, .. } if offset % BLOCK_BYTES == self.start % BLOCK_BYTES => {
+                let end = self.start + self.len;
+                let last = end - end % BLOCK_BYTES;
+                last.saturating_sub(self.start.next_multiple_of(BLOCK_BYTES))
+            }
+            _ => 0,
+        }
+    }
+
+    /// Bytes of tensors that are computed, or are at another offset in the model, modulo a block.
+    pub fn incongruent_bytes(&self) -> u64 {
+        match self.content {
+            Content::Made(_) => 0,
+            Content::Model { offset, .. } if offset % BLOCK_BYTES == self.start % BLOCK_BYTES => 0,
+            Content::Model { .. } | Content::Computed(_) => self.len,
+        }
+    }
+}
+
 /// The part of an extent that answers a part of a read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Slice {
@@ -291,6 +318,12 @@ impl Tree {
             }
             _ => &[],
         }
+    }
+
+    /// Bytes of a file that no file system can share with the model, headers and documents aside.
+    pub fn incongruent_bytes(&self, ino: Ino) -> u64 {
+        let extents = self.extents(ino).iter();
+        extents.map(Extent::incongruent_bytes).sum()
     }
 
     /// The slices that make up `len` bytes of a file from `offset`, in order; fewer bytes, or none,

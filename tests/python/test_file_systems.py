@@ -6,6 +6,7 @@ import filecmp
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -99,6 +100,17 @@ def test_sharing_takes_only_the_bytes_that_no_page_of_the_model_holds(model, who
     # Pages of data, then an inode each; folders, and trees of the file system that grow, once.
     assert taken <= incongruent(model) + files * (16384 + 512) + 256 * 1024
     assert taken < payload(whole) / 20
+
+
+@pytest.mark.parametrize("show", ["base", "base,experts", "base,experts,hf,joined"])
+def test_inspect_says_what_would_be_shared_of_the_tree_that_is_shown(show, room_for):
+    at = room_for("xfs")
+    succeed("toy", at / "toy.gguf", "--arch", "qwen3moe", "--type", "q4_k")
+    said = succeed("inspect", at / "toy.gguf", "--show", show)
+    planned = odmoe("materialize", at / "toy.gguf", at / "out", "--show", show, "--dry-run")
+    planned = planned.stdout + planned.stderr
+    shared, copied = re.search(r"it shares (\S+ \S+)\s+with the model, and (\S+ \S+) are copied", said).groups()
+    assert f"{shared} share disk blocks" in planned and f" {copied} are copied" in planned
 
 
 @pytest.mark.parametrize("kind", SHARING)

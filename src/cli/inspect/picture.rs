@@ -256,7 +256,7 @@ fn memory(report: &Report, screen: &Screen, out: &mut String) -> std::fmt::Resul
     writeln!(out, "\n{}", screen.heading(&title))?;
     let whole = match report.form {
         "raw" => report.bytes,
-        _ => report.tree.bytes,
+        _ => report.active.base_bytes + report.experts.bytes,
     };
     let needs = [
         ("base", Some(report.active.base_bytes)),
@@ -293,7 +293,7 @@ fn tree(report: &Report, screen: &Screen, out: &mut String) -> std::fmt::Result 
             text,
             "  materialized on XFS or btrfs it shares {}\n  with the model, and {} are copied",
             text::size(tree.sharable_bytes),
-            text::size(tree.incongruent_bytes),
+            text::size(tree.bytes - tree.sharable_bytes),
         )?;
     }
     match &report.hf.reason {
