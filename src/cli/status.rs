@@ -11,8 +11,8 @@ use super::{Result, print, print_json, text};
 ///
 /// A mount is alive; changed, when a part of its model has been written to since it was mounted, so
 /// that reads of that part fail; not answering, when its process is stopped or waits for the disk;
-/// stale, when its process is dead (`umount` removes it, and so does the next `mount` there); or not
-/// readable, when it belongs to another user.
+/// stale, when its process is dead (`umount` removes it, and so does the next `mount` there); not
+/// readable, when it belongs to another user; or hidden, when another mount lies on top of it.
 #[derive(clap::Args)]
 pub struct StatusArgs {
     /// Print a JSON array of {"directory", "model", "pid", "state"}, and "remote" of a model elsewhere

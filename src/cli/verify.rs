@@ -127,7 +127,7 @@ fn ask(directory: &Path) -> Result<()> {
     let fail = |error: fn(PathBuf) -> VerifyError| Err(error(directory.to_owned()).into());
     match state_of(directory) {
         // Opening an unreadable one fails with the reason.
-        State::Alive | State::Changed | State::NotReadable => Ok(()),
+        State::Alive | State::Changed | State::NotReadable | State::Hidden => Ok(()),
         State::NotAnswering => fail(VerifyError::NotAnswering),
         State::Stale => fail(VerifyError::Stale),
     }

@@ -48,8 +48,10 @@ pub enum State {
     NotAnswering,
     /// Its process is dead.
     Stale,
-    /// It is another user's, or hidden by another mount.
+    /// It is another user's.
     NotReadable,
+    /// Another mount lies on top of it.
+    Hidden,
 }
 
 impl State {
@@ -61,6 +63,7 @@ impl State {
             Self::NotAnswering => "not answering",
             Self::Stale => "stale",
             Self::NotReadable => "not readable",
+            Self::Hidden => "hidden",
         }
     }
 
@@ -87,7 +90,7 @@ pub fn status() -> Vec<MountStatus> {
     for (mount, (state, _)) in mounts.iter().zip(&mut states) {
         // Another mount hides it, and has answered instead.
         if table::visible(&table, &mount.directory) != Some(mount) {
-            *state = State::NotReadable;
+            *state = State::Hidden;
         }
     }
     let processes = processes();
@@ -95,17 +98,22 @@ pub fn status() -> Vec<MountStatus> {
         let process = serving(&mount, &processes);
         MountStatus {
             pid: process.map(|process| process.pid),
-            model: match mount.source {
-                // The path was not put into the table, since it could be taken for options.
-                source if source == SUBTYPE => process.and_then(Process::model),
-                source => Some(source),
-            },
+            model: model_of(&mount, process),
             directory: mount.directory,
             state,
             traffic,
         }
     };
     mounts.into_iter().zip(states).map(one).collect()
+}
+
+/// The model's path, if it can be found out.
+fn model_of(mount: &MountEntry, process: Option<&Process>) -> Option<OsString> {
+    match &mount.source {
+        // The path was not put into the table, since it could be taken for options.
+        source if source == SUBTYPE => process.and_then(Process::model),
+        source => Some(source.clone()),
+    }
 }
 
 /// The state of the mount on a directory, within little more than a second.

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use super::copies::{self, MountCopy};
 use super::holders::{Users, users_of};
 use super::table::{self, Links, MountEntry, mount_table};
-use super::{State, status};
+use super::{State, process, status};
 use crate::explain::{Explain, Hint, hint_of};
 use crate::host::{HELPER_VARIABLE, fusermount};
 use crate::sys;
@@ -38,8 +38,13 @@ pub enum UnmountError {
         /// Those that this user may see.
         users: Box<Users>,
     },
+    #[error("{directory:?} is in use, and {} does not answer", process(*.pid))]
+    NotAnswering {
+        directory: PathBuf,
+        pid: Option<u32>,
+    },
     #[error("{directory:?} lies under another mount")]
-    #[strum(props(hint = "unmount that first"))]
+    #[strum(props(hint = "unmount that first, with `umount`"))]
     Hidden { directory: PathBuf },
     #[error("{directory:?} was mounted by another user")]
     #[strum(props(hint = "ask that user or root to unmount it"))]
@@ -68,6 +73,15 @@ impl Explain for UnmountError {
                 )
                 .into(),
             ),
+            Self::NotAnswering { pid, .. } => {
+                let pid = pid.map_or("PID".to_owned(), |pid| pid.to_string());
+                Some(
+                    format!(
+                        "wait, or `kill -CONT {pid}` if it was stopped, or pass --lazy to detach the mount now"
+                    )
+                    .into(),
+                )
+            }
             _ => hint_of(self),
         }
     }
@@ -103,7 +117,7 @@ const ENDING: Duration = Duration::from_secs(1);
 /// that holds it can be unmounted as well. If the daemon does not end, the result says why.
 pub fn unmount(directory: &Path, lazy: bool) -> Result<Unmounted, UnmountError> {
     let directory = table::resolved(directory, Links::Any).map_err(|e| match e.kind() {
-        io::ErrorKind::NotFound => UnmountError::Missing(directory.to_owned()),
+        io::ErrorKind::NotFound => not_found(directory, UnmountError::Missing),
         _ => UnmountError::Refused {
             directory: directory.to_owned(),
             reason: e.to_string(),
@@ -111,7 +125,7 @@ pub fn unmount(directory: &Path, lazy: bool) -> Result<Unmounted, UnmountError> 
     })?;
     let entry = table::mounted_on(&directory).filter(MountEntry::is_odmoe);
     let Some(entry) = entry else {
-        return Err(UnmountError::NotOurs(directory));
+        return Err(not_found(&directory, UnmountError::NotOurs));
     };
     // With `lazy` it continues as long as the mount is used.
     let daemon = if lazy { None } else { status::pid_of(&entry) };
@@ -127,6 +141,16 @@ pub fn unmount(directory: &Path, lazy: bool) -> Result<Unmounted, UnmountError> 
         directory,
         still_served,
     })
+}
+
+/// Why there is no mount of ours to be seen on a directory.
+fn not_found(directory: &Path, otherwise: fn(PathBuf) -> UnmountError) -> UnmountError {
+    let is_there = |mount: &MountEntry| mount.is_odmoe() && mount.directory == directory;
+    let directory = directory.to_owned();
+    match mount_table().iter().any(is_there) {
+        true => UnmountError::Hidden { directory },
+        false => otherwise(directory),
+    }
 }
 
 /// Removes the mount of an entry of the table, and never one that has taken its place.
@@ -148,14 +172,24 @@ fn remove(entry: &MountEntry, lazy: bool) -> Result<(), UnmountError> {
                 return detach(directory);
             }
             Failed::Busy if Instant::now() < give_up => std::thread::sleep(BUSY_POLL),
-            Failed::Busy => {
-                return Err(UnmountError::Busy {
-                    users: Box::new(users_of(entry)),
-                    directory: directory.clone(),
-                });
-            }
+            Failed::Busy => return Err(busy(entry)),
             Failed::Error(e) => return Err(e),
         }
+    }
+}
+
+/// Why a mount stays busy. Who waits for a daemon that does not answer has nothing open yet.
+fn busy(entry: &MountEntry) -> UnmountError {
+    let directory = entry.directory.clone();
+    match status::state_of(&directory) {
+        State::NotAnswering => UnmountError::NotAnswering {
+            directory,
+            pid: status::pid_of(entry),
+        },
+        _ => UnmountError::Busy {
+            users: Box::new(users_of(entry)),
+            directory,
+        },
     }
 }
 

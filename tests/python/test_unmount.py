@@ -148,6 +148,32 @@ def test_of_many_who_unmount_at_once_those_who_come_late_say_so(person, model, f
             assert not words or f'"{folder}" is not an odmoe-fs mount' in words
 
 
+def test_a_daemon_that_does_not_answer_is_told_from_a_user(person, model, folder):
+    with mounted_until(model, folder, user=person):
+        daemon = daemon_of(folder)
+        os.kill(daemon, signal.SIGSTOP)
+        reader = subprocess.Popen(["cat", folder / EXPERT], stdout=-3, **person.switch())
+        try:
+            wait_for(lambda: " S " in Path(f"/proc/{reader.pid}/stat").read_text())
+            hints = [f"process {daemon} does not answer", f"kill -CONT {daemon}", "--lazy"]
+            fail("umount", folder, user=person, naming=[folder, *hints])
+        finally:
+            os.kill(daemon, signal.SIGCONT)
+        assert reader.wait(60) == 0
+
+
+@needs_root
+def test_a_hidden_mount_is_told_from_none(model, folder):
+    with mounted_until(model, folder):
+        for above in (folder, folder.parent):
+            subprocess.run(["mount", "-t", "tmpfs", "none", above], check=True)
+            try:
+                fail("umount", folder, naming=[f'"{folder}" lies under another mount'])
+            finally:
+                subprocess.run(["umount", above], check=True)
+        succeed("umount", folder)
+
+
 @needs_root
 def test_what_no_process_holds_is_found_as_well(model, folder, public):
     image = folder / EXPERT

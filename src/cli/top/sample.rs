@@ -51,7 +51,7 @@ impl Sample {
             State::Alive | State::Changed => {}
             State::NotAnswering => return fail(TopError::NotAnswering),
             State::Stale => return fail(TopError::Stale),
-            State::NotReadable => return fail(TopError::NotReadable),
+            State::NotReadable | State::Hidden => return fail(TopError::NotReadable),
         }
         let program = match cfg!(target_os = "linux") {
             true => PathBuf::from("/proc/self/exe"), // also after the program was replaced
