@@ -1,5 +1,6 @@
 //! How numbers and names look on a screen.
 
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use indicatif::HumanCount;
@@ -101,6 +102,15 @@ pub fn right(text: &str, columns: usize) -> String {
 /// A path, quoted for a shell if need be.
 pub fn shell(path: &Path) -> String {
     let text = self::path(path);
+    if path.to_str() != Some(&*text) {
+        // Bytes that a terminal must not get, in the quotes that shells undo.
+        let escaped = path.as_os_str().as_bytes().iter().map(|byte| match byte {
+            b'\'' | b'\\' => format!("\\{}", char::from(*byte)),
+            b' '..=b'~' => char::from(*byte).into(),
+            _ => format!("\\{byte:03o}"),
+        });
+        return format!("$'{}'", escaped.collect::<String>());
+    }
     let plain = |c: char| c.is_alphanumeric() || "/._-+@%,:=".contains(c);
     if text.chars().all(plain) {
         text

@@ -95,6 +95,7 @@ fn clear(directory: &Path, replace: bool) -> Result<(), MountError> {
     // readable.
     let _rivals = directory.parent().and_then(Lock::exclusive);
     while let Some((mount, state)) = in_the_way(directory, replace)? {
+        let source = status::source_name(&mount);
         match unmount::unmount(directory, true) {
             // A command without the lock was faster.
             Err(UnmountError::NotOurs(_)) => continue,
@@ -107,7 +108,6 @@ fn clear(directory: &Path, replace: bool) -> Result<(), MountError> {
             }
             Ok(_) => {}
         }
-        let source = mount.source.to_string_lossy();
         match state {
             State::Stale => tracing::warn!(
                 "{directory:?} was a mount of {source:?} whose process is dead; unmounted it"
@@ -137,7 +137,7 @@ fn in_the_way(directory: &Path, replace: bool) -> Result<Option<(MountEntry, Sta
         state if state == State::Stale || replace => Ok(Some((mount, state))),
         State::NotAnswering => Err(MountError::NotAnswering {
             directory: directory.to_owned(),
-            source_name: mount.source.to_string_lossy().into_owned(),
+            source_name: status::source_name(&mount),
             pid: status::pid_of(&mount),
         }),
         _ => Ok(None), // `not_mounted` reports it
@@ -151,7 +151,7 @@ fn not_mounted(directory: &Path) -> Result<(), MountError> {
         None => Ok(()),
         Some(mount) => Err(MountError::AlreadyMounted {
             directory: directory.to_owned(),
-            source_name: mount.source.to_string_lossy().into_owned(),
+            source_name: status::source_name(&mount),
         }),
     }
 }

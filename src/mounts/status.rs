@@ -116,6 +116,13 @@ fn model_of(mount: &MountEntry, process: Option<&Process>) -> Option<OsString> {
     }
 }
 
+/// What a mount is of: its model or, if that cannot be found out, the source in the table.
+pub(super) fn source_name(mount: &MountEntry) -> String {
+    let model = model_of(mount, serving(mount, &processes()));
+    let name = model.as_ref().unwrap_or(&mount.source);
+    name.to_string_lossy().into_owned()
+}
+
 /// The state of the mount on a directory, within little more than a second.
 pub fn state_of(directory: &Path) -> State {
     states(&[directory])[0].0

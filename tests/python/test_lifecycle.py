@@ -91,6 +91,15 @@ def test_replace_puts_another_model_in_the_place_of_one_that_is_used(person, mod
             assert [m.source for m in mounts() if m.at == str(folder)] == [str(dense)]
 
 
+def test_a_model_that_the_mount_table_cannot_name_is_named(person, model, folder, public):
+    odd = public / "a,b.gguf"
+    shutil.copy(model, odd)
+    with mounted(odd, folder, user=person):
+        fail("mount", model, folder, user=person, naming=[f'"{odd}" is already mounted'])
+        done = odmoe("mount", "--replace", model, folder, user=person)
+        assert done.returncode == 0 and f'was a mount of "{odd}"' in done.stderr
+
+
 @promises(REPLACED)
 def test_replace_does_not_hang_on_a_daemon_that_is_stopped(person, model, folder):
     with mounted(model, folder, user=person):

@@ -174,6 +174,16 @@ def test_a_hidden_mount_is_told_from_none(model, folder):
         succeed("umount", folder)
 
 
+@pytest.mark.parametrize("name", ["it's a b", "new\nline", "\x1b[2J'\\", b"\xff\xfe", "\u202e\u200bx", "größe"], ids=repr)
+def test_the_command_that_unmounts_can_be_pasted(name, model, folder):
+    where = os.path.join(os.fsencode(folder), os.fsencode(name))
+    os.mkdir(where)
+    done = subprocess.run([BINARY, "mount", model, where], capture_output=True, check=True)
+    command = done.stdout.decode().split("unmount with: odmoe-fs ")[1]
+    assert command.removesuffix("\n").isprintable()
+    subprocess.run(["bash", "-c", f"{BINARY} {command}"], check=True)
+
+
 @needs_root
 def test_what_no_process_holds_is_found_as_well(model, folder, public):
     image = folder / EXPERT
