@@ -93,10 +93,13 @@ pub fn run(args: &VerifyArgs, quiet: bool) -> Result<bool> {
     let report = stop.explain(result)?;
     if let Some(mount) = mount {
         // A mount that is held open stays readable after a lazy unmount.
-        let is_dead =
-            || !report.differences.is_empty() && state_of(&mount.directory) == State::Stale;
-        if odmoe_mount_of(directory).as_ref() != Some(&mount) || is_dead() {
+        let is_faulty = !report.differences.is_empty();
+        let state = is_faulty.then(|| state_of(&mount.directory));
+        if odmoe_mount_of(directory).as_ref() != Some(&mount) || state == Some(State::Stale) {
             return Err(VerifyError::Ended(mount.directory).into());
+        }
+        if state == Some(State::Changed) {
+            return Err(VerifyError::Changed(mount.directory).into());
         }
     }
     if args.json {
@@ -127,7 +130,8 @@ fn ask(directory: &Path) -> Result<()> {
     let fail = |error: fn(PathBuf) -> VerifyError| Err(error(directory.to_owned()).into());
     match state_of(directory) {
         // Opening an unreadable one fails with the reason.
-        State::Alive | State::Changed | State::NotReadable | State::Hidden => Ok(()),
+        State::Alive | State::NotReadable | State::Hidden => Ok(()),
+        State::Changed => fail(VerifyError::Changed),
         State::NotAnswering => fail(VerifyError::NotAnswering),
         State::Stale => fail(VerifyError::Stale),
     }
@@ -265,12 +269,12 @@ fn in_words(report: &Report, depth: Depth, layout: &Layout, directory: &Path) ->
         .map(|difference| format!("{} {difference}\n", text::path(&difference.path)))
         .collect();
     let directory = text::path(directory);
+    let places = text::counted(report.differences.len(), "place");
+    let is_unreadable = report.differences.iter().all(Difference::is_unreadable);
     said += &match report.differences.len() {
         0 => format!("{directory} is identical to the model"),
-        n => format!(
-            "{directory} differs from the model in {}",
-            text::counted(n, "place")
-        ),
+        _ if is_unreadable => format!("{directory} cannot be read in {places}"),
+        _ => format!("{directory} differs from the model in {places}"),
     };
     said += &format!(
         ": {} compared, {}",

@@ -15,6 +15,13 @@ pub struct Difference {
     pub kind: DifferenceKind,
 }
 
+impl Difference {
+    /// Whether nothing is known but that the file cannot be read there.
+    pub fn is_unreadable(&self) -> bool {
+        matches!(self.kind, DifferenceKind::Unreadable(_))
+    }
+}
+
 /// A tensor by both of its names.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct TensorNames {

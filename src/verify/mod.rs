@@ -18,6 +18,7 @@ mod listing;
 mod shown;
 mod unfinished;
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
@@ -72,6 +73,11 @@ pub enum VerifyError {
     #[error("the process of the mount on {0:?} is dead, so nothing can be compared")]
     #[strum(props(hint = "mount it again"))]
     Stale(PathBuf),
+    #[error(
+        "the model of the mount on {0:?} has changed since it was mounted, so that it refuses reads"
+    )]
+    #[strum(props(hint = "mount it again, with --replace, and compare again"))]
+    Changed(PathBuf),
     #[error("the mount on {0:?} ended during the comparison")]
     #[strum(props(hint = "mount it, and compare again"))]
     Ended(PathBuf),
@@ -114,7 +120,7 @@ pub enum Depth {
 pub struct Report {
     /// Sorted by path and offset; empty if the tree is the model's.
     pub differences: Vec<Difference>,
-    /// Files that were compared.
+    /// Files that were compared; none that could not be read.
     pub files: usize,
     /// Bytes that were compared.
     pub bytes: u64,
@@ -220,9 +226,15 @@ impl<'a> Comparison<'a> {
         })?;
         let mut differences = self.differences.into_inner();
         differences.sort();
+        let unreadable = differences.iter().filter(|d| d.is_unreadable());
+        let unreadable: HashSet<_> = unreadable.map(|d| d.path.as_path()).collect();
+        let path = |file: &&Expected| self.model.tree().path(file.ino).unwrap_or_default();
+        let compared = self.expected.iter();
+        let compared = compared.filter(|file| !unreadable.contains(Path::new(&path(file))));
+        let files = self.documents + compared.count();
         Ok(Report {
             differences,
-            files: self.documents + self.expected.len(),
+            files,
             bytes: self.bytes.into_inner(),
             experts: self.experts,
             base_files: self.base_files,
@@ -427,6 +439,9 @@ impl<'a> Comparison<'a> {
             Ok(None) => return Ok(true),
             Ok(Some(offset)) => (offset, region.kind),
             Err(Fault::File { offset, cause }) => {
+                // The rest counts as done, but was not compared.
+                let left = run.found_start + run.len - offset;
+                self.bytes.fetch_sub(left, Ordering::Relaxed);
                 (offset, DifferenceKind::Unreadable(cause.to_string()))
             }
             Err(Fault::Model(e)) => return Err(e.into()),

@@ -1,6 +1,7 @@
 """The cache on disk: right after kills, damage and full disks, and shared by mounts."""
 
 import errno
+import json
 import os
 import random
 import threading
@@ -8,7 +9,7 @@ import time
 
 import pytest
 
-from odmoe import MIB, expert_gguf, file_system, needs_root, promises, run, succeed
+from odmoe import MIB, expert_gguf, file_system, files_of, needs_root, odmoe, promises, run, succeed
 from remote import *  # noqa: F403
 from servers import RangeServer
 
@@ -174,6 +175,19 @@ def test_two_mounts_share_a_cache(server, url, expected, tmp_path, cache):
     server.stop()
     with remote(url, tmp_path / "mnt", cache, "--offline") as root:
         assert [expert(root, number).read_bytes() for number in range(8)] == expected
+
+
+def test_what_is_not_in_the_cache_is_not_said_to_be_compared(url, model, tmp_path, cache):
+    succeed("fetch", url, "--experts", "0-1", "--cache-dir", cache)
+    with remote(url, tmp_path / "mnt", cache, "--offline") as root:
+        done = odmoe("verify", model, root, "--json")
+        said = json.loads(done.stdout)
+        unread = {d["path"] for d in said["differences"]}
+        assert {d["kind"] for d in said["differences"]} == {"unreadable"} and len(unread) == 6
+        files = files_of(root)
+        assert said["files"] == len(files) - len(unread)
+        assert said["bytes"] < sum(path.stat().st_size for name, path in files.items() if name not in unread) + MIB
+        assert "cannot be read in" in odmoe("verify", model, root).stdout
 
 
 def test_offline_without_a_cache_says_what_to_do(url, cache):

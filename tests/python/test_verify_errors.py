@@ -63,6 +63,14 @@ def test_a_model_that_changes_meanwhile_is_an_error(tmp_path):
     assert model.name in errors and "has changed" in errors
 
 
+@pytest.mark.parametrize("flags", [[], ["--quick"], ["--json"]], ids=str)
+def test_a_mount_whose_model_has_changed_is_an_error_not_a_difference(tmp_path, flags):
+    model = expert_gguf(tmp_path, experts=2)
+    with mounted(model, tmp_path / "mnt") as root:
+        os.utime(model, (1, 1))
+        fail("verify", model, root, *flags, naming=[root, "has changed since it was mounted", "--replace"])
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it(number, tmp_path):
     parts = sparse_gguf("kimi-k2.5-q4_k_m", tmp_path / "model.gguf", "--splits", 3)
