@@ -13,6 +13,7 @@ use odmoe_fs::gguf::GgmlType;
 use odmoe_fs::model::Model;
 use odmoe_fs::mounts::{UnmountError, unmount};
 use odmoe_fs::toy::Toy;
+use rustix::fs::Mode;
 use serde_json::Value;
 
 use super::failure::{Context, Failure, Result};
@@ -36,7 +37,9 @@ pub fn run(_: &DemoArgs) -> Result<()> {
 }
 
 /// A folder that only this user may enter, whatever the umask, and that is removed when dropped.
+/// From here on, so is what this process makes: a umask can deny us our own files, too.
 pub fn temporary_folder(prefix: &str, within: &Path) -> Result<tempfile::TempDir> {
+    rustix::process::umask(Mode::from_raw_mode(0o077));
     tempfile::Builder::new()
         .prefix(prefix)
         .permissions(fs::Permissions::from_mode(0o700))

@@ -187,6 +187,20 @@ def test_a_careless_umask_opens_no_temporary_folder(command, public, nobody):
     assert set(seen.read_text().split()) - {""} == {"700"}
 
 
+@promises("Temporary folders are for their user alone, whatever the umask.")
+@pytest.mark.parametrize("command", ["demo", "doctor"])
+@pytest.mark.parametrize("umask", [0o777, 0o400], ids=oct)
+def test_a_umask_that_denies_us_our_own_files_leaves_nothing_behind(command, umask, public, nobody):
+    if ME.uid != 0:
+        pytest.skip("root makes the folder for another user")
+    folder = public / "tmp"
+    folder.mkdir()
+    folder.chmod(0o777)
+    done = odmoe(command, user=nobody, umask=umask, env={**os.environ, "TMPDIR": str(folder)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert os.listdir(folder) == []
+
+
 def test_a_careless_umask_lets_nobody_write_to_the_log(model, public):
     log = public / "log"
     with mounted(model, public / "mnt", "--log-file", log, umask=0):
