@@ -167,13 +167,20 @@ impl RemotePart {
 
     /// Fills the whole buffer from `offset`, or fails.
     pub fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ReadError> {
-        self.is_unchanged()?;
+        self.check_unchanged()?;
         let read = self.read_steps(offset, buffer);
         // What came before the change is right, but nobody must see a mixture of both states.
-        self.is_unchanged()?;
+        self.check_unchanged()?;
         read.map_err(|fault| {
             self.client.counters.errors.fetch_add(1, Relaxed);
             self.error(offset, fault)
+        })
+    }
+
+    /// The same, for a read that fails then.
+    pub fn check_unchanged(&self) -> Result<(), ReadError> {
+        self.is_unchanged().inspect_err(|_| {
+            self.client.counters.errors.fetch_add(1, Relaxed);
         })
     }
 
@@ -184,12 +191,12 @@ impl RemotePart {
         skip: usize,
         buffer: &mut [u8],
     ) -> Result<(), ReadError> {
-        self.is_unchanged()?;
+        self.check_unchanged()?;
         let bytes = range.end - range.start;
         let cache = self.cache.as_ref();
         if cache.is_some_and(|cache| cache.read_chunk(range, buffer)) {
             self.client.counters.cached.fetch_add(bytes, Relaxed);
-            return self.is_unchanged();
+            return self.check_unchanged();
         }
         self.read(range.start, &mut buffer[skip..skip + bytes as usize])
     }
