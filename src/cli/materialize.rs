@@ -74,7 +74,7 @@ enum When {
     /// Where it is possible
     #[default]
     Auto,
-    /// Fail where it is not possible
+    /// Fail where the file system cannot; what no block of the model holds is written all the same
     Always,
     /// Copy, so that the files do not depend on the model's blocks
     Never,
@@ -151,7 +151,15 @@ pub fn run(args: &MaterializeArgs, quiet: bool) -> Result<()> {
         done => format!(" ({} complete already)", text::count(done as u64)),
     };
     let amount = |files, bytes| format!("{}, {}", text::counted(files, "file"), text::size(bytes));
-    let to_write = format!("to write: {}{done}", amount(plan.files(), plan.bytes()));
+    let with_documents = |documents| match documents {
+        0 => String::new(),
+        n => format!(", and {}", text::counted(n, "document")),
+    };
+    let to_write = format!(
+        "to write: {}{}{done}",
+        amount(plan.files(), plan.bytes()),
+        with_documents(plan.documents())
+    );
     let to_compare = match plan.files_to_compare() {
         0 => String::new(),
         files => format!(
@@ -189,12 +197,12 @@ pub fn run(args: &MaterializeArgs, quiet: bool) -> Result<()> {
     let outcome = stop.explain(result)?;
     let named = text::path(&directory);
     say(&match outcome.files {
-        0 if outcome.documents_written => {
+        0 if outcome.documents > 0 => {
             format!("nothing to write but the documents: all other files are complete in {named}\n")
         }
         0 => format!("nothing to write: all files are complete in {named}\n"),
         files => {
-            let written = amount(files, outcome.bytes);
+            let written = amount(files, outcome.bytes) + &with_documents(outcome.documents);
             format!("wrote {written}{done} into {named}\n")
         }
     });

@@ -54,8 +54,8 @@ pub struct Outcome {
     pub bytes: u64,
     /// Complete files whose time could not be set, so that the next run compares their bytes again.
     pub untimed: Vec<PathBuf>,
-    /// Whether a document had to be written.
-    pub documents_written: bool,
+    /// Documents that had to be written.
+    pub documents: usize,
     /// Entries of the target's folders that are not listed, such as files of another model.
     pub unlisted: Vec<PathBuf>,
 }

@@ -22,8 +22,10 @@ use crate::verify::known_form_of;
 pub struct Plan<'a> {
     pub(super) model: &'a Model,
     pub(super) target: Target,
-    /// Files to write, in the order of the model.
+    /// Files to write, in the order of the model, without the documents.
     pub(super) missing: Vec<Ino>,
+    /// How many documents will be written.
+    documents: usize,
     /// Those of them that replace what has their name.
     pub(super) replaced: HashSet<Ino>,
     /// Chosen files that are complete already.
@@ -58,6 +60,7 @@ impl<'a> Plan<'a> {
             model,
             target,
             missing: Vec::new(),
+            documents: 0,
             replaced: HashSet::new(),
             done: Vec::new(),
             unsure: Vec::new(),
@@ -88,9 +91,13 @@ impl<'a> Plan<'a> {
                 continue;
             };
             plan.check_document(ino, doc)?;
-            let bytes = model.tree().size(ino).unwrap_or(0);
-            plan.cost.copied += bytes;
-            plan.cost.room += bytes.next_multiple_of(plan.methods.block);
+            // Beside files that are complete, they most often are, too.
+            if !plan.missing.is_empty() {
+                let bytes = model.tree().size(ino).unwrap_or(0);
+                plan.documents += 1;
+                plan.cost.copied += bytes;
+                plan.cost.room += bytes.next_multiple_of(plan.methods.block);
+            }
         }
         plan.look_at_others()?;
         plan.check_sharing()?;
@@ -151,12 +158,19 @@ impl<'a> Plan<'a> {
         Ok(lost)
     }
 
-    /// Bytes of the files to write.
-    pub fn bytes(&self) -> u64 {
-        self.cost.shared + self.cost.copied + self.cost.holes
+    /// The number of documents to write, as far as that is known before.
+    pub fn documents(&self) -> usize {
+        self.documents
     }
 
-    /// How many of them will be shared, copied or left out.
+    /// Bytes of the files to write, without the documents.
+    pub fn bytes(&self) -> u64 {
+        let tree = self.model.tree();
+        let sizes = self.missing.iter().filter_map(|&ino| tree.size(ino));
+        sizes.sum()
+    }
+
+    /// How many bytes will be shared, copied or left out, the documents included.
     pub fn cost(&self) -> Cost {
         self.cost
     }

@@ -53,11 +53,11 @@ impl Plan<'_> {
             files: files.len(),
             bytes: sizes.sum(),
             untimed,
-            documents_written: false,
+            documents: 0,
             unlisted: self.unlisted(&target, &present)?,
         };
-        for (path, bytes) in self.documents(&present) {
-            outcome.documents_written |= self.write_document(&target, path, &bytes)?;
+        for (path, bytes) in self.rendered(&present) {
+            outcome.documents += usize::from(self.write_document(&target, path, &bytes)?);
         }
         self.check_places(&target)?;
         for folder in target.folders().chain(target.root()) {
@@ -212,7 +212,7 @@ impl Plan<'_> {
     }
 
     /// The documents that describe the listed files, and their paths in the tree.
-    fn documents(&self, listed: &[bool]) -> Vec<(&'static str, Vec<u8>)> {
+    fn rendered(&self, listed: &[bool]) -> Vec<(&'static str, Vec<u8>)> {
         let layout = self.model.layout();
         let present = |file: &TensorFile| {
             let found = layout.files().binary_search_by_key(&file.kind, |f| f.kind);
@@ -303,10 +303,8 @@ fn temporary_in(folder: &Folder) -> Result<(File, Unnamed<'_>), MaterializeError
 /// Removes the temporary files of killed runs. The lock must be held: a living run has such files,
 /// too.
 fn remove_leftovers(folder: &Folder, _lock: &File) -> Result<(), MaterializeError> {
-    let found = folder.temporaries().map_err(io_error(
-        "remove what a killed run has left in",
-        folder.path(),
-    ))?;
+    let found = folder.temporaries();
+    let found = found.map_err(io_error("list", folder.path()))?;
     for (name, _) in found {
         let removed = folder.remove(&name);
         removed.map_err(io_error(

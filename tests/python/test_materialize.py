@@ -155,6 +155,21 @@ def test_a_file_that_differs_is_an_error_and_is_not_touched(model, tmp_path):
     assert victim.read_text() == "a user's own file"
 
 
+def test_what_is_said_to_be_written_is_written(model, tmp_path):
+    out = tmp_path / "out"
+    for flags in (["--base-only"], ["--experts-only"], []):
+        before = set(files_of(out)) if out.exists() else set()
+        planned = odmoe("materialize", model, out, *flags, "--dry-run").stdout
+        done = odmoe("materialize", model, out, *flags)
+        new = {name for name in set(files_of(out)) - before if not name.endswith(".json")}
+        if new:
+            count, size = re.search(r"wrote (\d+) files?, (\S+ \S+), and \d documents?", done.stdout).groups()
+            assert int(count) == len(new)
+            assert f"to write: {count} file" in planned and f", {size}, and" in planned
+            assert f"to write: {count} file" in done.stderr and f", {size}, and" in done.stderr
+    assert "to write: 0 files, 0 B" in planned and "0 B are copied" in planned
+
+
 def test_a_file_that_only_has_another_time_is_compared_and_taken(model, whole, tmp_path):
     out = tmp_path / "out"
     succeed("materialize", model, out)
