@@ -102,11 +102,11 @@ pub fn run(args: &FetchArgs, quiet: bool) -> Result<()> {
     }
     say(&match wanted - there {
         0 => format!(
-            "nothing to fetch: {} are in the cache\n",
+            "nothing to fetch: all {} that were chosen are in the cache\n",
             text::size(wanted)
         ),
         fetched => format!(
-            "fetched {}; {} are in the cache\n",
+            "fetched {}; all {} that were chosen are in the cache\n",
             text::size(fetched),
             text::size(wanted)
         ),
