@@ -48,7 +48,8 @@ pub fn temporary_folder(prefix: &str, within: &Path) -> Result<tempfile::TempDir
 }
 
 fn demo(stop: &Stop) -> Result<()> {
-    let folder = temporary_folder("odmoe-demo-", &std::env::temp_dir())?;
+    let folder = temporary_folder("odmoe-demo-", &std::env::temp_dir())
+        .map_err(|e| e.hint("set TMPDIR to a folder that you can write to"))?;
     let model = folder.path().join("toy.gguf");
     let toy = Toy {
         layers: 2,

@@ -54,7 +54,7 @@ pub fn man(args: &ManArgs) -> Result<()> {
         Some(name) => match program.find_subcommand(name) {
             Some(command) => page(command)?,
             None => {
-                let failure = Failure::new(format!("there is no command {name:?}"));
+                let failure = Failure::usage(format!("there is no command {name:?}"));
                 return Err(failure.hint("choose one of those that `odmoe-fs --help` lists"));
             }
         },

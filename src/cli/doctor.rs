@@ -180,7 +180,9 @@ fn trial(stop: &Stop) -> Check {
     }
     match (refused, unprepared) {
         (Some(e), _) => {
-            let cure = e.hint.map(Cow::into_owned);
+            // What a mount advises in doubt is to run this.
+            let cure = e.hint.filter(|hint| !hint.contains("odmoe-fs doctor"));
+            let cure = cure.map(Cow::into_owned);
             Check::new(name, Verdict::Failure, e.message, cure)
         }
         (None, Some(e)) => Check::new(name, Verdict::Unknown, e.message, None),

@@ -21,7 +21,8 @@ impl ShowArgs {
 pub fn warn_of_directory(model: &Model) {
     if let Some(directory) = model.layout().hf() {
         for warning in directory.warnings() {
-            tracing::warn!("hf/ is not complete: {warning}");
+            let path = model.source().given_path();
+            tracing::warn!("hf/ of {path:?} is not complete: {warning}");
         }
     }
 }

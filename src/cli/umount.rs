@@ -52,7 +52,7 @@ fn in_words(unmounted: &Unmounted) -> String {
         }
     };
     format!(
-        "unmounted {directory}, but process {} goes on serving the model, {because}; the model's disk stays busy until it ends\n",
+        "unmounted {directory}, but process {} goes on serving the model, {because}; it keeps the model open until it ends\n",
         served.pid
     )
 }

@@ -178,6 +178,9 @@ pub enum MountError {
     ))]
     Workers { threads: usize, cause: io::Error },
     #[error("cannot go to the background: {0}")]
+    #[strum(props(
+        hint = "mount with -f, or allow more processes: `ulimit -u`, and `pids.max` of the control group"
+    ))]
     Background(io::Error),
     #[error("interrupted by signal {0} before the mount could be used")]
     Interrupted(i32),
@@ -207,7 +210,8 @@ impl Explain for MountError {
         match self {
             Self::Repair { cause, .. } | Self::CannotReplace { cause, .. } => cause.hint(),
             Self::Directory { cause, .. } => cause.hint(),
-            Self::Session { cause, .. } | Self::Background(cause) => cause.hint(),
+            Self::Session { cause, .. } => cause.hint(),
+            Self::Background(cause) => cause.hint().or_else(|| hint_of(self)),
             Self::Device(_) | Self::UserAllowOther => Some(ASK_DOCTOR),
             Self::Refused { hint, .. } => hint.clone().or(Some(ASK_DOCTOR)),
             _ => hint_of(self),

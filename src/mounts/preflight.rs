@@ -24,8 +24,10 @@ pub(super) struct Claim {
 pub(super) fn claim(model: &Model, given: &Path, options: &Options) -> Result<Claim, MountError> {
     let directory = table::resolved(given, Links::Trusted).map_err(|e| unusable(given, e))?;
     for part in model.source().paths() {
-        if let Some(part) = hidden_by(&directory, part) {
-            return Err(MountError::HidesModel { directory, part });
+        match hidden_by(&directory, part) {
+            Some(part) if part == directory => return Err(MountError::NotADirectory(directory)),
+            Some(part) => return Err(MountError::HidesModel { directory, part }),
+            None => {}
         }
     }
     let give_up = Instant::now() + LOCK_PATIENCE;

@@ -261,8 +261,10 @@ impl Attached {
                     None => "files of it are still open".to_owned(),
                     Some(copy) => format!("it is still mounted {copy}"),
                 };
+                let directories = directories.iter().map(|path| format!("{path:?}"));
+                let directories = directories.collect::<Vec<_>>().join(", ");
                 tracing::warn!(
-                    "unmounted {directories:?}, but {used}: waiting for that to end; a second signal ends the process at once"
+                    "unmounted {directories}, but {used}: waiting for that to end; a second signal ends the process at once"
                 );
             }
             Err(e) => tracing::error!("{}; a second signal ends the process at once", e.line()),

@@ -58,6 +58,10 @@ def test_demo_without_fuse_names_the_cure_and_shows_the_tree_materialized(public
     assert os.listdir(public / "tmp") == []
 
 
+def test_a_demo_without_a_folder_to_work_in_names_what_to_set(tmp_path):
+    fail("demo", env={**os.environ, "TMPDIR": str(tmp_path / "none")}, naming=[tmp_path / "none", "set TMPDIR"])
+
+
 def test_a_toy_that_is_interrupted_leaves_nothing_behind(tmp_path):
     process = subprocess.Popen([BINARY, "toy", tmp_path / "toy.gguf", "--layers", "40"], stderr=subprocess.PIPE)
     wait_for(lambda: os.listdir(tmp_path))

@@ -70,7 +70,7 @@ def test_every_command_has_a_manual_page_that_names_its_options(tmp_path):
     for alias, command in ALIASES.items():
         assert pages[f"odmoe-fs-{alias}.1"] == f".so man1/odmoe-fs-{command}.1\n"
         assert succeed("man", alias) == succeed("man", command)
-    fail("man", "nothing", naming=["no command"])
+    fail("man", "nothing", status=2, naming=["no command"])
 
 
 def test_the_page_of_an_alias_is_found_by_man(tmp_path):

@@ -171,6 +171,7 @@ def test_a_place_that_is_no_folder_is_refused(person, model, public):
     fail("mount", model, public / "missing", user=person, naming=[public / "missing"])
     (public / "file").touch()
     fail("mount", model, public / "file", user=person, naming=[public / "file", "not a directory"])
+    fail("mount", model, model, user=person, naming=[model, "not a directory"])
 
 
 def test_what_is_no_model_is_refused_and_not_waited_for(person, folder, public):

@@ -268,6 +268,10 @@ def test_a_url_that_cannot_be_used_is_refused_with_what_to_do(url, words, said):
     said[:] = [text for text in said if not text.startswith(str(BINARY))]  # noqa: F405
 
 
+def test_a_file_of_urls_that_cannot_be_read_is_told_with_what_to_check(tmp_path):
+    fail("inspect", "--url-file", tmp_path / "none", naming=[tmp_path / "none", "namei -l"])
+
+
 # --- what shows -------------------------------------------------------------------------------------------------------
 
 

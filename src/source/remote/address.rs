@@ -50,6 +50,7 @@ pub enum AddressError {
     #[strum(props(hint = "replace /blob/ by /resolve/, or use hf://ORG/REPO/FILE.gguf"))]
     Page(String),
     #[error("{path:?}, the file of URLs, cannot be read: {cause}")]
+    #[strum(props(hint = "check its path and its permissions, with `namei -l PATH`"))]
     File { path: PathBuf, cause: String },
     #[error("{0:?} holds no URL")]
     #[strum(props(hint = "write the signed URL of each part into it, one on a line"))]
