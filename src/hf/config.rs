@@ -29,6 +29,11 @@ fn value(facts: &Facts, setting: &Setting) -> Result<Json, HfError> {
         Setting::Is(Constant::Real(number)) => number.into(),
         Setting::Is(Constant::Text(text)) => text.into(),
         Setting::HasTensor(name) => facts.first(name)?.is_some().into(),
+        Setting::HasBias(name) => {
+            let mut layers = facts.layer_numbers()?;
+            let has_bias = |layer| facts.of_matrix(layer, name, "bias").is_some();
+            layers.any(has_bias).into()
+        }
         Setting::Found(find) => find(facts)?,
     })
 }

@@ -70,6 +70,16 @@ impl<'a> Facts<'a> {
         self.tensor(&format!("blk.{layer}.{name}"))
     }
 
+    /// The weight or bias of a matrix of a layer; of queries, keys and values, it may be that of
+    /// all three.
+    pub fn of_matrix(&self, layer: u64, name: &str, suffix: &str) -> Option<Found<'a>> {
+        let own = self.of_layer(layer, &format!("{name}.{suffix}"));
+        own.or_else(|| match name {
+            "attn_q" | "attn_k" | "attn_v" => self.of_layer(layer, &format!("attn_qkv.{suffix}")),
+            _ => None,
+        })
+    }
+
     pub fn layer_count(&self) -> Result<u64, HfError> {
         let blocks = self.keys.count("block_count")?;
         let extra = self.stated_extra_layers()?;

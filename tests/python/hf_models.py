@@ -31,6 +31,8 @@ class Kind:
     shapes: dict
     heads: tuple = (HEADS, KEY_VALUES)
     permuted: bool = False
+    # Queries, keys and values are one tensor of the GGUF, and so are gate and up of experts.
+    fused: bool = False
     layers: int = dataclasses.field(default_factory=lambda: LAYERS)
     # Of MLA: the widths of a head without positions, of its values, and of the latent vector.
     latent: tuple = dataclasses.field(default_factory=lambda: (NOPE, VALUE, RANK))
@@ -322,7 +324,13 @@ KINDS = {
     "qwen3moe-odd": lambda: sized("qwen3moe", HIDDEN=72, HEAD=32),
     "qwen2moe-odd": lambda: sized("qwen2moe", WIDTH=20), "mixtral-odd": lambda: sized("mixtral", WIDTH=44),
     "llama-odd": lambda: sized("llama", HIDDEN=40, HEAD=24),
+    "llama-fused": lambda: fused(llama(biased=True)), "glm4moe-fused": lambda: fused(glm4moe()),
+    "qwen2moe-fused": lambda: fused(qwen2moe()),
 }  # fmt: skip
+
+
+def fused(kind):
+    return dataclasses.replace(kind, fused=True)
 
 
 def sized(name, **sizes):
@@ -434,6 +442,23 @@ def in_gguf(kind, tensors):
     scaling = kind.config["rope_scaling"] or {}
     if scaling.get("rope_type") == "llama3":
         made["rope_freqs.weight"] = factors(scaling)
+    return fuse(made) if kind.fused else made
+
+
+def fuse(tensors):
+    """The same tensors, those of queries, keys and values in one, and those of gate and up, as llama.cpp reads them too."""
+    made = {}
+    for name, tensor in tensors.items():
+        parts = [name]
+        if ".attn_q." in name:
+            parts = [name.replace("attn_q", part) for part in ("attn_q", "attn_k", "attn_v")]
+            name = name.replace("attn_q", "attn_qkv")
+        elif ".ffn_gate_exps." in name:
+            parts = [name, name.replace("gate", "up")]
+            name = name.replace("gate", "gate_up")
+        elif any(part in name for part in (".attn_k.", ".attn_v.", ".ffn_up_exps.")):
+            continue
+        made[name] = np.concatenate([tensors[part] for part in parts], axis=max(0, tensor.ndim - 2))
     return made
 
 

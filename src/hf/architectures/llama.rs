@@ -1,7 +1,7 @@
 //! Llama and Mixtral, which share an architecture in GGUF.
 
 use super::Row::{Experts, Linear, Norm, Rotary};
-use super::Setting::{Count, Found, HasTensor};
+use super::Setting::{Count, Found, HasBias};
 use super::{Architecture, BLOCK_SPARSE_EXPERTS, Heads, MLP, Row, values};
 
 const EVERY_LAYER: &[Row] = &[
@@ -25,8 +25,8 @@ pub static LLAMA: Architecture = Architecture {
     config: &[
         ("intermediate_size", Found(values::dense_width)),
         ("head_dim", Found(values::head_dim)),
-        ("attention_bias", HasTensor("attn_q.bias")),
-        ("mlp_bias", HasTensor("ffn_down.bias")),
+        ("attention_bias", HasBias("attn_q")),
+        ("mlp_bias", HasBias("ffn_down")),
     ],
 };
 

@@ -106,6 +106,8 @@ pub(super) enum Setting {
     Is(Constant),
     /// Whether a tensor of a layer is there.
     HasTensor(&'static str),
+    /// Whether a matrix of a layer has a bias.
+    HasBias(&'static str),
     Found(fn(&Facts) -> Result<Json, HfError>),
 }
 

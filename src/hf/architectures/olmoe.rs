@@ -2,7 +2,7 @@
 
 use super::Constant::Flag;
 use super::Row::{Experts, Linear, Norm};
-use super::Setting::{Count, Found, HasTensor, Is};
+use super::Setting::{Count, Found, HasBias, Is};
 use super::{Architecture, EXPERTS, values};
 
 pub static OLMOE: Architecture = Architecture {
@@ -25,7 +25,7 @@ pub static OLMOE: Architecture = Architecture {
     extra_layer: &[],
     config: &[
         ("intermediate_size", Found(values::expert_width)),
-        ("attention_bias", HasTensor("attn_q.bias")),
+        ("attention_bias", HasBias("attn_q")),
         ("clip_qkv", Found(values::clamp)),
         ("num_experts", Count("expert_count")),
         ("num_experts_per_tok", Found(values::experts_used)),

@@ -2,7 +2,7 @@
 
 use super::Constant::{Flag, Number};
 use super::Row::{Experts, Linear, Norm, SingleLine};
-use super::Setting::{Count, Found, HasTensor, Is};
+use super::Setting::{Count, Found, HasBias, Is};
 use super::{Architecture, EXPERTS, MLP, Row, values};
 
 const QWEN2_LAYER: &[Row] = &[
@@ -53,7 +53,7 @@ pub static QWEN3: Architecture = Architecture {
     config: &[
         ("intermediate_size", Found(values::dense_width)),
         ("head_dim", Found(values::head_dim)),
-        ("attention_bias", HasTensor("attn_q.bias")),
+        ("attention_bias", HasBias("attn_q")),
         ("use_sliding_window", Is(Flag(false))),
     ],
 };
@@ -84,7 +84,7 @@ pub static QWEN2_MOE: Architecture = Architecture {
             Found(values::shared_width),
         ),
         ("norm_topk_prob", Is(Flag(false))),
-        ("qkv_bias", HasTensor("attn_q.bias")),
+        ("qkv_bias", HasBias("attn_q")),
         ("decoder_sparse_step", Is(Number(1))),
         ("mlp_only_layers", Found(values::dense_layers)),
         ("use_sliding_window", Is(Flag(false))),
@@ -107,7 +107,7 @@ pub static QWEN3_MOE: Architecture = Architecture {
         ("num_experts_per_tok", Found(values::experts_used)),
         ("moe_intermediate_size", Found(values::expert_width)),
         ("norm_topk_prob", Is(Flag(true))),
-        ("attention_bias", HasTensor("attn_q.bias")),
+        ("attention_bias", HasBias("attn_q")),
         ("decoder_sparse_step", Is(Number(1))),
         ("mlp_only_layers", Found(values::dense_layers)),
         ("use_sliding_window", Is(Flag(false))),

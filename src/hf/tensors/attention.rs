@@ -25,8 +25,7 @@ impl<'a> List<'a> {
     ) -> Result<(), HfError> {
         for suffix in ["weight", "bias"] {
             let own = self.facts.of_layer(layer, &format!("{gguf}.{suffix}"));
-            let fused = || self.facts.of_layer(layer, &format!("attn_qkv.{suffix}"));
-            let Some(found) = own.or_else(fused) else {
+            let Some(found) = self.facts.of_matrix(layer, gguf, suffix) else {
                 if suffix == "weight" {
                     return Err(HfError::MissingTensor(format!("blk.{layer}.{gguf}.weight")));
                 }
