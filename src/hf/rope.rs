@@ -82,7 +82,7 @@ fn yarn(facts: &Facts, factor: f32) -> Result<Json, HfError> {
     if let Some(factor) = keys.float_from_0("rope.scaling.yarn_ext_factor")? {
         set("extrapolation_factor", shortest(factor).into());
     }
-    if let Some(stored) = keys.float_from_0("rope.scaling.yarn_log_multiplier")? {
+    if let Some(stored) = log_multiplier(facts)? {
         // The file does not hold `mscale`, but it is the same in every published model.
         let all_dim = undo_share(stored);
         set("mscale", all_dim.into());
@@ -92,6 +92,17 @@ fn yarn(facts: &Facts, factor: f32) -> Result<Json, HfError> {
         set("truncate", false.into());
     }
     Ok(scaling.into())
+}
+
+/// DeepSeek's: llama.cpp reads it for no other architecture of ours, and takes 0 for none.
+fn log_multiplier(facts: &Facts) -> Result<Option<f32>, HfError> {
+    if facts.model.architecture() != Some("deepseek2") {
+        return Ok(None);
+    }
+    let stored = facts
+        .keys
+        .float_from_0("rope.scaling.yarn_log_multiplier")?;
+    Ok(stored.filter(|&stored| stored > 0.0))
 }
 
 /// The number of the fewest digits of which a tenth, in 32 bits, was stored.

@@ -220,6 +220,17 @@ def test_scaling_that_llama_cpp_takes_to_be_linear_is_linear(tmp_path):
         assert config["rope_scaling"] == expected
 
 
+@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v2", "qwen2-yarn"])
+def test_a_log_multiplier_that_llama_cpp_does_not_read_is_not_in_config_json(name, tmp_path):
+    """It takes 0 for none, and reads it for DeepSeek alone."""
+    key, kind = "rope.scaling.yarn_log_multiplier", KINDS[name]()
+    is_read = kind.arch == "deepseek2"
+    stated = write(tmp_path / "m.gguf", kind, {key: real(0.0 if is_read else 1.0)})
+    config, said = config_of(stated, tmp_path / "stated")
+    assert config == config_of(write(tmp_path / "n.gguf", kind, without=[key]), tmp_path / "without")[0]
+    assert (f"has no place for {kind.arch}.{key}" in said) != is_read
+
+
 def test_experts_scaled_by_0_are_not_scaled_as_in_llama_cpp(tmp_path):
     path = write(tmp_path / "m.gguf", KINDS["deepseek_v2"](), {"expert_weights_scale": real(0.0)})
     config, _ = config_of(path, tmp_path / "out")
