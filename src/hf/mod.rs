@@ -15,6 +15,7 @@ mod config;
 mod error;
 mod facts;
 mod keys;
+mod mlx_lm;
 mod partition;
 mod pieces;
 mod rope;
@@ -97,12 +98,8 @@ impl Directory {
         let tokenizer = tokenizer::files(model, inputs);
         config.extend(tokenizer.ids);
         let mut warnings = tokenizer.warnings;
-        let is_scaled = !config["rope_scaling"].is_null();
-        let kind = architecture.model_type;
-        if naming == Naming::Mlx && is_scaled && architectures::UNSCALED_IN_MLX.contains(&kind) {
-            warnings.push(format!(
-                "mlx-lm computes {kind} without the rope_scaling that config.json has"
-            ));
+        if naming == Naming::Mlx {
+            warnings.extend(mlx_lm::warnings(architecture.model_type, &config));
         }
         let unread = facts.keys.unread();
         if !unread.is_empty() {

@@ -153,6 +153,18 @@ pub fn routed_scale(facts: &Facts) -> Result {
     Ok(shortest(scale).into())
 }
 
+/// That the weights of the experts of a token are not divided by their sum: DeepSeek-V2's classes
+/// never do, whatever `norm_topk_prob` says.
+pub fn weights_as_they_are(facts: &Facts) -> Result {
+    let key = "expert_weights_norm";
+    match facts.keys.flag(key)? {
+        Some(true) => Err(facts
+            .keys
+            .wrong(key, "is true, which no loader of deepseek_v2 does")),
+        _ => Ok(false.into()),
+    }
+}
+
 /// The layers without experts, where they may be anywhere.
 pub fn dense_layers(facts: &Facts) -> Result {
     let layers = facts.layer_numbers()?;

@@ -1,11 +1,13 @@
 """Keys that no model has: hf/ is refused, or says what it leaves out, and the other views do not mind."""
 
 import json
+from contextlib import nullcontext
 
 import gguf
 import numpy as np
 import pytest
 from gguf import GGUFValueType as Kind
+from mlx_lm import utils
 
 from hf_models import KINDS, in_gguf, value_type, weights
 from odmoe import fail, odmoe, succeed
@@ -115,6 +117,9 @@ REFUSED = {
     ),
     "gates of a text": (
         "deepseek_v2", {"expert_gating_func": text("softmax")}, ["deepseek2.expert_gating_func must be"]
+    ),
+    "weights of V2 that add up to 1": (
+        "deepseek_v2", {"expert_weights_norm": (True, Kind.BOOL)}, ["deepseek2.expert_weights_norm is true"]
     ),
     "gates of V2": ("deepseek_v2", {"expert_gating_func": count(3)}, ["deepseek2.expert_gating_func is 3"]),
     "another dense width": (
@@ -242,6 +247,30 @@ def test_keys_that_a_config_has_no_place_for_are_named(tmp_path):
     path = write(tmp_path / "m.gguf", KINDS["deepseek_v3"](), change)
     _, said = config_of(path, tmp_path / "out")
     assert "deepseek2.attention.sliding_window" in said and "deepseek2.attention.key_length_swa" in said
+
+
+# What makes it so, and what is said of it.
+ELSEWHERE = {
+    "no scaling": ("deepseek_v2", scaled("none"), "fails to load deepseek_v2 without rope_scaling"),
+    "linear scaling": ("deepseek_v2", scaled("linear"), "takes the linear rope_scaling of deepseek_v2 for yarn"),
+    "yarn": ("qwen2moe", scaled("yarn", **WINDOW), "fails to load qwen2_moe with a rope_scaling of the type yarn"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ELSEWHERE)
+def test_what_mlx_lm_does_not_load_or_compute_is_a_warning_there(case, tmp_path):
+    name, change, words = ELSEWHERE[case]
+    kind = KINDS[name]()
+    path = write(tmp_path / "m.gguf", kind, change)
+    _, said = config_of(path, tmp_path / "mlx", "--as", "mlx", "--scales", "f32")
+    assert f"mlx-lm {words}" in said
+    loads = "fails to load" not in words
+    with nullcontext() if loads else pytest.raises((ValueError, AttributeError)):
+        utils.load_model(tmp_path / "mlx/hf")
+    _, said = config_of(path, tmp_path / "f32", "--as", "f32")
+    assert "mlx-lm" not in said
+    _, said = config_of(write(tmp_path / "p.gguf", kind), tmp_path / "plain", "--as", "mlx")
+    assert "mlx-lm" not in said
 
 
 @pytest.mark.parametrize("name", ["qwen3moe-yarn", "qwen2moe", "mixtral", "glm4moe", "minimax-m2"])

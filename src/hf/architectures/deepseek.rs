@@ -69,7 +69,7 @@ pub static DEEPSEEK_V2: Architecture = Architecture {
         ("first_k_dense_replace", Found(values::leading_dense_layers)),
         ("moe_layer_freq", Is(Number(1))),
         ("routed_scaling_factor", Found(values::routed_scale)),
-        ("norm_topk_prob", FlagOr("expert_weights_norm", false)),
+        ("norm_topk_prob", Found(values::weights_as_they_are)),
         ("scoring_func", Found(values::softmax)),
         ("topk_method", Found(values::softmax_choice)),
         ("n_group", Found(values::groups)),

@@ -174,16 +174,6 @@ fn always(_: &Facts) -> bool {
     true
 }
 
-/// Models whose rotary positions mlx-lm does not scale: their classes pass over `rope_scaling`, or
-/// refuse it.
-pub(super) const UNSCALED_IN_MLX: [&str; 5] = [
-    "qwen2_moe",
-    "qwen3_moe",
-    "mixtral",
-    "glm4_moe",
-    "minimax_m2",
-];
-
 /// The dense feed-forward network of nearly all of them.
 const MLP: &[Row] = &[
     Row::Linear("ffn_gate", "mlp.gate_proj"),
