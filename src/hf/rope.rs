@@ -44,6 +44,12 @@ pub(super) fn scaling(facts: &Facts) -> Result<Json, HfError> {
         (_, None) => return Err(HfError::MissingKey(keys.full("rope.scaling.factor"))),
         (_, Some(factor)) => factor,
     };
+    if let Some(found) = facts.tensor(FACTORS) {
+        // llama.cpp applies both.
+        let key = keys.full("rope.scaling.factor");
+        let problem = format!("{key} is {factor}, and config.json cannot express both");
+        return Err(found.wrong(problem));
+    }
     match kind {
         None | Some("linear") => Ok(json!({
             "type": "linear",

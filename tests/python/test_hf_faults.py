@@ -152,6 +152,7 @@ REFUSED = {
         "llama", {"rope.scaling.type": text("linear")}, ["llama.rope.scaling.factor is missing"]
     ),
     "scaling down": ("qwen2", scaled("linear", -2.0), ["qwen2.rope.scaling.factor must not be negative"]),
+    "factors and a factor": ("llama-scaled", scaled("linear"), ["rope_freqs.weight", "llama.rope.scaling.factor is 4"]),
     "yarn without a length": (
         "qwen2", scaled("yarn"), ["qwen2.rope.scaling.original_context_length is missing"]
     ),
