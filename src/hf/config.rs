@@ -13,13 +13,13 @@ pub(super) fn of(facts: &Facts, architecture: &Architecture) -> Result<Map<Strin
     set("architectures", vec![architecture.class].into());
     set("model_type", architecture.model_type.into());
     for (name, setting) in COMMON.iter().chain(architecture.config) {
-        set(name, value(facts, setting)?);
+        set(name, value(facts, name, setting)?);
     }
     check_heads(facts, &config)?;
     Ok(config)
 }
 
-fn value(facts: &Facts, setting: &Setting) -> Result<Json, HfError> {
+fn value(facts: &Facts, name: &str, setting: &Setting) -> Result<Json, HfError> {
     let keys = &facts.keys;
     Ok(match *setting {
         Setting::Count(key) => keys.count(key)?.into(),
@@ -28,37 +28,40 @@ fn value(facts: &Facts, setting: &Setting) -> Result<Json, HfError> {
         Setting::Is(Constant::Number(number)) => number.into(),
         Setting::Is(Constant::Real(number)) => number.into(),
         Setting::Is(Constant::Text(text)) => text.into(),
-        Setting::HasTensor(name) => facts.first(name)?.is_some().into(),
-        Setting::HasBias(name) => {
-            let mut layers = facts.layer_numbers()?;
-            let has_bias = |layer| facts.of_matrix(layer, name, "bias").is_some();
-            layers.any(has_bias).into()
-        }
+        Setting::HasTensor(tensor) => facts.first(tensor)?.is_some().into(),
+        Setting::HasBiases(modules) => has_biases(facts, name, modules)?.into(),
         Setting::Found(find) => find(facts)?,
     })
 }
 
-/// Loaders derive the shapes of queries and keys from these numbers, so they must be right.
+/// Whether the matrices have biases, of which config.json says one thing for all.
+fn has_biases(facts: &Facts, name: &str, modules: &[&str]) -> Result<bool, HfError> {
+    let (mut with, mut without) = (None, None);
+    for layer in facts.layer_numbers()? {
+        for module in modules {
+            let weight = facts.of_matrix(layer, module, "weight");
+            match facts.of_matrix(layer, module, "bias") {
+                Some(bias) => with = with.or(Some(bias)),
+                None => without = without.or(weight),
+            }
+        }
+    }
+    match (with, without) {
+        (Some(bias), Some(weight)) => Err(weight.wrong(format!(
+            "it has no bias, but there is {:?}, and {name} of config.json stands for both",
+            bias.info.name
+        ))),
+        (with, _) => Ok(with.is_some()),
+    }
+}
+
+/// Loaders divide the width of the model into heads, and turn all of a head.
 fn check_heads(facts: &Facts, config: &Map<String, Json>) -> Result<(), HfError> {
     if facts.has_latent_attention() {
         return Ok(());
     }
     let width = facts.head_width()?;
     let hidden = facts.keys.count("embedding_length")?;
-    let (queries, others) = (facts.query_heads()?, facts.key_value_head_count()?);
-    let heads = [
-        ("attn_q.weight", "attention.head_count", queries),
-        ("attn_k.weight", "attention.head_count_kv", others),
-        ("attn_v.weight", "attention.head_count_kv", others),
-    ];
-    for (name, key, heads) in heads {
-        if let Some(found) = facts.of_layer(0, name)
-            && found.info.ne[1] != heads * width
-        {
-            let key = facts.keys.full(key);
-            return Err(found.wrong(format!("{key} is {heads}, and heads are {width} wide")));
-        }
-    }
     // Without it, loaders divide the width of the model by the number of heads.
     if !config.contains_key("head_dim") && facts.query_heads()? * width != hidden {
         let problem = format!("is {width}, which config.json cannot express");

@@ -1,7 +1,6 @@
 //! What config.json must say of a model, from its keys and the shapes of its tensors.
 //!
-//! Where a tensor's shape and a key say the same thing, the shape is the truth, since loaders will
-//! compare their configuration with it; a key that says otherwise is an error.
+//! What no key says, the shape of a tensor does. `shapes` then compares all of them.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -21,6 +20,8 @@ pub(super) struct Facts<'a> {
     /// The numbers of `rope_freqs.weight`, if there is such a tensor and they were read.
     pub rope_factors: Option<&'a [f32]>,
     by_name: HashMap<&'a str, u32>,
+    /// The first layer that has a tensor, by its name there.
+    first_layers: HashMap<&'a str, u64>,
 }
 
 /// A tensor and its place in [`ModelHeader::tensors`].
@@ -46,15 +47,29 @@ impl Found<'_> {
     }
 }
 
+/// The layer of a tensor, and its name there.
+pub(super) fn in_layer(name: &str) -> Option<(u64, &str)> {
+    let (layer, name) = name.strip_prefix("blk.")?.split_once('.')?;
+    Some((layer.parse().ok()?, name))
+}
+
 impl<'a> Facts<'a> {
     pub fn new(model: &'a ModelHeader, rope_factors: Option<&'a [f32]>) -> Result<Self, HfError> {
         let architecture = model.architecture().ok_or(HfError::Architecture(None))?;
         let names = model.tensors.iter().map(|tensor| tensor.info.name.as_str());
+        let mut first_layers = HashMap::new();
+        for name in names.clone() {
+            if let Some((layer, name)) = in_layer(name) {
+                let first = first_layers.entry(name).or_insert(layer);
+                *first = layer.min(*first);
+            }
+        }
         Ok(Self {
             model,
             keys: Keys::new(model, architecture),
             rope_factors,
             by_name: names.zip(0..).collect(),
+            first_layers,
         })
     }
 
@@ -221,21 +236,19 @@ impl<'a> Facts<'a> {
         HfError::MissingKey(self.keys.full(name))
     }
 
-    /// A number that the shape of a tensor gives, and a key may repeat.
-    pub fn of_shape(&self, found: Option<Found>, axis: usize, key: &str) -> Result<u64, HfError> {
-        let stated = self.keys.number(key)?;
-        match (found, stated) {
-            (None, _) => self.keys.count(key),
-            (Some(found), Some(stated)) if found.info.ne[axis] != stated => {
-                Err(found.wrong(format!("{} is {stated}", self.keys.full(key))))
-            }
-            (Some(found), _) => Ok(found.info.ne[axis]),
+    /// A number that a key states, or else the shape of a tensor.
+    pub fn stated_or(&self, key: &str, found: Option<Found>, axis: usize) -> Result<u64, HfError> {
+        match (self.keys.number(key)?, found) {
+            (None, Some(found)) => Ok(found.info.ne[axis]),
+            _ => self.keys.count(key),
         }
     }
 
     /// The first layer's tensor of this name.
     pub fn first(&self, name: &str) -> Result<Option<Found<'a>>, HfError> {
-        let mut layers = self.layer_numbers()?;
-        Ok(layers.find_map(|layer| self.of_layer(layer, name)))
+        let layers = self.layer_numbers()?;
+        let first = self.first_layers.get(name);
+        let first = first.filter(|layer| layers.contains(layer));
+        Ok(first.and_then(|&layer| self.of_layer(layer, name)))
     }
 }

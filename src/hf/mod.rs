@@ -19,6 +19,7 @@ mod mlx_lm;
 mod partition;
 mod pieces;
 mod rope;
+mod shapes;
 mod tensors;
 mod tokenizer;
 mod values;
@@ -93,6 +94,7 @@ impl Directory {
         let architecture = architectures::of(&facts)
             .ok_or_else(|| HfError::Architecture(model.architecture().map(str::to_owned)))?;
         let tensors = tensors::list(&facts, architecture, naming)?;
+        shapes::check(&facts, architecture, &tensors)?;
         let mut config = config::of(&facts, architecture)?;
         partition::check(model, &tensors)?;
         let tokenizer = tokenizer::files(model, inputs);

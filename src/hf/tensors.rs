@@ -17,7 +17,7 @@ use std::ops::Range;
 use self::attention::{Share, attention_share};
 use super::HfError;
 use super::architectures::{Architecture, Heads, Row};
-use super::facts::{Facts, Found};
+use super::facts::{Facts, Found, in_layer};
 use super::pieces::{Entry, Piece, Rows};
 use super::rope;
 
@@ -128,30 +128,28 @@ impl<'a> List<'a> {
             false => architecture.dense_layer,
         };
         for row in architecture.every_layer.iter().chain(kind).chain(extra) {
-            self.row(layer, row, true)?;
+            self.row(layer, row)?;
         }
         Ok(())
     }
 
-    fn row(&mut self, layer: u64, row: &Row, required: bool) -> Result<(), HfError> {
+    fn row(&mut self, layer: u64, row: &Row) -> Result<(), HfError> {
         let place = Place::Layer(layer);
         let from = |name: &str| format!("blk.{layer}.{name}");
         let to = |name: &str| format!("model.layers.{layer}.{name}");
         let is_there = |name: &str| self.facts.of_layer(layer, name).is_some();
         match *row {
-            Row::Maybe(row) => self.row(layer, row, false),
-            Row::Norm(gguf, _) | Row::SingleLine(gguf, _)
-                if !required && !is_there(&format!("{gguf}.weight")) =>
-            {
-                Ok(())
+            Row::Maybe(row) => {
+                // What any layer has, config.json says of all of them.
+                let name = row.tensor();
+                match is_there(&name) || self.facts.first(&name)?.is_some() {
+                    true => self.row(layer, row),
+                    false => Ok(()),
+                }
             }
-            Row::Linear(gguf, _) | Row::Router(gguf, _)
-                if !required && !is_there(&format!("{gguf}.weight")) =>
-            {
-                Ok(())
+            Row::Norm(gguf, hf) | Row::WideNorm(gguf, hf) => {
+                self.norm_at(place, &from(gguf), &to(hf))
             }
-            Row::Vector(gguf, _) | Row::Precise(gguf, _) if !required && !is_there(gguf) => Ok(()),
-            Row::Norm(gguf, hf) => self.norm_at(place, &from(gguf), &to(hf)),
             Row::SingleLine(gguf, hf) => {
                 let found = self.needed(&format!("{}.weight", from(gguf)))?;
                 let columns = self.vector(found)?;
@@ -164,6 +162,12 @@ impl<'a> List<'a> {
                     entry.is_layer = false;
                 }
                 Ok(())
+            }
+            Row::Biased(gguf, hf) => {
+                if self.facts.of_matrix(layer, gguf, "bias").is_none() {
+                    return Err(HfError::MissingTensor(from(&format!("{gguf}.bias"))));
+                }
+                self.row(layer, &Row::Linear(gguf, hf))
             }
             Row::Linear(gguf, hf) => match attention_share(gguf) {
                 Some(share) => self.attention(layer, gguf, share, &to(hf), false),
@@ -284,9 +288,7 @@ impl<'a> List<'a> {
     fn leave_out_layers(&mut self, layers: Range<u64>) {
         for (index, tensor) in (0..).zip(&self.facts.model.tensors) {
             let info = &tensor.info;
-            let number = info.name.strip_prefix("blk.");
-            let number = number.and_then(|rest| rest.split('.').next()?.parse().ok());
-            if number.is_some_and(|number| layers.contains(&number)) {
+            if in_layer(&info.name).is_some_and(|(layer, _)| layers.contains(&layer)) {
                 self.leave_out(Found { index, info }, DROPPED);
             }
         }

@@ -28,12 +28,6 @@ pub fn norm_epsilon(facts: &Facts) -> Result {
     Ok(shortest(epsilon.ok_or_else(|| facts.missing(name))?).into())
 }
 
-pub fn hidden(facts: &Facts) -> Result {
-    let embedding = facts.tensor("token_embd.weight");
-    facts.keys.count("embedding_length")?;
-    Ok(facts.of_shape(embedding, 0, "embedding_length")?.into())
-}
-
 pub fn rope_theta(facts: &Facts) -> Result {
     Ok(shortest(rope::theta(facts)?).into())
 }
@@ -76,7 +70,7 @@ pub fn rotary_share(facts: &Facts) -> Result {
 pub fn query_rank(facts: &Facts) -> Result {
     Ok(match facts.first("attn_q_a.weight")? {
         None => Json::Null,
-        found => facts.of_shape(found, 1, "attention.q_lora_rank")?.into(),
+        found => facts.stated_or("attention.q_lora_rank", found, 1)?.into(),
     })
 }
 
@@ -90,7 +84,7 @@ pub fn value_head_dim(facts: &Facts) -> Result {
 
 pub fn dense_width(facts: &Facts) -> Result {
     let dense = facts.first("ffn_up.weight")?;
-    Ok(facts.of_shape(dense, 1, "feed_forward_length")?.into())
+    Ok(facts.stated_or("feed_forward_length", dense, 1)?.into())
 }
 
 pub fn expert_width(facts: &Facts) -> Result {
@@ -103,13 +97,13 @@ pub fn expert_width(facts: &Facts) -> Result {
         true => "expert_feed_forward_length",
         false => "feed_forward_length",
     };
-    Ok(facts.of_shape(down, 0, key)?.into())
+    Ok(facts.stated_or(key, down, 0)?.into())
 }
 
 pub fn shared_width(facts: &Facts) -> Result {
     let shared = facts.first("ffn_down_shexp.weight")?;
     let key = "expert_shared_feed_forward_length";
-    Ok(facts.of_shape(shared, 0, key)?.into())
+    Ok(facts.stated_or(key, shared, 0)?.into())
 }
 
 /// How many experts a token uses.

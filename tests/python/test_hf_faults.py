@@ -9,7 +9,7 @@ import pytest
 from gguf import GGUFValueType as Kind
 from mlx_lm import utils
 
-from hf_models import KINDS, in_gguf, value_type, weights
+from hf_models import KINDS, LAYERS, in_gguf, value_type, weights
 from odmoe import fail, odmoe, succeed
 
 ARCHITECTURES = {kind().config["model_type"]: kind for kind in reversed(KINDS.values())}
@@ -123,10 +123,10 @@ REFUSED = {
     ),
     "gates of V2": ("deepseek_v2", {"expert_gating_func": count(3)}, ["deepseek2.expert_gating_func is 3"]),
     "another dense width": (
-        "llama", {"feed_forward_length": count(95)}, ["ffn_up.weight", "llama.feed_forward_length is 95"]
+        "llama", {"feed_forward_length": count(95)}, ["ffn_gate.weight", "llama.feed_forward_length is 95"]
     ),
     "a dense width of qwen": (
-        "qwen3", {"feed_forward_length": count(1)}, ["ffn_up.weight", "qwen3.feed_forward_length is 1"]
+        "qwen3", {"feed_forward_length": count(1)}, ["ffn_gate.weight", "qwen3.feed_forward_length is 1"]
     ),
     "experts in words": (
         "mixtral", {"expert_count": text("eight")}, ["llama.expert_count must be a whole number"]
@@ -195,6 +195,78 @@ def test_what_no_config_can_say_is_named_and_the_experts_are_shown_all_the_same(
     assert report["hf"]["possible"] is False
     succeed("materialize", path, tmp_path / "out")
     assert (tmp_path / "out/base_model").is_dir()
+
+
+def with_biases(*names):
+    return lambda tensors: tensors | {f"{name}.bias": np.zeros(len(tensors[f"{name}.weight"]), np.float32) for name in names}
+
+
+def in_all_layers(*names):
+    return with_biases(*[f"blk.{layer}.{name}" for layer in range(LAYERS) for name in names])
+
+
+def missing(word):
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if word not in name}
+
+
+def longer(axis, *names):
+    """Twice as long along one axis."""
+    return lambda tensors: tensors | {name: np.concatenate([tensors[name]] * 2, axis) for name in names}
+
+
+QKV = "attn_q", "attn_k", "attn_v"
+MISFITS = {
+    # Classes without such a bias, or with all of them or none.
+    "biases of qwen2's output": ("qwen2", in_all_layers("attn_output"), ["blk.0.attn_output.bias", "Qwen2ForCausalLM has"]),
+    "a bias of the head": ("qwen3", with_biases("output"), ["output.bias", "Qwen3ForCausalLM has no such bias"]),
+    "biases of mixtral": ("mixtral", in_all_layers(*QKV), ["blk.0.attn_q.bias", "MixtralForCausalLM has no such bias"]),
+    "biases of minimax": ("minimax-m2", in_all_layers(*QKV), ["blk.0.attn_q.bias", "MiniMaxM2ForCausalLM has no"]),
+    "biases of some of llama": (
+        "llama", in_all_layers(*QKV), ["blk.0.attn_output.weight", 'no bias, but there is "blk.0.attn_q.bias"', "attention_bias"]
+    ),
+    "biases of a layer of llama": ("llama", with_biases("blk.1.ffn_down"), ["blk.0.ffn_gate.weight", "mlp_bias"]),
+    "biases of some of qwen3moe": ("qwen3moe", in_all_layers(*QKV), ["blk.0.attn_output.weight", "attention_bias"]),
+    "biases of glm4moe's output": ("glm4moe", in_all_layers("attn_output"), ["blk.0.attn_output.bias", "Glm4MoeForCausalLM"]),
+    "a part of the biases of qwen2moe": ("qwen2moe", missing("blk.2.attn_k.bias"), ["blk.2.attn_k.weight", "qkv_bias"]),
+    "biases that qwen2 needs": ("qwen2", missing("bias"), ['"blk.0.attn_q.bias" is missing']),
+    "a part of the biases of experts": ("gpt-oss", missing("blk.1.ffn_up_exps.bias"), ['"blk.1.ffn_up_exps.bias" is missing']),
+    # Layers that differ.
+    "a wider layer": (
+        "llama", lambda t: longer(0, "blk.1.ffn_gate.weight", "blk.1.ffn_up.weight")(longer(1, "blk.1.ffn_down.weight")(t)),
+        ["blk.1.ffn_gate.weight", "[64, 96]", "llama.feed_forward_length is 96"]
+    ),
+    "more queries": (
+        "qwen3", longer(0, "blk.1.attn_q.weight"), ["blk.1.attn_q.weight", "qwen3.attention.head_count is 4"]
+    ),
+    "a longer bias": ("qwen2", longer(0, "blk.2.attn_k.bias"), ["blk.2.attn_k.bias", "qwen2.attention.head_count_kv is 2"]),
+    "a longer norm": ("qwen3", longer(0, "blk.1.attn_norm.weight"), ["blk.1.attn_norm.weight", "qwen3.embedding_length is 64"]),
+    "a norm of all heads": ("qwen3moe", longer(0, "blk.2.attn_k_norm.weight"), ["blk.2.attn_k_norm.weight", "key_length is 16"]),
+    "a norm of more heads": ("olmoe", longer(0, "blk.2.attn_k_norm.weight"), ["blk.2.attn_k_norm.weight", "head_count_kv is 4"]),
+    "wider experts": (
+        "qwen3moe", longer(2, "blk.1.ffn_down_exps.weight"),
+        ["blk.1.ffn_down_exps.weight", "qwen3moe.expert_feed_forward_length is 32"]
+    ),
+    "a gate of more rows": (
+        "mixtral", longer(1, "blk.0.ffn_gate_exps.weight"), ["blk.0.ffn_gate_exps.weight", "llama.feed_forward_length is 32"]
+    ),
+    "fused experts": ("qwen2moe-fused", longer(1, "blk.2.ffn_gate_up_exps.weight"), ["blk.2.ffn_gate_up_exps.weight", "[64, 64]"]),
+    "shared experts": ("glm4moe", longer(0, "blk.2.ffn_up_shexp.weight"), ["blk.2.ffn_up_shexp.weight", "expert_shared_count is 1"]),
+    "an output of more rows": ("qwen3", longer(0, "blk.0.attn_output.weight"), ["blk.0.attn_output.weight", "[96, 64]"]),
+    "a head of more tokens": ("qwen3", longer(0, "output.weight"), ["output.weight", "it should be [64, 96]"]),
+    "a latent vector": ("deepseek_v3", longer(0, "blk.2.attn_kv_a_norm.weight"), ["attn_kv_a_norm", "kv_lora_rank is 64"]),
+    "latent queries": ("deepseek_v2", longer(0, "blk.2.attn_q_b.weight"), ["attn_q_b", "key_length_mla is 48"]),
+    "norms in some layers": ("glm4moe", missing("blk.1.attn_q_norm"), ['"blk.1.attn_q_norm.weight" is missing']),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_a_tensor_that_contradicts_config_json_is_named_in_any_layer(case, tmp_path):
+    name, change, naming = MISFITS[case]
+    kind = KINDS[name]()
+    path = write(tmp_path / "m.gguf", kind, tensors=change(in_gguf(kind, weights(kind))))
+    for form in ("f32", "mlx"):
+        fail("inspect", "--show", "hf", "--as", form, path, naming=["hf", *naming])
+    succeed("materialize", path, tmp_path / "out")
 
 
 @pytest.mark.parametrize("key", ["attention.head_count", "embedding_length", "context_length", "attention.layer_norm_rms_epsilon"])

@@ -3,8 +3,11 @@
 
 use super::Constant::{Number, Text};
 use super::Row::{Experts, KeyValueUp, Linear, Maybe, Norm, Precise, Router};
-use super::Setting::{Count, FlagOr, Found, HasBias, Is};
+use super::Setting::{Count, FlagOr, Found, HasBiases, Is};
 use super::{Architecture, EXPERTS, InMlx, MLP, Row, values};
+
+/// What has a bias if `attention_bias` is set.
+const BIASED: &[&str] = &["attn_q_a", "attn_kv_a_mqa", "attn_output"];
 
 const V2_LAYER: &[Row] = &layer(InMlx::Whole);
 const V3_LAYER: &[Row] = &layer(InMlx::Split);
@@ -61,7 +64,7 @@ pub static DEEPSEEK_V2: Architecture = Architecture {
         ("qk_rope_head_dim", Count("rope.dimension_count")),
         ("qk_nope_head_dim", Found(values::plain_head_dim)),
         ("v_head_dim", Found(values::value_head_dim)),
-        ("attention_bias", HasBias("attn_q_a")),
+        ("attention_bias", HasBiases(BIASED)),
         ("n_routed_experts", Count("expert_count")),
         ("num_experts_per_tok", Found(values::experts_used)),
         ("moe_intermediate_size", Found(values::expert_width)),
@@ -93,7 +96,7 @@ pub static DEEPSEEK_V3: Architecture = Architecture {
         ("qk_rope_head_dim", Count("rope.dimension_count")),
         ("qk_nope_head_dim", Found(values::plain_head_dim)),
         ("v_head_dim", Found(values::value_head_dim)),
-        ("attention_bias", HasBias("attn_q_a")),
+        ("attention_bias", HasBiases(BIASED)),
         ("n_routed_experts", Count("expert_count")),
         ("num_experts_per_tok", Found(values::experts_used)),
         ("moe_intermediate_size", Found(values::expert_width)),

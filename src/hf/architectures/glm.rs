@@ -2,8 +2,8 @@
 
 use super::Constant::Text;
 use super::Row::{Experts, Linear, Maybe, Norm, Precise, Router};
-use super::Setting::{Count, FlagOr, Found, HasBias, HasTensor, Is};
-use super::{Architecture, EXPERTS, MLP, Row, values};
+use super::Setting::{Count, FlagOr, Found, HasBiases, HasTensor, Is};
+use super::{Architecture, EXPERTS, MLP, QKV, Row, values};
 
 /// A layer that predicts the token after the next one (MTP).
 pub(super) const PREDICTS_FURTHER: &[Row] = &[
@@ -44,7 +44,7 @@ pub static GLM4_MOE: Architecture = Architecture {
         ("intermediate_size", Found(values::dense_width)),
         ("head_dim", Found(values::head_dim)),
         ("partial_rotary_factor", Found(values::rotary_share)),
-        ("attention_bias", HasBias("attn_q")),
+        ("attention_bias", HasBiases(QKV)),
         ("use_qk_norm", HasTensor("attn_q_norm.weight")),
         ("n_routed_experts", Count("expert_count")),
         ("num_experts_per_tok", Found(values::experts_used)),

@@ -1,7 +1,7 @@
 //! gpt-oss: sliding and full attention in turn, learned sinks, biases everywhere.
 
 use super::Constant::{Flag, Real};
-use super::Row::{Experts, Linear, Norm, Vector};
+use super::Row::{Biased, Experts, Norm, Vector};
 use super::Setting::{Count, Found, Is};
 use super::{Architecture, Experts as Names, InCheckpoint, values};
 
@@ -12,16 +12,16 @@ pub static GPT_OSS: Architecture = Architecture {
     model_type: "gpt_oss",
     every_layer: &[
         Norm("attn_norm", "input_layernorm"),
-        Linear("attn_q", "self_attn.q_proj"),
-        Linear("attn_k", "self_attn.k_proj"),
-        Linear("attn_v", "self_attn.v_proj"),
-        Linear("attn_output", "self_attn.o_proj"),
+        Biased("attn_q", "self_attn.q_proj"),
+        Biased("attn_k", "self_attn.k_proj"),
+        Biased("attn_v", "self_attn.v_proj"),
+        Biased("attn_output", "self_attn.o_proj"),
         Vector("attn_sinks.weight", "self_attn.sinks"),
         Norm("post_attention_norm", "post_attention_layernorm"),
     ],
     dense_layer: &[],
     moe_layer: &[
-        Linear("ffn_gate_inp", "mlp.router"),
+        Biased("ffn_gate_inp", "mlp.router"),
         Experts(Names {
             checkpoint: InCheckpoint::Interleaved("mlp.experts"),
             mlx: "mlp.experts",

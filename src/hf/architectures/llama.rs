@@ -1,8 +1,8 @@
 //! Llama and Mixtral, which share an architecture in GGUF.
 
 use super::Row::{Experts, Linear, Norm, Rotary};
-use super::Setting::{Count, Found, HasBias};
-use super::{Architecture, BLOCK_SPARSE_EXPERTS, Heads, MLP, Row, values};
+use super::Setting::{Count, Found, HasBiases};
+use super::{Architecture, BLOCK_SPARSE_EXPERTS, Heads, MLP, QKV_OUTPUT, Row, values};
 
 const EVERY_LAYER: &[Row] = &[
     Norm("attn_norm", "input_layernorm"),
@@ -25,8 +25,8 @@ pub static LLAMA: Architecture = Architecture {
     config: &[
         ("intermediate_size", Found(values::dense_width)),
         ("head_dim", Found(values::head_dim)),
-        ("attention_bias", HasBias("attn_q")),
-        ("mlp_bias", HasBias("ffn_down")),
+        ("attention_bias", HasBiases(QKV_OUTPUT)),
+        ("mlp_bias", HasBiases(&["ffn_gate", "ffn_up", "ffn_down"])),
     ],
 };
 

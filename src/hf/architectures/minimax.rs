@@ -1,7 +1,7 @@
 //! MiniMax M2: rotary embeddings on a part of each head, norms of queries and keys over all heads.
 
 use super::Constant::{Flag, Number, Text};
-use super::Row::{Experts, Linear, Norm, Precise};
+use super::Row::{Experts, Linear, Norm, Precise, WideNorm};
 use super::Setting::{Count, Found, Is};
 use super::{Architecture, BLOCK_SPARSE_EXPERTS, values};
 
@@ -16,8 +16,8 @@ pub static MINIMAX_M2: Architecture = Architecture {
         Linear("attn_k", "self_attn.k_proj"),
         Linear("attn_v", "self_attn.v_proj"),
         Linear("attn_output", "self_attn.o_proj"),
-        Norm("attn_q_norm", "self_attn.q_norm"),
-        Norm("attn_k_norm", "self_attn.k_norm"),
+        WideNorm("attn_q_norm", "self_attn.q_norm"),
+        WideNorm("attn_k_norm", "self_attn.k_norm"),
         Norm("ffn_norm", "post_attention_layernorm"),
     ],
     dense_layer: &[],

@@ -38,13 +38,48 @@ pub(super) struct Architecture {
     pub config: &'static [(&'static str, Setting)],
 }
 
+impl Architecture {
+    /// Whether the class has a bias there, always or as config.json says. The module is that of the
+    /// GGUF.
+    pub fn has_bias(&self, module: &str) -> bool {
+        let is_of = |name: &&str| match module {
+            "attn_qkv" => QKV.contains(name),
+            module => *name == module,
+        };
+        let is_stated = self.config.iter().any(|(_, setting)| match setting {
+            Setting::HasBiases(names) => names.iter().any(is_of),
+            _ => false,
+        });
+        is_stated
+            || self.rows().any(|row| match row {
+                Row::Biased(name, _) => is_of(name),
+                Row::Experts(experts) => experts.are_biased() && module.ends_with("_exps"),
+                _ => false,
+            })
+    }
+
+    /// Whether queries and keys are normalised over all heads at once.
+    pub fn has_wide_norms(&self) -> bool {
+        self.rows().any(|row| matches!(row, Row::WideNorm(..)))
+    }
+
+    fn rows(&self) -> impl Iterator<Item = &'static Row> {
+        let rows = [self.every_layer, self.dense_layer, self.moe_layer];
+        rows.into_iter().flatten()
+    }
+}
+
 /// What one tensor of the GGUF, or a few that belong together, become.
 pub(super) enum Row {
     /// The scale of a norm: one dimension.
     Norm(&'static str, &'static str),
-    /// A matrix, and its bias if it has one.
+    /// The same for queries or keys, over all heads at once rather than head by head.
+    WideNorm(&'static str, &'static str),
+    /// A matrix, and its bias if config.json says that it has one.
     Linear(&'static str, &'static str),
-    /// The same, where some models of the architecture do without.
+    /// A matrix that has a bias in every model of the architecture.
+    Biased(&'static str, &'static str),
+    /// The same, where some models of the architecture do without, in all layers.
     Maybe(&'static Row),
     /// A matrix of one row, whose GGUF may have forgotten that dimension.
     SingleLine(&'static str, &'static str),
@@ -62,6 +97,25 @@ pub(super) enum Row {
     Experts(Experts),
     /// `kv_b_proj`, which llama.cpp splits in two, one of them transposed.
     KeyValueUp(InMlx),
+}
+
+impl Row {
+    /// The tensor of the GGUF, or one of them, without the number of its layer.
+    pub fn tensor(&self) -> String {
+        match *self {
+            Self::Maybe(row) => row.tensor(),
+            Self::Vector(name, _) | Self::Precise(name, _) => name.to_owned(),
+            Self::Norm(name, _)
+            | Self::WideNorm(name, _)
+            | Self::Linear(name, _)
+            | Self::Biased(name, _)
+            | Self::SingleLine(name, _)
+            | Self::Rotary(name, ..)
+            | Self::Router(name, _) => format!("{name}.weight"),
+            Self::Experts(_) => "ffn_down_exps.weight".to_owned(),
+            Self::KeyValueUp(_) => "attn_kv_b.weight".to_owned(),
+        }
+    }
 }
 
 /// What mlx-lm makes of `kv_b_proj`.
@@ -87,6 +141,13 @@ pub(super) struct Experts {
     pub mlx: &'static str,
 }
 
+impl Experts {
+    /// Only gpt-oss has biases there.
+    pub fn are_biased(&self) -> bool {
+        matches!(self.checkpoint, InCheckpoint::Interleaved(_))
+    }
+}
+
 /// Experts as the checkpoint has them.
 #[derive(Clone, Copy)]
 pub(super) enum InCheckpoint {
@@ -106,8 +167,8 @@ pub(super) enum Setting {
     Is(Constant),
     /// Whether a tensor of a layer is there.
     HasTensor(&'static str),
-    /// Whether a matrix of a layer has a bias.
-    HasBias(&'static str),
+    /// Whether these matrices have biases: all of them, in all layers, or none.
+    HasBiases(&'static [&'static str]),
     Found(fn(&Facts) -> Result<Json, HfError>),
 }
 
@@ -122,7 +183,7 @@ use Setting::{Count, Found, Is};
 
 /// What config.json holds for every architecture.
 pub(super) const COMMON: &[(&str, Setting)] = &[
-    ("hidden_size", Found(values::hidden)),
+    ("hidden_size", Count("embedding_length")),
     ("num_hidden_layers", Found(values::layers)),
     ("num_attention_heads", Count("attention.head_count")),
     ("num_key_value_heads", Found(values::key_value_heads)),
@@ -173,6 +234,9 @@ pub(super) fn of(facts: &Facts) -> Option<&'static Architecture> {
 fn always(_: &Facts) -> bool {
     true
 }
+
+const QKV: &[&str] = &["attn_q", "attn_k", "attn_v"];
+const QKV_OUTPUT: &[&str] = &["attn_q", "attn_k", "attn_v", "attn_output"];
 
 /// The dense feed-forward network of nearly all of them.
 const MLP: &[Row] = &[

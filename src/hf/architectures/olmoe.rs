@@ -1,9 +1,9 @@
 //! OLMoE: queries and keys are normalised over all heads at once.
 
 use super::Constant::Flag;
-use super::Row::{Experts, Linear, Norm};
-use super::Setting::{Count, Found, HasBias, Is};
-use super::{Architecture, EXPERTS, values};
+use super::Row::{Experts, Linear, Norm, WideNorm};
+use super::Setting::{Count, Found, HasBiases, Is};
+use super::{Architecture, EXPERTS, QKV_OUTPUT, values};
 
 pub static OLMOE: Architecture = Architecture {
     gguf: "olmoe",
@@ -16,8 +16,8 @@ pub static OLMOE: Architecture = Architecture {
         Linear("attn_k", "self_attn.k_proj"),
         Linear("attn_v", "self_attn.v_proj"),
         Linear("attn_output", "self_attn.o_proj"),
-        Norm("attn_q_norm", "self_attn.q_norm"),
-        Norm("attn_k_norm", "self_attn.k_norm"),
+        WideNorm("attn_q_norm", "self_attn.q_norm"),
+        WideNorm("attn_k_norm", "self_attn.k_norm"),
         Norm("ffn_norm", "post_attention_layernorm"),
     ],
     dense_layer: &[],
@@ -25,7 +25,7 @@ pub static OLMOE: Architecture = Architecture {
     extra_layer: &[],
     config: &[
         ("intermediate_size", Found(values::expert_width)),
-        ("attention_bias", HasBias("attn_q")),
+        ("attention_bias", HasBiases(QKV_OUTPUT)),
         ("clip_qkv", Found(values::clamp)),
         ("num_experts", Count("expert_count")),
         ("num_experts_per_tok", Found(values::experts_used)),

@@ -1,11 +1,21 @@
 //! Qwen2 and Qwen3, with and without experts.
 
 use super::Constant::{Flag, Number};
-use super::Row::{Experts, Linear, Norm, SingleLine};
-use super::Setting::{Count, Found, HasBias, Is};
-use super::{Architecture, EXPERTS, MLP, Row, values};
+use super::Row::{Biased, Experts, Linear, Norm, SingleLine};
+use super::Setting::{Count, Found, HasBiases, Is};
+use super::{Architecture, EXPERTS, MLP, QKV, QKV_OUTPUT, Row, values};
 
+/// Queries, keys and values have biases.
 const QWEN2_LAYER: &[Row] = &[
+    Norm("attn_norm", "input_layernorm"),
+    Biased("attn_q", "self_attn.q_proj"),
+    Biased("attn_k", "self_attn.k_proj"),
+    Biased("attn_v", "self_attn.v_proj"),
+    Linear("attn_output", "self_attn.o_proj"),
+    Norm("ffn_norm", "post_attention_layernorm"),
+];
+
+const QWEN2_MOE_LAYER: &[Row] = &[
     Norm("attn_norm", "input_layernorm"),
     Linear("attn_q", "self_attn.q_proj"),
     Linear("attn_k", "self_attn.k_proj"),
@@ -53,7 +63,7 @@ pub static QWEN3: Architecture = Architecture {
     config: &[
         ("intermediate_size", Found(values::dense_width)),
         ("head_dim", Found(values::head_dim)),
-        ("attention_bias", HasBias("attn_q")),
+        ("attention_bias", HasBiases(QKV_OUTPUT)),
         ("use_sliding_window", Is(Flag(false))),
     ],
 };
@@ -63,7 +73,7 @@ pub static QWEN2_MOE: Architecture = Architecture {
     is: super::always,
     class: "Qwen2MoeForCausalLM",
     model_type: "qwen2_moe",
-    every_layer: QWEN2_LAYER,
+    every_layer: QWEN2_MOE_LAYER,
     dense_layer: MLP,
     moe_layer: &[
         Linear("ffn_gate_inp", "mlp.gate"),
@@ -84,7 +94,7 @@ pub static QWEN2_MOE: Architecture = Architecture {
             Found(values::shared_width),
         ),
         ("norm_topk_prob", Is(Flag(false))),
-        ("qkv_bias", HasBias("attn_q")),
+        ("qkv_bias", HasBiases(QKV)),
         ("decoder_sparse_step", Is(Number(1))),
         ("mlp_only_layers", Found(values::dense_layers)),
         ("use_sliding_window", Is(Flag(false))),
@@ -107,7 +117,7 @@ pub static QWEN3_MOE: Architecture = Architecture {
         ("num_experts_per_tok", Found(values::experts_used)),
         ("moe_intermediate_size", Found(values::expert_width)),
         ("norm_topk_prob", Is(Flag(true))),
-        ("attention_bias", HasBias("attn_q")),
+        ("attention_bias", HasBiases(QKV_OUTPUT)),
         ("decoder_sparse_step", Is(Number(1))),
         ("mlp_only_layers", Found(values::dense_layers)),
         ("use_sliding_window", Is(Flag(false))),

@@ -33,7 +33,7 @@ impl<'a> List<'a> {
         }
         let stacks: [Stack; 3] = found.try_into().unwrap_or_else(|_| unreachable!());
         match (self.naming, names.checkpoint) {
-            (Naming::Mlx, _) => self.stacked(layer, names.mlx, &stacks),
+            (Naming::Mlx, _) => self.stacked(layer, names, &stacks),
             (_, InCheckpoint::Each(module, names)) => self.each(layer, module, names, &stacks),
             (_, InCheckpoint::Interleaved(module)) => self.interleaved(layer, module, &stacks),
         }
@@ -98,7 +98,8 @@ impl<'a> List<'a> {
     }
 
     /// All experts of a layer in one tensor, as mlx-lm has them.
-    fn stacked(&mut self, layer: u64, module: &str, stacks: &[Stack; 3]) -> Result<(), HfError> {
+    fn stacked(&mut self, layer: u64, names: Experts, stacks: &[Stack; 3]) -> Result<(), HfError> {
+        let module = names.mlx;
         let projections = ["gate_proj", "down_proj", "up_proj"];
         for (stack, projection) in stacks.iter().zip(projections) {
             let [experts, rows, columns] = stack.shape();
@@ -107,13 +108,12 @@ impl<'a> List<'a> {
             let shape = [experts, rows, columns];
             self.add(Place::Layer(layer), &name, &shape, pieces)?;
         }
-        for (matrix, projection) in [Matrix::Gate, Matrix::Down, Matrix::Up]
-            .into_iter()
-            .zip(projections)
-        {
-            let Some((rows, [experts, length])) = self.expert_bias(layer, matrix)? else {
-                continue;
-            };
+        if !names.are_biased() {
+            return Ok(());
+        }
+        let matrices = [Matrix::Gate, Matrix::Down, Matrix::Up];
+        for (matrix, projection) in matrices.into_iter().zip(projections) {
+            let (rows, [experts, length]) = self.expert_bias(layer, matrix)?;
             let name = format!("model.layers.{layer}.{module}.{projection}.bias");
             self.add(Place::Layer(layer), &name, &[experts, length], rows)?;
         }
@@ -179,13 +179,8 @@ impl<'a> List<'a> {
         let pieces = pieces.collect();
         self.add(place, &name("down_proj"), &[experts, inner, out], pieces)?;
 
-        let bias = |list: &mut Self, matrix| {
-            let bias = list.expert_bias(layer, matrix)?;
-            let name = format!("blk.{layer}.ffn_{}_exps.bias", word(matrix));
-            bias.ok_or(HfError::MissingTensor(name))
-        };
-        let (gate, [experts, inner]) = bias(self, Matrix::Gate)?;
-        let (up, _) = bias(self, Matrix::Up)?;
+        let (gate, [experts, inner]) = self.expert_bias(layer, Matrix::Gate)?;
+        let (up, _) = self.expert_bias(layer, Matrix::Up)?;
         let split = |pieces: &[Piece], expert: u64| {
             let mut all = pieces.iter().flat_map(Piece::rows);
             let run = all.next().expect("a piece has rows");
@@ -200,27 +195,23 @@ impl<'a> List<'a> {
         let pieces = pairs.collect();
         let shape = [experts, 2 * inner];
         self.add(place, &name("gate_up_proj_bias"), &shape, pieces)?;
-        let (down, [experts, out]) = bias(self, Matrix::Down)?;
+        let (down, [experts, out]) = self.expert_bias(layer, Matrix::Down)?;
         self.add(place, &name("down_proj_bias"), &[experts, out], down)
     }
 
     /// The biases of all experts of a layer: their rows, and their number and length.
-    #[expect(clippy::type_complexity, reason = "it is taken apart at once")]
     fn expert_bias(
         &mut self,
         layer: u64,
         matrix: Matrix,
-    ) -> Result<Option<(Vec<Piece>, [u64; 2])>, HfError> {
-        let name = format!("ffn_{}_exps.bias", word(matrix));
-        let Some(found) = self.facts.of_layer(layer, &name) else {
-            return Ok(None);
-        };
+    ) -> Result<(Vec<Piece>, [u64; 2]), HfError> {
+        let found = self.needed(&format!("blk.{layer}.ffn_{}_exps.bias", word(matrix)))?;
         let [length, experts, third, fourth] = found.info.ne;
         if experts != self.facts.keys.count("expert_count")? || (third, fourth) != (1, 1) {
             return Err(found.wrong("it should hold one row for each expert"));
         }
         let all = self.all(found, length);
-        Ok(Some((all, [experts, length])))
+        Ok((all, [experts, length]))
     }
 }
 
