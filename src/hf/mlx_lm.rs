@@ -1,7 +1,10 @@
-//! What mlx-lm's classes pass over, or cannot load, of what config.json says. Those of transformers
-//! read it, so it is there, and whoever asks for the names of mlx-lm is warned.
+//! What mlx-lm's classes pass over, or cannot load, of what a directory holds. Those of transformers
+//! can, so it is there, and whoever asks for the names of mlx-lm is warned.
 
 use serde_json::{Map, Value as Json};
+
+use super::HfError;
+use super::facts::Facts;
 
 /// Models whose rotary positions mlx-lm does not scale.
 const UNSCALED: [&str; 5] = [
@@ -11,10 +14,46 @@ const UNSCALED: [&str; 5] = [
     "glm4_moe",
     "minimax_m2",
 ];
-
 /// What is to be said of a `model_type` with this config.json.
-pub(super) fn warnings(kind: &str, config: &Map<String, Json>) -> Vec<String> {
-    scaling(kind, &config["rope_scaling"]).into_iter().collect()
+pub(super) fn warnings(
+    facts: &Facts,
+    kind: &str,
+    config: &Map<String, Json>,
+) -> Result<Vec<String>, HfError> {
+    let is = |key: &str, flag: bool| config.get(key) == Some(&flag.into());
+    let number = |key: &str| config.get(key).and_then(Json::as_u64);
+    let heads = number("num_attention_heads").zip(number("head_dim"));
+    let is_uncorrected = facts.has_experts() && facts.first("exp_probs_b.bias")?.is_none();
+    let mut said: Vec<_> = scaling(kind, &config["rope_scaling"]).into_iter().collect();
+    if config.get("clip_qkv").is_some_and(|clip| !clip.is_null()) {
+        said.push(format!(
+            "mlx-lm computes {kind} without the clip_qkv that config.json has"
+        ));
+    }
+    for (fails, of_what) in [
+        (
+            kind == "mixtral"
+                && heads.is_some_and(|(n, width)| number("hidden_size") != Some(n * width)),
+            "whose heads are wider or narrower than hidden_size",
+        ),
+        (
+            kind == "deepseek_v3" && is_uncorrected,
+            "without e_score_correction_bias",
+        ),
+        (
+            ["qwen3", "qwen3_moe"].contains(&kind) && is("attention_bias", true),
+            "with biases of attention",
+        ),
+        (
+            kind == "qwen2_moe" && is("qkv_bias", false),
+            "without biases of attention",
+        ),
+    ] {
+        if fails {
+            said.push(format!("mlx-lm fails to load {kind} {of_what}"));
+        }
+    }
+    Ok(said)
 }
 
 fn scaling(kind: &str, scaling: &Json) -> Option<String> {
@@ -28,6 +67,9 @@ fn scaling(kind: &str, scaling: &Json) -> Option<String> {
         )),
         (_, Some(_)) if UNSCALED.contains(&kind) => Some(format!(
             "mlx-lm computes {kind} without the rope_scaling that config.json has"
+        )),
+        (_, Some(_)) if scaling.get("attention_factor").is_some() => Some(format!(
+            "mlx-lm computes {kind} without the attention_factor of rope_scaling"
         )),
         _ => None,
     }

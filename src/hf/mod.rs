@@ -101,7 +101,8 @@ impl Directory {
         config.extend(tokenizer.ids);
         let mut warnings = tokenizer.warnings;
         if naming == Naming::Mlx {
-            warnings.extend(mlx_lm::warnings(architecture.model_type, &config));
+            let kind = architecture.model_type;
+            warnings.extend(mlx_lm::warnings(&facts, kind, &config)?);
         }
         let unread = facts.keys.unread();
         if !unread.is_empty() {

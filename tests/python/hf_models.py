@@ -339,6 +339,10 @@ def sized(name, **sizes):
         return KINDS[name]()
 
 
+# One of each.
+MODEL_TYPES = {kind().config["model_type"]: kind for kind in reversed(KINDS.values())}
+
+
 def weights(kind, seed=7, deviation=0.2):
     """The tensors of a checkpoint, in F32; norms are about 1."""
     random = np.random.default_rng(seed)
