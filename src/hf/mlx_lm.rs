@@ -14,6 +14,20 @@ const UNSCALED: [&str; 5] = [
     "glm4_moe",
     "minimax_m2",
 ];
+/// Models whose head mlx-lm never ties to the embeddings.
+const UNTIED: [&str; 5] = [
+    "qwen2_moe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe",
+    "gpt_oss",
+];
+
+/// Whether the class of a `model_type` needs `lm_head.weight`, also if it is that of the embeddings.
+pub(super) fn needs_head(kind: &str) -> bool {
+    UNTIED.contains(&kind)
+}
+
 /// What is to be said of a `model_type` with this config.json.
 pub(super) fn warnings(
     facts: &Facts,

@@ -20,7 +20,7 @@ struct Run {
 
 pub(super) fn check(model: &ModelHeader, tensors: &Tensors) -> Result<(), HfError> {
     let mut runs = Vec::new();
-    for (_, entry) in &tensors.entries {
+    for (_, entry) in tensors.entries.iter().filter(|(_, entry)| !entry.repeats) {
         for tensor in entry.tensors() {
             runs.extend(tensor.pieces.iter().flat_map(|piece| piece.rows()).map(run));
         }

@@ -61,6 +61,8 @@ pub(super) struct Entry {
     pub(super) experts: Option<(u32, u64)>,
     pub(super) precise: bool,
     pub(super) is_layer: bool,
+    /// Whether another tensor has the same rows: a head that is tied to the embeddings.
+    pub(super) repeats: bool,
 }
 
 /// A tensor of the directory.

@@ -18,6 +18,7 @@ use self::attention::{Share, attention_share};
 use super::HfError;
 use super::architectures::{Architecture, Heads, Row};
 use super::facts::{Facts, Found, in_layer};
+use super::mlx_lm;
 use super::pieces::{Entry, Piece, Rows};
 use super::rope;
 
@@ -69,7 +70,7 @@ pub(super) fn list(
         pieces: 0,
         count: 0,
     };
-    list.whole_model()?;
+    list.whole_model(architecture.model_type)?;
     for layer in facts.layer_numbers()? {
         list.layer(layer, architecture, &[])?;
     }
@@ -105,11 +106,15 @@ struct List<'a> {
 }
 
 impl<'a> List<'a> {
-    fn whole_model(&mut self) -> Result<(), HfError> {
+    fn whole_model(&mut self, kind: &str) -> Result<(), HfError> {
         self.linear_at(Place::Embeddings, "token_embd", "model.embed_tokens")?;
         self.norm_at(Place::Head, "output_norm", "model.norm")?;
         if self.facts.tensor("output.weight").is_some() {
             self.linear_at(Place::Head, "output", "lm_head")?;
+        } else if self.naming == Naming::Mlx && mlx_lm::needs_head(kind) {
+            self.linear_at(Place::Head, "token_embd", "lm_head")?;
+            let (_, entry) = self.tensors.entries.last_mut().expect("it was just added");
+            entry.repeats = true;
         }
         if let Some(found) = self.facts.tensor(rope::FACTORS) {
             self.leave_out(found, EXPRESSED);
@@ -274,6 +279,7 @@ impl<'a> List<'a> {
             pieces: joined(pieces).into(),
             experts: None,
             precise: false,
+            repeats: false,
             is_layer: shape.len() > 1 && name.ends_with(".weight"),
         };
         self.tensors.entries.push((place, entry));

@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType as Type
 from mlx_lm import utils
 from safetensors import safe_open
 
-from hf_models import KINDS, LAYERS, VOCABULARY, weights, write_checkpoint, write_gguf
+from hf_models import KINDS, LAYERS, MODEL_TYPES, VOCABULARY, weights, write_checkpoint, write_gguf
 from odmoe import REPO, promises, succeed
 
 PAGE = (REPO / "docs/MODELS.md").read_text()
@@ -56,7 +56,7 @@ def made(request, tmp_path_factory):
 
 
 @promises(
-    "Every row of every tensor of the model is in exactly one tensor of `hf/`, or its tensor is listed as left out with the reason."
+    "Every row of every tensor of the model is in exactly one tensor of `hf/`, or its tensor is listed as left out with the reason; where mlx-lm needs a head of its own, one that is tied to the embeddings is there again."
 )
 @pytest.mark.parametrize("form", ["f32", "f16", "bf16"])
 def test_every_tensor_of_the_checkpoint_comes_back(made, form, tmp_path):
@@ -95,6 +95,23 @@ def test_mlx_computes_the_same_from_stacks(made, tmp_path):
     folder, _, _ = made
     stacked = shown(folder / "model.gguf", tmp_path / "mlx", "--as", "mlx", "--scales", "f32")
     assert np.allclose(logits(folder / "checkpoint"), logits(stacked), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODEL_TYPES)
+def test_mlx_loads_heads_that_are_tied_to_the_embeddings(name, tmp_path):
+    """Some of its classes have a head of their own all the same."""
+    kind = MODEL_TYPES[name]()
+    tensors, words = weights(kind), "model.embed_tokens.weight"
+    tensors[words] = gguf.quants.dequantize(gguf.quants.quantize(tensors[words], Type.Q8_0), Type.Q8_0)
+    untied = tensors | {"lm_head.weight": tensors[words]}
+    write_checkpoint(tmp_path / "checkpoint", kind.config | {"tie_word_embeddings": False}, untied)
+    tensors.pop("lm_head.weight", None)
+    for ggml_type in (None, Type.Q8_0):
+        path, out = tmp_path / f"{ggml_type}.gguf", tmp_path / f"{ggml_type}"
+        write_gguf(path, kind, tensors, lambda name: ggml_type if name == "token_embd.weight" else None)
+        tied = shown(path, out, "--as", "mlx", "--scales", "f32")
+        assert json.loads((tied / "config.json").read_text())["tie_word_embeddings"] is True
+        assert np.allclose(logits(tmp_path / "checkpoint"), logits(tied), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("ggml_type", [Type.Q8_0, Type.Q4_0, Type.MXFP4], ids=lambda t: t.name)
