@@ -169,38 +169,54 @@ impl Llama3 {
         };
         let fits = |kind: &Self| kind.gives(factors, theta);
         let known = [8192, 4096, 2048, 16384, 32768, 131_072].map(published);
-        known.into_iter().find(fits).or_else(|| {
-            let found = Self::solve(factors, theta, factor)?;
-            fits(&found).then_some(found)
-        })
+        let known = known.into_iter().find(fits);
+        known.or_else(|| Self::solve(factors, theta, factor).into_iter().find(fits))
     }
 
-    /// Two waves between the bounds determine both of them.
-    fn solve(factors: &[f32], theta: f32, factor: f32) -> Option<Self> {
+    /// Parameters that may give these factors. Between the bounds, what a wave keeps of its
+    /// frequency lies on a line, so two waves there determine both bounds.
+    fn solve(factors: &[f32], theta: f32, factor: f32) -> Vec<Self> {
         let waves = wavelengths(factors.len(), theta);
+        let waves = || factors.iter().copied().zip(waves.iter().copied());
         // 1 / ((1 - s) / factor + s), with s = (original / wave - low) / (high - low)
         let share = |f: f32| {
             let (f, factor) = (f64::from(f), f64::from(factor));
             (1.0 / f - 1.0 / factor) / (1.0 - 1.0 / factor)
         };
-        let between = factors.iter().zip(&waves);
-        let mut between = between.filter(|(f, _)| **f > 1.0 && **f < factor);
-        let (first, last) = (between.next()?, between.next_back()?);
-        let points = [first, last].map(|(f, wave)| (1.0 / wave, share(*f)));
-        let slope = (points[1].1 - points[0].1) / (points[1].0 - points[0].0);
-        let offset = slope * points[0].0 - points[0].1;
-        // slope = original / (high - low), offset = low / (high - low); only ratios are determined.
-        let low = 1.0;
-        let high = low + low / offset;
-        let original = (slope * (high - low)).round();
-        let high = (high * 1e4).round() / 1e4;
-        let sane = (1.0..1e9).contains(&original) && high > low && high.is_finite();
-        sane.then_some(Self {
+        let between = waves().filter(|(f, _)| *f > 1.0 && *f < factor);
+        let between: Vec<_> = between.map(|(f, wave)| (1.0 / wave, share(f))).collect();
+        if let [first, .., last] = between[..] {
+            let [low, high] = bounds(first, last);
+            // Only ratios are determined.
+            let original = (1.0 / low).round();
+            let high = (high / low * 1e4).round() / 1e4;
+            let is_sane = (1.0..1e9).contains(&original) && high > 1.0 && high.is_finite();
+            return is_sane
+                .then_some(Self::bounded(factor, original, [1.0, high]))
+                .into_iter()
+                .collect();
+        }
+        // One or none leave a choice, and any choice gives the same factors: that a bound is at the
+        // next wave, or just before it, since mlx-lm does not stretch a wave of just that length.
+        let short = waves().rfind(|(f, _)| *f == 1.0);
+        let long = waves().find(|(f, _)| *f == factor);
+        let short = short.map(|(_, wave)| (1.0 / wave, 1.0));
+        let long = long.map(|(_, wave)| (1.0 / (0.999 * wave), 0.0));
+        let points: Vec<_> = short.into_iter().chain(between).chain(long).collect();
+        let pairs = points.windows(2).map(|pair| bounds(pair[0], pair[1]));
+        let original = 8192.0;
+        pairs
+            .map(|ends| Self::bounded(factor, original, ends.map(|end| end * original)))
+            .collect()
+    }
+
+    fn bounded(factor: f32, original: f64, [low, high]: [f64; 2]) -> Self {
+        Self {
             factor,
             low,
             high,
             original: original as u64,
-        })
+        }
     }
 
     fn gives(&self, factors: &[f32], theta: f32) -> bool {
@@ -222,6 +238,12 @@ impl Llama3 {
             (f64::from(found) - expected).abs() <= 1e-4 * expected
         })
     }
+}
+
+/// Where the line through two points is 0 and where it is 1.
+fn bounds(a: (f64, f64), b: (f64, f64)) -> [f64; 2] {
+    let slope = (b.1 - a.1) / (b.0 - a.0);
+    [0.0, 1.0].map(|share| a.0 + (share - a.1) / slope)
 }
 
 /// The length of the wave of each pair of dimensions, in tokens.
@@ -273,11 +295,32 @@ mod tests {
     }
 
     #[test]
+    fn factors_of_few_waves_between_the_bounds_are_met() {
+        // The factor, the bounds, what they are of, the base of the waves, their number.
+        for (factor, low, high, original, theta, pairs) in [
+            (3.5, 2.0, 4.0, 2048, 1e6, 32),
+            (3.5, 1.0, 1.05, 5000, 1e6, 32),
+            (16.0, 1.0, 4.0, 3000, 1e6, 8),
+            (8.0, 1.0, 1.2, 100, 1e4, 16),
+        ] {
+            let kind = Llama3 {
+                factor,
+                low,
+                high,
+                original,
+            };
+            let factors = factors(kind, pairs, theta);
+            assert!(factors.iter().filter(|&&f| f > 1.0 && f < factor).count() < 2);
+            assert!(Llama3::of(&factors, theta).is_some());
+        }
+    }
+
+    #[test]
     fn factors_of_another_kind_are_not_taken_for_llama_3s() {
         let made_up: Vec<f32> = (0..32).map(|n| 1.0 + (n % 5) as f32).collect();
         assert_eq!(Llama3::of(&made_up, 10_000.0), None);
         assert_eq!(Llama3::of(&[f32::NAN; 8], 10_000.0), None);
-        assert_eq!(Llama3::of(&[8.0, 3.0, 1.0], 1e-9), None);
+        assert_eq!(Llama3::of(&[1.0, 8.0, 3.0, 1.0], 1e-9), None);
     }
 
     #[test]

@@ -12,7 +12,9 @@ from gguf import GGMLQuantizationType as Type
 from mlx_lm import utils
 from safetensors import safe_open
 
-from hf_models import KINDS, LAYERS, MODEL_TYPES, VOCABULARY, weights, write_checkpoint, write_gguf
+from hf_models import (
+    KINDS, LAYERS, LLAMA_3, MODEL_TYPES, VOCABULARY, factors, llama, weights, write_checkpoint, write_gguf,
+)  # fmt: skip
 from odmoe import REPO, promises, succeed
 
 PAGE = (REPO / "docs/MODELS.md").read_text()
@@ -95,6 +97,21 @@ def test_mlx_computes_the_same_from_stacks(made, tmp_path):
     folder, _, _ = made
     stacked = shown(folder / "model.gguf", tmp_path / "mlx", "--as", "mlx", "--scales", "f32")
     assert np.allclose(logits(folder / "checkpoint"), logits(stacked), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("original", [2048, 4096])
+def test_scaling_of_llama_3_with_hardly_a_wave_between_its_bounds_is_computed(original, tmp_path):
+    scaling = LLAMA_3 | {"factor": 3.5, "low_freq_factor": 2.0, "original_max_position_embeddings": original}
+    kind = llama(scaling=scaling)
+    between = [f for f in factors(scaling) if 1 < f < scaling["factor"]]
+    assert len(between) == (original == 4096)
+    write_checkpoint(tmp_path / "checkpoint", kind.config, weights(kind))
+    write_gguf(tmp_path / "m.gguf", kind, weights(kind))
+    directory = shown(tmp_path / "m.gguf", tmp_path / "out", "--as", "f32")
+    assert np.allclose(logits(tmp_path / "checkpoint"), logits(directory), rtol=1e-5, atol=1e-6)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"rope_scaling": None}))
+    assert not np.allclose(logits(tmp_path / "checkpoint"), logits(directory), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", MODEL_TYPES)
