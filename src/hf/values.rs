@@ -64,7 +64,12 @@ pub fn rotary_share(facts: &Facts) -> Result {
         let problem = format!("is {rotary}, but heads are {width} wide");
         return Err(facts.keys.wrong("rope.dimension_count", problem));
     }
-    Ok((rotary as f64 / width as f64).into())
+    // Loaders multiply and cut off, so that the nearest number may be a hair too small.
+    let mut share = rotary as f64 / width as f64;
+    if ((share * width as f64) as u64) < rotary {
+        share = share.next_up();
+    }
+    Ok(share.into())
 }
 
 pub fn query_rank(facts: &Facts) -> Result {
@@ -126,9 +131,13 @@ pub fn shared_experts(facts: &Facts) -> Result {
     let stated = facts.keys.number(key)?;
     let width = expert_width(facts)?.as_u64().unwrap_or(0);
     let Some(found) = facts.first(name)? else {
-        return match stated {
-            None | Some(0) => Ok(0.into()),
-            Some(_) => Err(HfError::MissingTensor(name.to_owned())),
+        let stated = stated.unwrap_or(0);
+        let with_experts = facts
+            .layer_numbers()?
+            .find(|&layer| facts.is_moe_layer(layer));
+        return match with_experts {
+            Some(layer) if stated > 0 => Err(HfError::MissingTensor(format!("blk.{layer}.{name}"))),
+            _ => Ok(stated.into()),
         };
     };
     let count = found.info.ne[0].checked_div(width).unwrap_or(0);
@@ -182,10 +191,10 @@ pub fn leading_dense_layers(facts: &Facts) -> Result {
     }
 }
 
-/// That experts are chosen by sigmoids, if the model says anything about it.
+/// That experts are chosen by sigmoids; llama.cpp takes 0 for nothing said.
 pub fn sigmoid(facts: &Facts) -> Result {
     match facts.keys.number("expert_gating_func")? {
-        None | Some(SIGMOID) => Ok("sigmoid".into()),
+        None | Some(0 | SIGMOID) => Ok("sigmoid".into()),
         Some(other) => {
             let problem = format!("is {other}, but only {SIGMOID} (sigmoid) can be expressed");
             Err(facts.keys.wrong("expert_gating_func", problem))

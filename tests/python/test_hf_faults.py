@@ -9,9 +9,8 @@ import pytest
 from gguf import GGUFValueType as Kind
 from mlx_lm import utils
 
-from hf_models import KINDS, LAYERS, MODEL_TYPES, in_gguf, value_type, weights
+from hf_models import KINDS, LAYERS, MODEL_TYPES, in_gguf, sized, value_type, weights
 from odmoe import fail, odmoe, succeed
-
 
 
 def write(path, kind, change=None, without=(), tensors=None):
@@ -310,6 +309,30 @@ def test_a_log_multiplier_that_llama_cpp_does_not_read_is_not_in_config_json(nam
     config, said = config_of(stated, tmp_path / "stated")
     assert config == config_of(write(tmp_path / "n.gguf", kind, without=[key]), tmp_path / "without")[0]
     assert (f"has no place for {kind.arch}.{key}" in said) != is_read
+
+
+def test_experts_chosen_by_0_are_chosen_as_if_nothing_were_said(tmp_path):
+    for name, function in (("glm4moe", "sigmoid"), ("deepseek_v2", "softmax")):
+        path = write(tmp_path / f"{name}.gguf", KINDS[name](), {"expert_gating_func": count(0)})
+        assert config_of(path, tmp_path / name)[0]["scoring_func"] == function
+
+
+@pytest.mark.parametrize("name", ["glm4moe", "deepseek_v3"])
+def test_a_model_without_layers_of_experts_may_say_how_many_would_be_shared(name, tmp_path):
+    kind = KINDS[name]()
+    change = {"block_count": count(1), "nextn_predict_layers": count(0), "expert_shared_count": count(2)}
+    tensors = {name: t for name, t in in_gguf(kind, weights(kind)).items() if ".1." not in name and ".2." not in name and ".3." not in name}
+    path = write(tmp_path / "m.gguf", kind, change, tensors=tensors)
+    config, _ = config_of(path, tmp_path / "out", "--as", "mlx", "--scales", "f32")
+    assert config["n_shared_experts"] == 2
+    utils.load_model(tmp_path / "out/hf")
+
+
+@pytest.mark.parametrize(("width", "rotary"), [(88, 60), (88, 30), (104, 30), (104, 60), (224, 122)])
+def test_a_share_of_a_head_gives_the_same_number_of_dimensions_when_it_is_cut_off(width, rotary, tmp_path):
+    kind = sized("glm4moe", HEAD=width)
+    config, _ = config_of(write(tmp_path / "m.gguf", kind, {"rope.dimension_count": count(rotary)}), tmp_path / "out")
+    assert int(config["head_dim"] * config["partial_rotary_factor"]) == rotary
 
 
 def test_experts_scaled_by_0_are_not_scaled_as_in_llama_cpp(tmp_path):
