@@ -20,7 +20,7 @@ use crate::computed::{self, Job, Stash};
 use crate::explain::{Explain, Hint};
 use crate::form::Form;
 use crate::gguf::{HeaderError, ModelHeader};
-use crate::hf::{self, HfError, Inputs};
+use crate::hf::Inputs;
 use crate::layout::{Arranged, Layout, LayoutError, Stored};
 use crate::predictor::reader_of_whole;
 use crate::show::Show;
@@ -148,15 +148,14 @@ impl Model {
         })
     }
 
-    /// Why no model directory can be shown of the model; `None` if one can.
-    pub fn refuses_directory(&self) -> Result<Option<HfError>, ReadError> {
+    /// Why no model directory can be shown of the model in its form; `None` if one can.
+    pub fn refuses_directory(&self) -> Result<Option<LayoutError>, ReadError> {
         let header = self.layout.model();
         let inputs = Inputs {
             rope_factors: rope_factors(header, &self.source)?,
             ..Inputs::default()
         };
-        let refused = hf::Directory::new(header, hf::Naming::Checkpoint, &inputs);
-        Ok(refused.err())
+        Ok(self.layout.refuses_directory(&inputs))
     }
 
     /// Which file of the tree each range of each part belongs to.

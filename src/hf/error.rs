@@ -49,7 +49,7 @@ fn described(architecture: &Option<String>) -> String {
     }
 }
 
-/// For what a converter wrote: another download would be the same.
+/// For what older converters did not write: another download would be the same.
 const CONVERT: &str = "convert the model again with a current llama.cpp, or leave hf out of --show";
 
 impl Explain for HfError {
@@ -64,11 +64,12 @@ impl Explain for HfError {
                 let known = known.join(", ");
                 format!("those of {known} are known; leave hf out of --show").into()
             }
-            Self::MissingKey(_)
-            | Self::Key { .. }
-            | Self::MissingTensor(_)
-            | Self::Tensor { .. } => CONVERT.into(),
-            Self::NoName(_) | Self::RopeFactors(_) | Self::TooManyTensors(_) => {
+            Self::MissingKey(_) | Self::MissingTensor(_) => CONVERT.into(),
+            Self::Key { .. }
+            | Self::Tensor { .. }
+            | Self::NoName(_)
+            | Self::RopeFactors(_)
+            | Self::TooManyTensors(_) => {
                 "leave hf out of --show; if yours is a published model, report it to odmoe-fs"
                     .into()
             }

@@ -14,7 +14,7 @@ use serde::Serialize;
 pub use self::expert::{ArrayReport, ExpertReport, ExpertTensor};
 pub use self::forms::{FormReport, FormsReport};
 pub use self::memory::Memory;
-use crate::layout::{FileKind, HF_DIRECTORY, Layout};
+use crate::layout::{FileKind, HF_DIRECTORY, Layout, LayoutError};
 use crate::model::Model;
 use crate::safetensors::{Dtype, Shape};
 use crate::tree::Extent;
@@ -184,6 +184,8 @@ pub struct DirectoryReport {
 impl DirectoryReport {
     fn new(model: &Model) -> Self {
         let reason = match model.refuses_directory() {
+            // The report says what cannot be shown.
+            Ok(Some(LayoutError::Hf(cause))) => Some(cause.to_string()),
             Ok(refusal) => refusal.map(|cause| cause.to_string()),
             Err(cause) => Some(cause.to_string()),
         };

@@ -128,6 +128,11 @@ impl Layout {
         Ok((layout, tree))
     }
 
+    /// Why no model directory can be shown in this form; `None` if one can.
+    pub(crate) fn refuses_directory(&self, inputs: &Inputs) -> Option<LayoutError> {
+        Directory::new(&self.model, self.form, inputs).err()
+    }
+
     /// The form of quantised tensors.
     pub fn form(&self) -> Form {
         self.form

@@ -280,6 +280,20 @@ def test_a_key_that_every_config_needs_is_named_when_it_is_missing(name, key, tm
     succeed("materialize", path, tmp_path / "out")
 
 
+def test_inspect_tells_of_the_form_that_it_is_given(tmp_path):
+    kind = KINDS["qwen3"]()
+    tensors = in_gguf(kind, weights(kind))
+    name = "blk.1.attn_output.weight"
+    path = write(tmp_path / "m.gguf", kind, tensors=tensors | {name: tensors[name].astype(np.float64)})
+    for form, is_possible in (("raw", True), ("f32", False), ("mlx", False)):
+        report = json.loads(succeed("inspect", "--json", "--as", form, path))["hf"]
+        assert report["possible"] is is_possible
+        assert is_possible or (name in report["reason"] and "numbers are not known" in report["reason"])
+    # A new conversion would write the same.
+    said = odmoe("mount", "--show", "hf", "--as", "mlx", path, tmp_path).stderr
+    assert name in said and "leave hf out" in said and "convert" not in said
+
+
 def config_of(path, out, *flags):
     done = odmoe("materialize", "--show", "hf", *flags, path, out)
     assert done.returncode == 0, done.stderr
