@@ -171,9 +171,11 @@ def test_an_unknown_word_is_refused(model, tmp_path):
 # --- what has no directory ------------------------------------------------------------------------------------------
 
 
-def write(path, kind, keys=None, tensors=None):
-    """Writes a GGUF whose keys or tensors are changed by functions of a dictionary."""
+def write(path, kind, keys=None, tensors=None, more=None):
+    """Writes a GGUF whose keys or tensors are changed by functions of a dictionary; `more` is given the writer."""
     writer = gguf.GGUFWriter(path, kind.arch)
+    if more:
+        more(writer)
     all_keys = dict(kind.keys)
     all_tensors = in_gguf(kind, weights(kind))
     if keys:
@@ -259,6 +261,31 @@ def test_a_tokenizer_that_is_not_known_is_said_to_be_missing(tmp_path):
     done = odmoe("materialize", "--show", "hf", path, tmp_path / "out")
     assert done.returncode == 0 and "there is no tokenizer.json" in done.stderr
     assert not (tmp_path / "out/hf/tokenizer.json").exists()
+
+
+def test_a_score_that_is_not_a_number_is_not_taken_for_0(tmp_path):
+    def sentence_piece(scores):
+        def add(writer):
+            writer.add_tokenizer_model("llama")
+            writer.add_token_list(["<unk>", "a", "b", "ab"])
+            writer.add_token_types([2, 1, 1, 1])
+            writer.add_token_scores(scores)
+
+        return add
+
+    for n, (last, is_known) in enumerate([(-1.0, True), (float("nan"), False)]):
+        path = write(tmp_path / f"{n}.gguf", qwen3moe(), more=sentence_piece([0.0, -3.0, -2.0, last]))
+        said = odmoe("materialize", "--show", "hf", path, tmp_path / f"{n}").stderr
+        assert (tmp_path / f"{n}/hf/tokenizer.json").exists() == is_known
+        assert ("no tokenizer.json: tokenizer.ggml.scores" in said) != is_known
+
+
+def test_chat_templates_beside_the_default_one_are_said_to_be_missing(tmp_path):
+    templates = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}, {"name": "rag", "template": "R"}]
+    path = write(tmp_path / "m.gguf", qwen3moe(), more=lambda writer: writer.add_chat_template(templates))
+    said = odmoe("materialize", "--show", "hf", path, tmp_path / "out").stderr
+    assert (tmp_path / "out/hf/chat_template.jinja").read_text() == "D"
+    assert "the default chat template alone, not" in said and "tool_use" in said and "rag" in said
 
 
 # --- inspect --------------------------------------------------------------------------------------------------------

@@ -72,6 +72,15 @@ pub(super) fn files(model: &ModelHeader, inputs: &Inputs) -> Files {
         made.files
             .push(("chat_template.jinja", template.as_bytes().into()));
     }
+    let keys = model.key_values.iter().map(|kv| kv.key.as_str());
+    let named = keys.filter_map(|key| key.strip_prefix(TEMPLATE)?.strip_prefix('.'));
+    let named: Vec<_> = named.collect();
+    if !named.is_empty() {
+        let named = named.join(", ");
+        made.warnings.push(format!(
+            "the directory has the default chat template alone, not {named}"
+        ));
+    }
     made
 }
 
@@ -167,8 +176,16 @@ impl<'a> Tokenizer<'a> {
             Value::F32(score) if !score.is_nan() => Some(score),
             _ => None,
         };
-        let kinds = numbers(value(KINDS), as_kind).unwrap_or_else(|| vec![NORMAL; count]);
-        let scores = numbers(value(SCORES), as_score).unwrap_or_else(|| vec![0.0; count]);
+        let kinds = match value(KINDS) {
+            None => vec![NORMAL; count],
+            kinds => numbers(kinds, as_kind)
+                .ok_or_else(|| format!("{KINDS} does not hold whole numbers alone"))?,
+        };
+        let scores = match value(SCORES) {
+            None => vec![0.0; count],
+            scores => numbers(scores, as_score)
+                .ok_or_else(|| format!("{SCORES} does not hold numbers alone"))?,
+        };
         if kinds.len() != count || scores.len() != count {
             return Err(format!(
                 "{TOKENS}, {KINDS} and {SCORES} are not of one length"
