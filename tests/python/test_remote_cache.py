@@ -13,6 +13,9 @@ from odmoe import MIB, expert_gguf, file_system, files_of, needs_root, odmoe, pr
 from remote import *  # noqa: F403
 from servers import RangeServer
 
+# Where the payload begins, or a little behind it.
+PAYLOAD = 64 << 10
+
 
 @pytest.fixture
 def model(tmp_path):
@@ -58,6 +61,22 @@ def test_a_cache_of_a_file_that_was_replaced_is_not_used(server, url, model, exp
     (tmp_path / "other/m.gguf").write_bytes(other)
     with remote(url, tmp_path / "mnt", cache) as root:
         assert "is identical" in succeed("verify", tmp_path / "other/m.gguf", root)
+
+
+def test_what_nothing_but_its_size_tells_apart_is_never_taken_from_the_cache(server, model, expected, tmp_path, cache):
+    bare = {"etag": None, "modified": None}
+    url = server.put("/m.gguf", model, **bare)
+    with remote(url, tmp_path / "mnt", cache, "--unpinned") as root:
+        assert expert(root, 1).read_bytes() == expected[1]
+    other = tmp_path / "other.gguf"
+    other.write_bytes(model.read_bytes()[:-1] + b"\xaa")
+    with other.open("r+b") as file:
+        for place in range(PAYLOAD, other.stat().st_size, MIB):
+            file.seek(place)
+            file.write(b"another model")
+    server.put("/m.gguf", other, **bare)
+    with remote(url, tmp_path / "mnt", cache, "--unpinned") as root:
+        assert "is identical" in succeed("verify", other, root)
 
 
 @promises("A daemon that was killed loses at most what it had not written down.")

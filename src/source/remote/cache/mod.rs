@@ -146,8 +146,10 @@ impl Cache {
             pin: pin.clone(),
         };
         self.exclusive(|| {
-            // Another process may have been faster.
-            if let Some(part) = self.open_part(&places)?
+            // Another process may have been faster. What has the same size and nothing else that
+            // tells it from other files may be another file.
+            if pin.holds()
+                && let Some(part) = self.open_part(&places)?
                 && part.index.lock().head == head
             {
                 return Ok(part);
