@@ -92,8 +92,9 @@ impl Plan<'_> {
 
     /// Whether a file has the tree's time, in a form that the target's file system may give it.
     pub(super) fn has_time(&self, metadata: &Metadata) -> bool {
-        let times = &self.methods.times;
-        metadata.modified().is_ok_and(|time| times.contains(&time))
+        let is_known =
+            |time| self.methods.times.contains(&time) && self.model.source().is_told_by(time);
+        metadata.modified().is_ok_and(is_known)
     }
 
     /// Compares the bytes of the files that have another time with `jobs` workers.

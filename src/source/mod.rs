@@ -32,7 +32,7 @@ use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use memmap2::Mmap;
 use parking_lot::Mutex;
@@ -47,6 +47,12 @@ pub(crate) use self::fetch::{Held, Pace};
 use self::place::Part;
 use crate::explain::{Explain, Hint, hint_of};
 use crate::sys;
+
+/// The unit of times on NTFS and SMB, which other file systems store as well, and how many of them
+/// are in a second.
+const TICK: Duration = Duration::from_nanos(100);
+const TICKS: u64 = 10_000_000;
+
 /// The open parts of a model.
 #[derive(Debug)]
 pub struct Source {
@@ -377,11 +383,43 @@ impl Source {
         parts.filter(|part| part.is_unchanged().is_err()).count() as u64
     }
 
-    /// When the newest part was last modified.
+    /// When the newest part was last modified. Of a model elsewhere, which has whole seconds or none,
+    /// the rest of the second is made of what tells its files from others, such as their ETags.
     pub fn modified(&self) -> SystemTime {
+        self.newest()
+            + self
+                .fingerprint()
+                .map_or(Duration::ZERO, |ticks| TICK * ticks as u32)
+    }
+
+    fn newest(&self) -> SystemTime {
         let parts = self.shared.parts.iter();
         let parts = parts.map(Part::modified);
         parts.max().unwrap_or(SystemTime::UNIX_EPOCH)
+    }
+
+    /// Whether what was made of this model is known by a time: by its own, or by the form of it that
+    /// a file system has stored.
+    pub(crate) fn is_told_by(&self, time: SystemTime) -> bool {
+        if !self.is_remote() {
+            return true;
+        }
+        let has_seconds = self.newest() > SystemTime::UNIX_EPOCH;
+        self.fingerprint().is_some() && (has_seconds || time == self.modified())
+    }
+
+    /// Ticks within a second that other states of a model elsewhere hardly have. `None` if nothing
+    /// is known by which they would differ, and of models on this machine.
+    #[cfg(feature = "remote")]
+    fn fingerprint(&self) -> Option<u64> {
+        let pins = || self.remote_parts().map(remote::RemotePart::pin);
+        let are_told_apart = self.is_remote() && pins().all(|pin| pin.holds());
+        are_told_apart.then(|| remote::fingerprint(pins()) % TICKS)
+    }
+
+    #[cfg(not(feature = "remote"))]
+    fn fingerprint(&self) -> Option<u64> {
+        None
     }
 
     /// The paths of the parts, absolute, in order.

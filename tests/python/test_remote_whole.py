@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import models
-from odmoe import REPO, contents, expert_gguf, mounted, promises, succeed
+from odmoe import MIB, REPO, contents, expert_gguf, fail, file_system, mounted, needs_root, promises, succeed
 from remote import *  # noqa: F403
 from servers import RangeServer, cut, hang_up, nginx, ranges_of, status, tls
 
@@ -146,6 +146,42 @@ def test_a_copy_that_fails_goes_on_and_fetches_nothing_again(toy, tmp_path, cach
     assert server.twice() <= 2
     assert server.sent <= 1.05 * toy.stat().st_size
     server.stop()
+
+
+def rewritten(part, number):
+    """The bytes of a part with others at its end, where its last expert is."""
+    return part.read_bytes()[:-8] + number.to_bytes(8, "big")
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("modified", "kind"),
+    # The last of them stores whole seconds.
+    [("Sun, 06 Nov 1994 08:49:37 GMT", "tmpfs"), (None, "tmpfs"), (None, "ext4-128")],
+)
+def test_another_model_of_the_same_shape_and_time_is_never_taken_for_this_one(modified, kind, server, tmp_path, cache):
+    parts = models.write_small(tmp_path, split_max_tensors=8)
+    url = server.put_all(parts)
+    for part in parts:
+        server.put(f"/models/{part.name}", part, modified=modified)
+    with file_system(kind, tmp_path, 64 * MIB) as disk:
+        copy = ["materialize", url, disk / "out", "--cache-dir", cache]
+        succeed(*copy)
+        assert "nothing to write" in succeed(*copy)
+        # Not the newest part, if any is.
+        server.put(f"/models/{parts[0].name}", rewritten(parts[0], 1), modified=modified)
+        fail(*copy, naming=["holds other bytes", "--force"])
+        succeed(*copy, "--force", "--verify")
+
+
+def test_what_nothing_tells_apart_is_compared(server, tmp_path, cache):
+    (model,) = models.write_small(tmp_path)
+    bare = {"etag": None, "modified": None}
+    copy = ["materialize", server.put("/m.gguf", model, **bare), tmp_path / "out", "--cache-dir", cache, "--unpinned"]
+    succeed(*copy)
+    assert "nothing to write" in succeed(*copy)
+    server.put("/m.gguf", rewritten(model, 1), **bare)
+    fail(*copy, naming=["holds other bytes", "--force"])
 
 
 def test_many_readers_far_away_share_what_is_fetched(tmp_path, cache):

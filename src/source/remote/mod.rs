@@ -31,6 +31,7 @@ pub use client::REQUESTS;
 pub use fault::{Fault, Kind};
 pub use open::open;
 pub use part::{RemotePart, Unit};
+pub(super) use pin::fingerprint;
 
 /// How remote models are read.
 #[derive(Debug, Clone, Default)]

@@ -114,6 +114,11 @@ impl RemotePart {
         self.pin.modified().unwrap_or(SystemTime::UNIX_EPOCH)
     }
 
+    /// The state of the file.
+    pub(in crate::source) fn pin(&self) -> &Pin {
+        &self.pin
+    }
+
     /// What was asked for all parts of the model together.
     pub fn traffic(&self) -> Traffic {
         let counters = &self.client.counters;

@@ -8,6 +8,7 @@
 use std::ops::Range;
 use std::time::{Duration, SystemTime};
 
+use crc_fast::{CrcAlgorithm, checksum};
 use reqwest::header::{
     CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, HeaderMap, HeaderName,
     LAST_MODIFIED, RETRY_AFTER,
@@ -47,7 +48,13 @@ impl Pin {
 
     /// Whether a change would be noticed.
     pub fn holds(&self) -> bool {
-        self.etag.is_some() || self.modified.is_some() || self.linked.is_some()
+        self.identity().is_some()
+    }
+
+    /// What tells this state from others of the same size; `None` if nothing does.
+    pub fn identity(&self) -> Option<&str> {
+        let named = self.linked.as_deref().or(self.etag.as_deref());
+        named.or(self.modified.as_deref())
     }
 
     /// What pins the file, in words.
@@ -93,6 +100,16 @@ impl Pin {
         }
         Ok(())
     }
+}
+
+/// A number that hardly any other states of the files of a model have.
+pub fn fingerprint<'a>(pins: impl IntoIterator<Item = &'a Pin>) -> u64 {
+    let pins = pins.into_iter();
+    let lines = pins.map(|pin| format!("{} {}\n", pin.size, pin.identity().unwrap_or_default()));
+    checksum(
+        CrcAlgorithm::Crc64Nvme,
+        lines.collect::<String>().as_bytes(),
+    )
 }
 
 /// What the headers of an answer to a range request say.
