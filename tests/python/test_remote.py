@@ -319,8 +319,9 @@ def test_fetch_fills_the_cache_with_what_was_chosen(server, tmp_path, cache):
         assert "--offline" in log_of(root)
 
 
-def test_a_cache_that_is_full_is_the_model(server, tmp_path, cache):
-    parts = models.write_small(tmp_path, split_max_tensors=8)
+@pytest.mark.parametrize("name", ["model.gguf", "my model (ü).gguf"])
+def test_a_cache_that_is_full_is_the_model(name, server, tmp_path, cache):
+    parts = models.write_small(tmp_path, name=name, split_max_tensors=8)
     url = server.put_all(parts)
     succeed("fetch", url, "--cache-dir", cache)
     for part, cached in zip(parts, cached_files(cache), strict=True):

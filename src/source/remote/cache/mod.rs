@@ -33,6 +33,8 @@ use crate::sys::read::{
 
 /// The ending of an index's name.
 const INDEX: &str = ".index";
+/// Bytes of a longer name that are kept: file systems take 255, with the ending.
+const NAME_BYTES: usize = 200;
 /// How old the note of when a piece was read may be.
 const USED_SECONDS: u64 = 10;
 
@@ -109,18 +111,29 @@ impl Cache {
         done
     }
 
-    /// Where a part would be: its data and its index.
+    /// Where a part would be: its data and its index. Parts of one folder share a folder here, too,
+    /// so that a cached set is found like any other.
     fn places(&self, address: &str, name: &str) -> (PathBuf, PathBuf) {
-        let folder = address.strip_suffix(name).unwrap_or(address);
-        let key = checksum(CrcAlgorithm::Crc64Nvme, folder.as_bytes());
         let is_plain = |c: char| !c.is_control() && c != '/';
-        let name: String = name.chars().filter(|c| is_plain(*c)).take(200).collect();
-        let name = match name.as_str() {
-            "" | "." | ".." => "part".to_owned(),
-            _ => name,
+        let plain: String = name.chars().filter(|c| is_plain(*c)).collect();
+        let mut end = plain.len().min(NAME_BYTES);
+        while !plain.is_char_boundary(end) {
+            end -= 1;
+        }
+        let name_here = match &plain[..end] {
+            "" | "." | ".." => "part",
+            plain => plain,
         };
+        // The address may have the name in another form, with %20 for a space. Names that are not
+        // the same on disk are kept apart by the whole address.
+        let keyed = match address.rfind('/') {
+            Some(end) if name_here == name => &address[..=end],
+            _ => address,
+        };
+        let key = checksum(CrcAlgorithm::Crc64Nvme, keyed.as_bytes());
         let folder = self.folder.join(format!("{key:016x}"));
-        (folder.join(&name), folder.join(name + INDEX))
+        let index = format!("{name_here}{INDEX}");
+        (folder.join(name_here), folder.join(index))
     }
 
     /// What is in the cache of a part, in whatever state of the file; `None` if there is nothing.
