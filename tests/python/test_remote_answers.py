@@ -141,6 +141,12 @@ def test_two_servers_that_lead_to_each_other_are_left(server, model):
 
 
 def test_bytes_that_trickle_are_no_answer(server, model, expected, tmp_path, cache):
+def test_a_file_whose_first_bytes_are_refused_is_not_called_empty(server, model):
+    url = server.put("/m.gguf", model)
+    server.fail(status(416, Content_Range="bytes */9417536"))
+    fail("inspect", url, "--cache-size", "0", naming=["9417536 bytes", "416", "allow ranges"])
+
+
     url = server.put("/m.gguf", model)
     with remote(url, tmp_path / "mnt", cache) as root:
         # It sends something in every second, and would for days.

@@ -21,6 +21,8 @@ pub enum Fault {
     Page,
     #[error("the file on the server is empty")]
     Empty,
+    #[error("the server refuses the first bytes of a file that has {0} bytes (status 416)")]
+    RefusedRange(u64),
     #[error("the server sends another range than was asked for: {0}")]
     OtherRange(String),
     #[error("the server sends it encoded ({0}), so its bytes are not the file's")]
@@ -109,7 +111,7 @@ impl Explain for Fault {
             Self::Changed(_) => {
                 "unmount and mount again, or run the command again, to use what is there now"
             }
-            Self::NoRanges => {
+            Self::NoRanges | Self::RefusedRange(_) => {
                 "ask whoever runs the server to allow ranges (Accept-Ranges: bytes), or download the model"
             }
             Self::OtherRange(_) | Self::Encoded(_) => {

@@ -121,6 +121,18 @@ pub struct Facts {
 }
 
 impl Facts {
+    /// The fault behind a status 416 of the first request, which begins where every file does.
+    pub fn of_refused_range(headers: &HeaderMap) -> Fault {
+        let size = headers.get(CONTENT_RANGE).and_then(|value| {
+            let (_, size) = value.to_str().ok()?.split_once('/')?;
+            size.trim().parse().ok()
+        });
+        match size {
+            None | Some(0) => Fault::Empty,
+            Some(size) => Fault::RefusedRange(size),
+        }
+    }
+
     /// Reads the headers of an answer with a status 2xx. Whatever is not certainly the range that
     /// was asked for is a fault. The end of the first request may lie beyond the end of the file.
     pub fn of(status: u16, headers: &HeaderMap, asked: &Range<u64>) -> Result<Self, Fault> {

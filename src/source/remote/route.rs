@@ -348,7 +348,7 @@ impl Route {
     ) -> Result<Facts, Fault> {
         let status = response.status().as_u16();
         if status == 416 && self.pin().is_none() {
-            return Err(Fault::Empty);
+            return Err(Facts::of_refused_range(response.headers()));
         }
         if !response.status().is_success() {
             return Err(client.fault(response, self.kind));
