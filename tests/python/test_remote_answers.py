@@ -10,7 +10,7 @@ import pytest
 
 from odmoe import expert_gguf, fail, mount_at, odmoe
 from remote import *  # noqa: F403
-from servers import RangeServer, changed, chunked, page, status, tls, trickle, unframed, whole
+from servers import RangeServer, changed, chunked, page, partial, status, tls, trickle, unframed, whole
 
 
 @pytest.fixture
@@ -29,6 +29,7 @@ GOOD = {
     "without a length": unframed(),
     "an empty encoding": changed(Content_Encoding=""),
     "no encoding": changed(Content_Encoding="identity"),
+    "the unit in capitals": lambda *a: changed(Content_Range=partial(a[0], a[2], a[3])[1]["Content-Range"].title())(*a),
     "more headers": changed(Vary="*", Cache_Control="no-store", Age="7", X_Cache="HIT"),
 }
 
@@ -89,6 +90,11 @@ def test_every_status_of_a_server_out_of_order_is_asked_again(code, server, mode
     assert_read(url, expected, tmp_path, cache)
 
 
+def repeated(name, *values):
+    """A good answer with a header given several times."""
+    return changed(**{name: f"\r\n{name}: ".join(values)})
+
+
 NOT_OPENED = {
     "a login page": (page, ["web page", "--url-file"]),
     "410": (status(410), ["status 410", "check the address"]),
@@ -99,6 +105,10 @@ NOT_OPENED = {
     "the whole file": (whole, ["whole file", "Accept-Ranges"]),
     "an encoding that was not asked for": (changed(Content_Encoding="gzip"), ["encoded (gzip)"]),
     "two encodings": (changed(Content_Encoding="gzip, identity"), ["encoded"]),
+    "an encoding behind none": (repeated("Content-Encoding", "identity", "gzip"), ["encoded (gzip)"]),
+    "an encoding for the way": (changed(Transfer_Encoding="gzip, chunked"), ["encoded"]),
+    "two ranges for one": (repeated("Content-Range", "bytes 0-65535/100000", "bytes 9-65544/100000"), ["another range"]),
+    "several ranges that look like one": (changed(Content_Type="Multipart/byteranges; boundary=x"), ["several"]),
     "a range of unknown size": (changed(Content_Range="bytes 0-65535/*"), ["another range"]),
     "a range in other units": (changed(Content_Range="rows 0-65535/100000"), ["another range"]),
     "a range of words": (changed(Content_Range="bytes left-right/all"), ["another range", "left-right"]),
@@ -131,6 +141,12 @@ def test_an_empty_file_is_empty(how, server):
     fail("inspect", url, "--cache-size", "0", naming=["empty", "check the address"])
 
 
+def test_a_file_whose_first_bytes_are_refused_is_not_called_empty(server, model):
+    url = server.put("/m.gguf", model)
+    server.fail(status(416, Content_Range="bytes */9417536"))
+    fail("inspect", url, "--cache-size", "0", naming=["9417536 bytes", "416", "allow ranges"])
+
+
 def test_two_servers_that_lead_to_each_other_are_left(server, model):
     other = RangeServer()
     server.fail(status(302, Location=other.url("/m.gguf")))
@@ -141,12 +157,6 @@ def test_two_servers_that_lead_to_each_other_are_left(server, model):
 
 
 def test_bytes_that_trickle_are_no_answer(server, model, expected, tmp_path, cache):
-def test_a_file_whose_first_bytes_are_refused_is_not_called_empty(server, model):
-    url = server.put("/m.gguf", model)
-    server.fail(status(416, Content_Range="bytes */9417536"))
-    fail("inspect", url, "--cache-size", "0", naming=["9417536 bytes", "416", "allow ranges"])
-
-
     url = server.put("/m.gguf", model)
     with remote(url, tmp_path / "mnt", cache) as root:
         # It sends something in every second, and would for days.

@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime};
 use crc_fast::{CrcAlgorithm, checksum};
 use reqwest::header::{
     CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, HeaderMap, HeaderName,
-    LAST_MODIFIED, RETRY_AFTER,
+    LAST_MODIFIED, RETRY_AFTER, TRANSFER_ENCODING,
 };
 use serde::{Deserialize, Serialize};
 
@@ -137,12 +137,7 @@ impl Facts {
     /// was asked for is a fault. The end of the first request may lie beyond the end of the file.
     pub fn of(status: u16, headers: &HeaderMap, asked: &Range<u64>) -> Result<Self, Fault> {
         let text = |name: HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
-        if let Some(encoding) = text(CONTENT_ENCODING) {
-            let encoding = encoding.trim();
-            if !encoding.is_empty() && !encoding.eq_ignore_ascii_case("identity") {
-                return Err(Fault::Encoded(printable(encoding)));
-            }
-        }
+        check_encodings(headers)?;
         match status {
             206 => {}
             200 if text(CONTENT_LENGTH) == Some("0") => return Err(Fault::Empty),
@@ -152,9 +147,19 @@ impl Facts {
             200 => return Err(Fault::NoRanges),
             other => return Err(Fault::Status(other)),
         }
+        // Several ranges come with headers of their own between them, whatever the first ones say.
+        if every(headers, CONTENT_TYPE).any(|kind| kind.starts_with("multipart/")) {
+            return Err(Fault::OtherRange("several come at once".to_owned()));
+        }
         let Some(written) = text(CONTENT_RANGE) else {
             return Err(Fault::OtherRange("none is named".to_owned()));
         };
+        if let Some(other) =
+            every(headers, CONTENT_RANGE).find(|other| !other.eq_ignore_ascii_case(written))
+        {
+            let both = format!("{written}, and {other}");
+            return Err(Fault::OtherRange(printable(&both)));
+        }
         let Some((range, size)) = content_range(written) else {
             return Err(Fault::OtherRange(printable(written)));
         };
@@ -180,9 +185,31 @@ impl Facts {
     }
 }
 
+/// All values of a header, in small letters.
+fn every(headers: &HeaderMap, name: HeaderName) -> impl Iterator<Item = String> {
+    let values = headers.get_all(name).into_iter();
+    values.map(|value| String::from_utf8_lossy(value.as_bytes()).to_ascii_lowercase())
+}
+
+/// Fails unless the body is the bytes as they are. Frames around them (`chunked`) are gone by now.
+fn check_encodings(headers: &HeaderMap) -> Result<(), Fault> {
+    for name in [CONTENT_ENCODING, TRANSFER_ENCODING] {
+        for encoding in every(headers, name) {
+            if !["", "identity", "chunked"].contains(&encoding.trim()) {
+                return Err(Fault::Encoded(printable(&encoding)));
+            }
+        }
+    }
+    Ok(())
+}
+
 /// `bytes 0-99/1234`: the range and the size of the whole.
 fn content_range(text: &str) -> Option<(Range<u64>, u64)> {
-    let (range, size) = text.trim().strip_prefix("bytes ")?.split_once('/')?;
+    let (unit, place) = text.trim().split_once(' ')?;
+    let (range, size) = place.split_once('/')?;
+    if !unit.eq_ignore_ascii_case("bytes") {
+        return None;
+    }
     let (first, last) = range.trim().split_once('-')?;
     let (first, last, size): (u64, u64, u64) = (
         first.parse().ok()?,
@@ -288,6 +315,8 @@ mod tests {
             let pairs = [(CONTENT_RANGE, "bytes 10-19/100"), (CONTENT_LENGTH, length)];
             assert_eq!(facts(206, &pairs, 10..20).is_ok(), is_good, "{length}");
         }
+        // The units have no case (RFC 9110, 14.1).
+        assert!(facts(206, &[(CONTENT_RANGE, "Bytes 10-19/100")], 10..20).is_ok());
         assert!(matches!(facts(206, &[], 0..1), Err(Fault::OtherRange(_))));
         assert_eq!(facts(204, &[], 0..1), Err(Fault::Status(204)));
     }
