@@ -9,9 +9,10 @@ import time
 
 import pytest
 
-from odmoe import MIB, expert_gguf, file_system, files_of, needs_root, odmoe, promises, run, succeed
+import models
+from odmoe import MIB, expert_gguf, fail, file_system, files_of, needs_root, odmoe, promises, run, succeed
 from remote import *  # noqa: F403
-from servers import RangeServer
+from servers import Hub, RangeServer, status
 
 # Where the payload begins, or a little behind it.
 PAYLOAD = 64 << 10
@@ -210,9 +211,43 @@ def test_what_is_not_in_the_cache_is_not_said_to_be_compared(url, model, tmp_pat
 
 
 def test_offline_without_a_cache_says_what_to_do(url, cache):
-    from odmoe import fail
-
     fail("inspect", url, "--offline", "--cache-dir", cache, naming=["not in the cache", "odmoe-fs fetch"])
+
+
+@pytest.mark.parametrize("where", ["server", "hub"])
+def test_parts_of_two_models_are_no_model_offline(where, server, tmp_path, cache):
+    folders = tmp_path / "old", tmp_path / "new"
+    for folder in folders:
+        folder.mkdir()
+    old, new = (models.write_small(folder, split_max_tensors=8) for folder in folders)
+    for part in new:
+        part.write_bytes(part.read_bytes()[:-1] + b"!")
+    hub = Hub()
+    put_one = {
+        "server": lambda part: server.put(f"/models/{part.name}", part),
+        "hub": lambda part: hub.add("org/repo", part),
+    }[where]
+    put = lambda parts: [put_one(part) for part in parts][0]  # noqa: E731
+    env = {**os.environ, "HF_ENDPOINT": hub.url(""), "HF_TOKEN": ""}
+    options = ["--cache-dir", cache]
+    url = put(old)
+    succeed("fetch", url, *options, env=env)
+    with remote(url, tmp_path / "mnt", cache, "--offline", env=env) as root:
+        assert "is identical" in succeed("verify", old[0], root)
+    # The parts are replaced, and the last of them cannot be opened.
+    hub.commit = "f" * 40
+    put(new)
+    last = lambda request: new[-1].name in request.path  # noqa: E731
+    for origin in (server, hub):
+        origin.fail(status(403), when=last)
+    fail("fetch", url, *options, env=env, naming=["403"])
+    fail("inspect", url, "--offline", *options, env=env, naming=["different models", "without --offline"])
+    server.heal()
+    hub.rules.pop(0)
+    succeed("fetch", url, *options, env=env)
+    with remote(url, tmp_path / "mnt", cache, "--offline", env=env) as root:
+        assert "is identical" in succeed("verify", new[0], root)
+    hub.stop()
 
 
 @needs_root

@@ -61,6 +61,10 @@ pub enum Fault {
     Redirect(String),
     #[error("it is not in the cache, and --offline forbids to fetch it")]
     Offline,
+    #[error(
+        "its parts in the cache were never opened together, so they may be of different models"
+    )]
+    Scattered,
     #[error("the cache in {folder:?} cannot be used: {cause}")]
     Cache { folder: PathBuf, cause: String },
     #[error("the client cannot be set up: {0}")]
@@ -148,6 +152,9 @@ impl Explain for Fault {
             }
             Self::Redirect(_) => "check the address",
             Self::Offline => "run it without --offline, or fetch it first with `odmoe-fs fetch`",
+            Self::Scattered => {
+                "run it once without --offline, so that all parts are looked at together"
+            }
             Self::Cache { .. } => "name a folder that you can write to with --cache-dir",
             Self::Client(_) => return None,
         };

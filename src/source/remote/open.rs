@@ -15,7 +15,7 @@ use super::client::{Client, REQUESTS};
 use super::fault::Fault;
 use super::head::{FIRST_BYTES, Head};
 use super::part::RemotePart;
-use super::pin::Pin;
+use super::pin::{Pin, fingerprint};
 use super::route::{Commit, Route};
 use crate::gguf::{Header, Joined, ModelHeader, PartName, SplitKeys};
 use crate::source::error::OpenError;
@@ -72,7 +72,31 @@ pub fn open(
             hint: "check that the whole set is there, under its published names".to_owned(),
         });
     }
-    join(parts.into_iter().collect::<Result<_, _>>()?, given_at)
+    let parts: Vec<Opened> = parts.into_iter().collect::<Result<_, _>>()?;
+    opened_together(&parts, options.offline).map_err(|cause| OpenError::Remote {
+        path: parts[given_at].path.clone(),
+        cause,
+    })?;
+    join(parts, given_at)
+}
+
+/// Notes in the cache that its parts are of one model, or looks for the notes if there is no other way
+/// to tell: an opening that failed may have replaced some of them.
+fn opened_together(parts: &[Opened], is_offline: bool) -> Result<(), Fault> {
+    let cached = parts
+        .iter()
+        .filter_map(|opened| opened.part.remote()?.cache());
+    let cached: Vec<&CachedPart> = cached.collect();
+    let pins: Vec<Pin> = cached.iter().map(|part| part.pin()).collect();
+    let set = fingerprint(&pins);
+    for part in cached {
+        if !is_offline {
+            part.note_set(set);
+        } else if part.set() != Some(set) {
+            return Err(Fault::Scattered);
+        }
+    }
+    Ok(())
 }
 
 /// The names of the parts that their server does not have.

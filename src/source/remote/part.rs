@@ -151,6 +151,11 @@ impl RemotePart {
         self.cache.as_ref().map_or(0, CachedPart::capacity)
     }
 
+    /// What the cache has of it.
+    pub(super) fn cache(&self) -> Option<&CachedPart> {
+        self.cache.as_ref()
+    }
+
     /// Whether there is a cache to fill.
     pub fn has_cache(&self) -> bool {
         self.cache.is_some()

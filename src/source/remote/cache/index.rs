@@ -44,6 +44,21 @@ pub struct Head {
     /// The address of the file, without anything secret.
     pub address: String,
     pub pin: Pin,
+    /// Of the pins of all parts when they were last opened together, this one among them.
+    #[serde(default)]
+    pub set: Option<u64>,
+}
+
+impl Head {
+    fn to_bytes(&self) -> io::Result<Vec<u8>> {
+        let json = serde_json::to_vec(self)?;
+        let mut bytes = [MAGIC, &json, b"\n"].concat();
+        if bytes.len() > HEAD_BYTES {
+            return Err(io::Error::other("the address is too long"));
+        }
+        bytes.resize(HEAD_BYTES, 0);
+        Ok(bytes)
+    }
 }
 
 /// A piece of the file that is there.
@@ -198,13 +213,7 @@ pub struct Index {
 impl Index {
     /// Writes the head of a new one.
     pub fn create(file: File, head: Head) -> io::Result<Self> {
-        let json = serde_json::to_vec(&head)?;
-        let mut bytes = [MAGIC, &json, b"\n"].concat();
-        if bytes.len() > HEAD_BYTES {
-            return Err(io::Error::other("the address is too long"));
-        }
-        bytes.resize(HEAD_BYTES, 0);
-        file.write_all_at(&bytes, 0)?;
+        file.write_all_at(&head.to_bytes()?, 0)?;
         Ok(Self {
             file,
             head,
@@ -237,6 +246,15 @@ impl Index {
         };
         index.refresh()?;
         Ok(Some(index))
+    }
+
+    /// Notes which state of the whole model the part belongs to.
+    pub fn note_set(&mut self, set: u64) -> io::Result<()> {
+        if self.head.set != Some(set) {
+            self.head.set = Some(set);
+            self.file.write_all_at(&self.head.to_bytes()?, 0)?;
+        }
+        Ok(())
     }
 
     /// Reads what was appended since, by this or another process.
@@ -352,6 +370,7 @@ mod tests {
         let head = Head {
             address: "https://host/m.gguf".into(),
             pin: Pin::default(),
+            set: None,
         };
         Index::create(tempfile::tempfile().unwrap(), head).unwrap()
     }
@@ -360,6 +379,15 @@ mod tests {
         Index::open(index.file.try_clone().unwrap())
             .unwrap()
             .unwrap()
+    }
+
+    #[test]
+    fn the_note_of_the_whole_model_costs_no_piece() {
+        let mut index = index();
+        index.append(&[written(0, 1, 10)]).unwrap();
+        index.note_set(u64::MAX).unwrap();
+        let again = again(&index);
+        assert_eq!((again.head.set, again.pieces.len()), (Some(u64::MAX), 1));
     }
 
     fn written(start: u64, byte: u8, len: usize) -> Record {

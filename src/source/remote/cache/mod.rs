@@ -157,13 +157,14 @@ impl Cache {
         let head = Head {
             address: address.to_owned(),
             pin: pin.clone(),
+            set: None,
         };
         self.exclusive(|| {
             // Another process may have been faster. What has the same size and nothing else that
             // tells it from other files may be another file.
             if pin.holds()
                 && let Some(part) = self.open_part(&places)?
-                && part.index.lock().head == head
+                && part.is_of(address, pin)
             {
                 return Ok(part);
             }
@@ -263,6 +264,26 @@ impl CachedPart {
     /// The most bytes that all of the cache may hold.
     pub fn capacity(&self) -> u64 {
         self.cache.room.lock().capacity()
+    }
+
+    fn is_of(&self, address: &str, pin: &Pin) -> bool {
+        let head = &self.index.lock().head;
+        head.address == address && head.pin == *pin
+    }
+
+    /// Notes that this part was opened together with the others of its model, all of whose states
+    /// make this number.
+    pub fn note_set(&self, set: u64) {
+        if self.writable {
+            let cache = &self.cache;
+            // Without the note, the server must be asked again.
+            let _ = cache.exclusive(|| self.index.lock().note_set(set));
+        }
+    }
+
+    /// The number of the model that this part was opened with the last time.
+    pub fn set(&self) -> Option<u64> {
+        self.index.lock().head.set
     }
 
     /// The state of the file that the bytes are from.
