@@ -12,10 +12,20 @@ from servers import status
 
 ACCOUNT = "devstoreaccount1"
 KEY = base64.b64encode(b"s3cr3t of an account, 32 bytes..").decode()
-OTHERS = ("AZURE_", "GOOGLE_", "STORAGE_")
+OTHERS = ("AWS_", "AZURE_", "GOOGLE_", "STORAGE_")
 
 # How a client is led to a server: the kind of address, its environment, and how the request is signed.
 WAYS = {
+    "keys with line ends": (
+        "s3",
+        lambda url: {
+            "AWS_ENDPOINT_URL": f" {url}/\n",
+            "AWS_ACCESS_KEY_ID": "AKIATTTT\n",
+            "AWS_SECRET_ACCESS_KEY": f"{KEY}\r\n",
+            "AWS_SESSION_TOKEN": f"{KEY}\n",
+        },
+        "AWS4-HMAC-SHA256 Credential=AKIATTTT/",
+    ),
     "a base URL": ("gs", lambda url: {"GOOGLE_BASE_URL": url, "GOOGLE_SKIP_SIGNATURE": "true"}, None),
     "an emulator": ("gs", lambda url: {"STORAGE_EMULATOR_HOST": url}, None),
     "an emulator without a scheme": ("gs", lambda url: {"STORAGE_EMULATOR_HOST": url.removeprefix("http://") + "/"}, None),
@@ -52,12 +62,62 @@ def environment(more):
     return {**{name: value for name, value in os.environ.items() if not name.startswith(OTHERS)}, **more}
 
 
+KEYS = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+ENDPOINTS = ["localhost:9000", "127.0.0.1:9000", "minio", "http://", "http://127.0.0.1:99999", "ftp://h", "http://u:s3cr3t@h", "http://h?s3cr3t"]
+
+
+@pytest.mark.parametrize(
+    ("url", "name", "value"),
+    [
+        *(("s3://models/m.gguf", "AWS_ENDPOINT_URL", endpoint) for endpoint in ENDPOINTS),
+        ("s3://models/m.gguf", "AWS_ENDPOINT_URL_S3", "localhost:9000"),
+        ("s3://models/m.gguf", "AWS_REGION", "eu west"),
+        ("s3://models/m.gguf", "AWS_ACCESS_KEY_ID", "s3cr3t\ns3cr3t"),
+        ("s3://models/m.gguf", "AWS_SESSION_TOKEN", "s3cr3t\x07t"),
+        ("s3://models/m.gguf", "AWS_SESSION_TOKEN", "s3cr3tü"),
+        ("gs://models/m.gguf", "GOOGLE_BASE_URL", "localhost:4443"),
+        ("gs://models/m.gguf", "STORAGE_EMULATOR_HOST", "a b"),
+        ("az://models/m.gguf", "AZURE_STORAGE_ENDPOINT", "localhost:4443"),
+        ("az://models/m.gguf", "AZURE_STORAGE_ACCOUNT_NAME", "a b"),
+        ("az://models/m.gguf", "AZURE_STORAGE_CONNECTION_STRING", "AccountName=a;AccountKey=c2VjcmV0;BlobEndpoint=localhost:1"),
+        ("s3://my bucket/m.gguf", "the bucket", ""),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_named_and_not_shown(url, name, value):
+    more = {"AZURE_STORAGE_ACCOUNT_NAME": "a"} if name == "AZURE_STORAGE_ENDPOINT" else {}
+    env = environment({**KEYS, **more, **({name: value} if value else {})})
+    fail("inspect", url, "--cache-size", "0", env=env, naming=[name])
+
+
+def test_an_endpoint_with_blanks_in_its_path_is_asked_there(server, tmp_path):
+    server.put("/a b/models/m.gguf", expert_gguf(tmp_path))
+    env = environment({**KEYS, "AWS_ENDPOINT_URL": server.url("").rstrip("/") + "/a b"})
+    succeed("inspect", "s3://models/m.gguf", "--cache-size", "0", env=env)
+
+
+def test_a_profile_with_a_new_key_that_cannot_be_sent_costs_the_read_only(server, tmp_path, cache):
+    server.put("/models/m.gguf", expert_gguf(tmp_path))
+    (tmp_path / ".aws").mkdir()
+    profile = tmp_path / ".aws/credentials"
+    profile.write_text("[default]\naws_access_key_id = a\naws_secret_access_key = b\n")
+    env = environment({"HOME": str(tmp_path), "AWS_ENDPOINT_URL": server.url("")})
+    with remote("s3://models/m.gguf", tmp_path / "mnt", cache, env=env) as root:  # noqa: F405
+        server.fail(status(403))
+        profile.write_text("[default]\naws_access_key_id = ü\naws_secret_access_key = b\n")
+        assert error_of(expert(root, 1)) == errno.EIO  # noqa: F405
+        assert "aws_access_key_id of the AWS profile" in log_of(root)  # noqa: F405
+        assert "panicked" not in log_of(root)  # noqa: F405
+        server.heal()
+        profile.write_text("[default]\naws_access_key_id = a\naws_secret_access_key = b\n")
+        assert error_of(expert(root, 2)) is None  # noqa: F405
+
+
 @pytest.fixture(params=WAYS)
 def way(request, server, tmp_path):
     """A model in a store: its file, its address, the environment of a client, and what begins its signatures."""
     kind, make, signed = WAYS[request.param]
     model = expert_gguf(tmp_path)
-    server.put(f"{'' if kind == 'gs' else f'/{ACCOUNT}'}/models/deep/er one/m.gguf", model)
+    server.put(f"{f'/{ACCOUNT}' if kind == 'az' else ''}/models/deep/er one/m.gguf", model)
     return model, f"{kind}://models/deep/er one/m.gguf", environment(make(server.url(""))), signed
 
 
@@ -89,6 +149,7 @@ def test_a_store_that_denies_access_is_explained_without_keys(way, server):
 def test_doctor_says_which_variables_it_found(way):
     _, url, env, signed = way
     said = succeed("doctor", url, env=env)
-    names = [name for name in env if name.startswith(OTHERS) and "ENDPOINT" not in name and "_NAME" not in name]
+    others = ("ENDPOINT", "_NAME", "SECRET")
+    names = [name for name in env if name.startswith(OTHERS) and not any(word in name for word in others)]
     assert [name for name in names if name in said] == [name for name in names if name != "GOOGLE_BASE_URL"]
     assert KEY not in said

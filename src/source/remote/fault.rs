@@ -39,6 +39,12 @@ pub enum Fault {
     Forbidden(Kind),
     #[error("no credentials: {0}")]
     Credentials(String),
+    #[error("{name} {problem}")]
+    Setting {
+        name: String,
+        problem: &'static str,
+        hint: &'static str,
+    },
     #[error("the server answers with status {0}")]
     Status(u16),
     #[error("the server is busy or out of order (status {status})")]
@@ -130,6 +136,7 @@ impl Explain for Fault {
             Self::Credentials(_) => {
                 "set them in the environment or in the usual files; `odmoe-fs doctor URL` says which were found"
             }
+            Self::Setting { hint, .. } => hint,
             Self::Status(_) => return None,
             Self::Busy { .. } | Self::Stalled(_) | Self::Broken(_) => {
                 "try again later; `odmoe-fs doctor URL` measures the way to the server"

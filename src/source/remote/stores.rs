@@ -9,10 +9,11 @@
 //! the failure is dropped. Requests for credentials are sent as they are.
 
 use std::ops::Range;
+use std::str::FromStr;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use object_store::aws::AmazonS3Builder;
+use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
 use object_store::azure::{AzureConfigKey, MicrosoftAzureBuilder};
 use object_store::client::{
     HttpClient, HttpConnector, HttpError, HttpErrorKind, HttpRequest, HttpResponse, HttpService,
@@ -21,7 +22,7 @@ use object_store::gcp::GoogleCloudStorageBuilder;
 use object_store::path::Path;
 use object_store::{ClientOptions, GetOptions, GetRange, ObjectStore, RetryConfig};
 use parking_lot::Mutex;
-use reqwest::{Request, Response};
+use reqwest::{Request, Response, Url};
 
 use super::address::StoreKind;
 use super::client::Client;
@@ -46,7 +47,7 @@ impl Store {
             .map_err(|_| Fault::Client("the key has empty or relative names in it".to_owned()))?;
         let store = Self {
             kind,
-            bucket: bucket.to_owned(),
+            bucket: checked("the bucket", bucket, Form::Name)?,
             path,
             http: client.http.clone(),
             signer: Mutex::new(None),
@@ -79,8 +80,7 @@ impl Store {
         if let Some(signer) = &*signer {
             return Ok(signer.clone());
         }
-        let made = make(self.kind, &self.bucket, Keeping(self.http.clone()));
-        let made = made.map_err(|e| Fault::Credentials(without_secrets(&e)))?;
+        let made = make(self.kind, &self.bucket, Keeping(self.http.clone()))?;
         *signer = Some(made.clone());
         Ok(made)
     }
@@ -119,89 +119,209 @@ impl Store {
     }
 }
 
-fn make(
-    kind: StoreKind,
-    bucket: &str,
-    http: Keeping,
-) -> object_store::Result<Arc<dyn ObjectStore>> {
+fn make(kind: StoreKind, bucket: &str, http: Keeping) -> Result<Arc<dyn ObjectStore>, Fault> {
     // Whether plain HTTP is allowed is checked when a request is sent; metadata services use it.
     let options = ClientOptions::new().with_allow_http(true);
     let retry = RetryConfig {
         max_retries: 0,
         ..RetryConfig::default()
     };
+    let failed = |e| Fault::Credentials(without_secrets(&e));
     Ok(match kind {
         StoreKind::S3 => {
-            let mut builder = AmazonS3Builder::from_env().with_client_options(options);
-            let profile = aws_profile();
-            let get = |name: &str| profile.get(name).filter(|value| !value.is_empty());
-            if variable("AWS_ACCESS_KEY_ID").is_none()
-                && let (Some(id), Some(secret)) =
-                    (get("aws_access_key_id"), get("aws_secret_access_key"))
-            {
-                builder = builder
-                    .with_access_key_id(id)
-                    .with_secret_access_key(secret);
-                if let Some(token) = get("aws_session_token") {
-                    builder = builder.with_token(token);
-                }
-            }
-            let has_region = ["AWS_REGION", "AWS_DEFAULT_REGION"].map(variable);
-            if has_region.iter().all(Option::is_none)
-                && let Some(region) = get("region")
-            {
-                builder = builder.with_region(region);
-            }
-            let names = ["AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AWS_ENDPOINT_URL_S3"];
-            if names.map(variable).iter().all(Option::is_none)
-                && let Some(endpoint) = get("endpoint_url")
-            {
-                builder = builder.with_endpoint(endpoint);
+            let mut builder = AmazonS3Builder::new().with_client_options(options);
+            for (key, value) in from_environment("AWS_")?.into_iter().chain(aws_settings()?) {
+                builder = builder.with_config(key, value);
             }
             let builder = builder.with_bucket_name(bucket).with_retry(retry);
-            Arc::new(builder.with_http_connector(http).build()?)
+            Arc::new(builder.with_http_connector(http).build().map_err(failed)?)
         }
         StoreKind::Google => {
-            let mut builder = GoogleCloudStorageBuilder::from_env().with_client_options(options);
+            let mut builder = GoogleCloudStorageBuilder::new().with_client_options(options);
+            if let Some(path) = variable("SERVICE_ACCOUNT") {
+                builder = builder.with_service_account_path(path);
+            }
+            for (key, value) in from_environment("GOOGLE_")? {
+                builder = builder.with_config(key, value);
+            }
             // As in Google's own libraries, which then sign nothing.
             if let Some(host) = variable("STORAGE_EMULATOR_HOST") {
                 let scheme = if host.contains("://") { "" } else { "http://" };
-                let url = format!("{scheme}{}", host.trim_end_matches('/'));
+                let url = format!("{scheme}{}", host.trim());
+                let url = checked("STORAGE_EMULATOR_HOST", &url, Form::Url)?;
                 builder = builder.with_base_url(&url).with_skip_signature(true);
             }
             let builder = builder.with_bucket_name(bucket).with_retry(retry);
-            Arc::new(builder.with_http_connector(http).build()?)
+            Arc::new(builder.with_http_connector(http).build().map_err(failed)?)
         }
         StoreKind::Azure => {
-            let mut builder = MicrosoftAzureBuilder::from_env().with_client_options(options);
-            for (key, value) in azure_connection() {
+            let mut builder = MicrosoftAzureBuilder::new().with_client_options(options);
+            if let Some(endpoint) = variable("IDENTITY_ENDPOINT") {
+                let endpoint = checked("IDENTITY_ENDPOINT", &endpoint, Form::Url)?;
+                builder = builder.with_msi_endpoint(endpoint);
+            }
+            for (key, value) in from_environment("AZURE_")?
+                .into_iter()
+                .chain(azure_connection()?)
+            {
                 builder = builder.with_config(key, value);
             }
             let builder = builder.with_container_name(bucket).with_retry(retry);
-            Arc::new(builder.with_http_connector(http).build()?)
+            Arc::new(builder.with_http_connector(http).build().map_err(failed)?)
         }
     })
 }
 
+/// What the value of a setting looks like. object_store panics while it signs if one does not.
+#[derive(Debug, Clone, Copy)]
+enum Form {
+    Url,
+    /// A part of a host or a path.
+    Name,
+    /// Goes into a header.
+    Line,
+    Any,
+}
+
+impl Form {
+    fn of_variable(name: &str) -> Self {
+        match name {
+            "AWS_ENDPOINT_URL"
+            | "AWS_ENDPOINT"
+            | "AWS_ENDPOINT_URL_S3"
+            | "AWS_ENDPOINT_URL_STS"
+            | "AWS_METADATA_ENDPOINT"
+            | "AWS_CONTAINER_CREDENTIALS_FULL_URI"
+            | "GOOGLE_BASE_URL"
+            | "AZURE_STORAGE_ENDPOINT"
+            | "AZURE_ENDPOINT"
+            | "AZURE_MSI_ENDPOINT"
+            | "AZURE_IDENTITY_ENDPOINT"
+            | "AZURE_FABRIC_TOKEN_SERVICE_URL"
+            | "AZURE_STORAGE_AUTHORITY_HOST"
+            | "AZURE_AUTHORITY_HOST" => Self::Url,
+            "AWS_REGION" | "AWS_DEFAULT_REGION" | "AZURE_STORAGE_ACCOUNT_NAME" => Self::Name,
+            // Paths of files, and the text of one.
+            name if name.ends_with("_FILE")
+                || name.starts_with("GOOGLE_SERVICE_ACCOUNT")
+                || name == "GOOGLE_APPLICATION_CREDENTIALS" =>
+            {
+                Self::Any
+            }
+            _ => Self::Line,
+        }
+    }
+}
+
+/// A setting without the blanks around it, which come with keys that were copied. What is wrong with
+/// it is said without showing it: it may be a secret.
+fn checked(name: &str, value: &str, form: Form) -> Result<String, Fault> {
+    let value = value.trim();
+    let fault = |problem, hint| Fault::Setting {
+        name: name.to_owned(),
+        problem,
+        hint,
+    };
+    let is_name = |c: char| c.is_ascii_alphanumeric() || "-_.$".contains(c);
+    match form {
+        Form::Url => {
+            let url = Url::parse(value).ok().filter(|url| {
+                let is_http = ["http", "https"].contains(&url.scheme()) && url.has_host();
+                let is_bare = url.query().is_none() && url.fragment().is_none();
+                is_http && is_bare && url.username().is_empty() && url.password().is_none()
+            });
+            let url = url.map(|url| url.as_str().trim_end_matches('/').to_owned());
+            url.ok_or_else(|| {
+                let hint = "write it as https://HOST or http://HOST:PORT, without user and query";
+                fault("is not the URL of a server", hint)
+            })
+        }
+        Form::Name if !value.chars().all(is_name) => Err(fault(
+            "has characters in it that such a name cannot have",
+            "use letters, digits, hyphens and dots only",
+        )),
+        Form::Line if value.chars().any(|c| c.is_control() || !c.is_ascii()) => Err(fault(
+            "has characters in it that cannot be sent",
+            "look for line ends in the middle of it, and copy it anew",
+        )),
+        _ => Ok(value.to_owned()),
+    }
+}
+
+/// The settings of the environment that object_store knows.
+fn from_environment<K: FromStr>(prefix: &str) -> Result<Vec<(K, String)>, Fault> {
+    let mut found = Vec::new();
+    for (name, value) in std::env::vars_os() {
+        if let (Some(name), Some(value)) = (name.to_str(), value.to_str())
+            && name.starts_with(prefix)
+            && !value.trim().is_empty()
+            && let Ok(key) = name.to_ascii_lowercase().parse()
+        {
+            found.push((key, checked(name, value, Form::of_variable(name))?));
+        }
+    }
+    Ok(found)
+}
+
+/// What a profile of the AWS tools says where the environment says nothing.
+fn aws_settings() -> Result<Vec<(AmazonS3ConfigKey, String)>, Fault> {
+    let profile = aws_profile();
+    let is_unset = |names: &[&str]| names.iter().all(|name| variable(name).is_none());
+    let mut wanted = Vec::new();
+    let has = |name| profile.get(name).is_some_and(|value| !value.is_empty());
+    if is_unset(&["AWS_ACCESS_KEY_ID"]) && has("aws_access_key_id") && has("aws_secret_access_key")
+    {
+        wanted.extend([
+            (
+                AmazonS3ConfigKey::AccessKeyId,
+                "aws_access_key_id",
+                Form::Line,
+            ),
+            (
+                AmazonS3ConfigKey::SecretAccessKey,
+                "aws_secret_access_key",
+                Form::Line,
+            ),
+            (AmazonS3ConfigKey::Token, "aws_session_token", Form::Line),
+        ]);
+    }
+    if is_unset(&["AWS_REGION", "AWS_DEFAULT_REGION"]) {
+        wanted.push((AmazonS3ConfigKey::Region, "region", Form::Name));
+    }
+    if is_unset(&["AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AWS_ENDPOINT_URL_S3"]) {
+        wanted.push((AmazonS3ConfigKey::Endpoint, "endpoint_url", Form::Url));
+    }
+    wanted.retain(|(_, name, _)| has(name));
+    let settings = wanted.into_iter().map(|(key, name, form)| {
+        let value = checked(&format!("{name} of the AWS profile"), &profile[name], form)?;
+        Ok((key, value))
+    });
+    settings.collect()
+}
+
 /// What `AZURE_STORAGE_CONNECTION_STRING` says, as the portal of Azure writes it; nothing if it is not
 /// set, or if an account is named by other variables.
-fn azure_connection() -> Vec<(AzureConfigKey, String)> {
-    let Some(text) = variable("AZURE_STORAGE_CONNECTION_STRING") else {
-        return Vec::new();
+fn azure_connection() -> Result<Vec<(AzureConfigKey, String)>, Fault> {
+    const NAME: &str = "AZURE_STORAGE_CONNECTION_STRING";
+    let Some(text) = variable(NAME) else {
+        return Ok(Vec::new());
     };
     if variable("AZURE_STORAGE_ACCOUNT_NAME").is_some() {
-        return Vec::new();
+        return Ok(Vec::new());
     }
-    let pairs = text.split(';').filter_map(|pair| pair.split_once('='));
-    let key = |name: &str| match name.trim() {
-        "AccountName" => Some(AzureConfigKey::AccountName),
-        "AccountKey" => Some(AzureConfigKey::AccessKey),
-        "SharedAccessSignature" => Some(AzureConfigKey::SasKey),
-        "BlobEndpoint" => Some(AzureConfigKey::Endpoint),
-        _ => None,
-    };
-    let known = pairs.filter_map(|(name, value)| Some((key(name)?, value.trim().to_owned())));
-    known.collect()
+    let mut found = Vec::new();
+    for (name, value) in text.split(';').filter_map(|pair| pair.split_once('=')) {
+        let (key, form) = match name.trim() {
+            "AccountName" => (AzureConfigKey::AccountName, Form::Name),
+            "AccountKey" => (AzureConfigKey::AccessKey, Form::Line),
+            "SharedAccessSignature" => (AzureConfigKey::SasKey, Form::Line),
+            "BlobEndpoint" => (AzureConfigKey::Endpoint, Form::Url),
+            _ => continue,
+        };
+        let value = checked(&format!("{} of {NAME}", name.trim()), value, form)?;
+        found.push((key, value));
+    }
+    Ok(found)
 }
 
 /// The innermost cause of an error of object_store, unless it repeats what the environment holds.
