@@ -46,6 +46,7 @@ WAYS = {
         },
         f"SharedKey {ACCOUNT}:",
     ),
+    "the emulator": ("az", lambda url: {"AZURE_STORAGE_CONNECTION_STRING": "UseDevelopmentStorage=true", "AZURITE_BLOB_STORAGE_URL": url}, f"SharedKey {ACCOUNT}:"),
     "a public container": (
         "az",
         lambda url: {
@@ -87,6 +88,15 @@ def test_a_setting_that_cannot_be_used_is_named_and_not_shown(url, name, value):
     more = {"AZURE_STORAGE_ACCOUNT_NAME": "a"} if name == "AZURE_STORAGE_ENDPOINT" else {}
     env = environment({**KEYS, **more, **({name: value} if value else {})})
     fail("inspect", url, "--cache-size", "0", env=env, naming=[name])
+
+
+def test_an_account_of_another_azure_cloud_is_asked_there(server, tmp_path):
+    # The server is a proxy here, which is told the whole URL.
+    server.put("http://acc.blob.none.invalid/models/m.gguf", expert_gguf(tmp_path))
+    text = f"DefaultEndpointsProtocol=http;AccountName=acc;AccountKey={KEY};EndpointSuffix=none.invalid"
+    env = environment({"AZURE_STORAGE_CONNECTION_STRING": text, "http_proxy": server.url("")})
+    succeed("inspect", "az://models/m.gguf", "--insecure-http", "--cache-size", "0", env=env)
+    assert server.requests[0].headers["authorization"].startswith("SharedKey acc:")
 
 
 def test_an_endpoint_with_blanks_in_its_path_is_asked_there(server, tmp_path):

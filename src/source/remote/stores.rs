@@ -310,17 +310,31 @@ fn azure_connection() -> Result<Vec<(AzureConfigKey, String)>, Fault> {
         return Ok(Vec::new());
     }
     let mut found = Vec::new();
+    let (mut account, mut suffix, mut scheme) = (None, None, "https".to_owned());
     for (name, value) in text.split(';').filter_map(|pair| pair.split_once('=')) {
-        let (key, form) = match name.trim() {
-            "AccountName" => (AzureConfigKey::AccountName, Form::Name),
-            "AccountKey" => (AzureConfigKey::AccessKey, Form::Line),
-            "SharedAccessSignature" => (AzureConfigKey::SasKey, Form::Line),
-            "BlobEndpoint" => (AzureConfigKey::Endpoint, Form::Url),
-            _ => continue,
-        };
-        let value = checked(&format!("{} of {NAME}", name.trim()), value, form)?;
-        found.push((key, value));
+        let checked = |form| checked(&format!("{} of {NAME}", name.trim()), value, form);
+        match name.trim() {
+            "AccountName" => account = Some(checked(Form::Name)?),
+            "EndpointSuffix" => suffix = Some(checked(Form::Name)?),
+            "DefaultEndpointsProtocol" => scheme = checked(Form::Name)?,
+            "AccountKey" => found.push((AzureConfigKey::AccessKey, checked(Form::Line)?)),
+            "SharedAccessSignature" => found.push((AzureConfigKey::SasKey, checked(Form::Line)?)),
+            "BlobEndpoint" => found.push((AzureConfigKey::Endpoint, checked(Form::Url)?)),
+            "UseDevelopmentStorage" => {
+                found.push((AzureConfigKey::UseEmulator, checked(Form::Name)?));
+            }
+            _ => {}
+        }
     }
+    let has_endpoint = found
+        .iter()
+        .any(|(key, _)| *key == AzureConfigKey::Endpoint);
+    if let (Some(account), Some(suffix), false) = (&account, suffix, has_endpoint) {
+        let url = format!("{scheme}://{account}.blob.{suffix}");
+        let url = checked(&format!("EndpointSuffix of {NAME}"), &url, Form::Url)?;
+        found.push((AzureConfigKey::Endpoint, url));
+    }
+    found.extend(account.map(|account| (AzureConfigKey::AccountName, account)));
     Ok(found)
 }
 
