@@ -99,6 +99,16 @@ def test_an_account_of_another_azure_cloud_is_asked_there(server, tmp_path):
     assert server.requests[0].headers["authorization"].startswith("SharedKey acc:")
 
 
+def test_what_a_store_cannot_answer_here_has_a_way_out(server):
+    env = environment({**KEYS, "AWS_ENDPOINT_URL": server.url("")})
+    inspect = ["s3://models/m.gguf", "--cache-size", "0"]
+    fail("inspect", "s3://models/a//m.gguf", env=env, naming=["empty", "--url-file"])
+    server.fail(status(307, Location="http://192.0.2.1/"), times=1)
+    fail("inspect", *inspect, env=env, naming=["307", "AWS_REGION"])
+    server.fail(status(301, x_amz_bucket_region="eu-central-1"), times=1)
+    fail("inspect", *inspect, env=env, naming=["AWS_REGION=eu-central-1"])
+
+
 def test_an_endpoint_with_blanks_in_its_path_is_asked_there(server, tmp_path):
     server.put("/a b/models/m.gguf", expert_gguf(tmp_path))
     env = environment({**KEYS, "AWS_ENDPOINT_URL": server.url("").rstrip("/") + "/a b"})

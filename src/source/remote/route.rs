@@ -207,10 +207,8 @@ impl Route {
             let request = store.signed(range, self.pin()).await?;
             client.check(request.url())?;
             let response = client.send(request).await?;
-            if let Some(region) = store.other_region(&response) {
-                return Err(Fault::Redirect(format!(
-                    "the bucket is in another region: {region}"
-                )));
+            if let Some(fault) = store.elsewhere(&response) {
+                return Err(fault);
             }
             let facts = self.facts(client, &response, range)?;
             self.accept(&facts.pin, true)?;

@@ -43,8 +43,11 @@ pub struct Store {
 impl Store {
     /// An object that requests will be signed for.
     pub fn new(kind: StoreKind, bucket: &str, key: &str, client: &Client) -> Result<Self, Fault> {
-        let path = Path::parse(key)
-            .map_err(|_| Fault::Client("the key has empty or relative names in it".to_owned()))?;
+        let path = Path::parse(key).map_err(|_| Fault::Setting {
+            name: "the key".to_owned(),
+            problem: "has empty or relative names in it, for which no request can be signed here",
+            hint: "write a signed URL of the object into a file and pass --url-file",
+        })?;
         let store = Self {
             kind,
             bucket: checked("the bucket", bucket, Form::Name)?,
@@ -108,14 +111,25 @@ impl Store {
         Ok(request)
     }
 
-    /// The region of a bucket that is not in the one that was asked.
-    pub fn other_region(&self, response: &Response) -> Option<String> {
+    /// Where a bucket is that is not where it was asked for.
+    pub fn elsewhere(&self, response: &Response) -> Option<Fault> {
         let status = response.status().as_u16();
-        let region = response.headers().get("x-amz-bucket-region")?;
-        let region = region.to_str().ok()?;
+        let region = response.headers().get("x-amz-bucket-region");
+        let region = region.and_then(|region| region.to_str().ok());
         let is_plain = |c: char| c.is_ascii_alphanumeric() || c == '-';
-        ([301, 307, 400].contains(&status) && region.chars().all(is_plain))
-            .then(|| format!("set AWS_REGION={region}"))
+        let region = region.filter(|region| region.chars().all(is_plain));
+        let moved = response.status().is_redirection();
+        let text = match (self.kind, region) {
+            (StoreKind::S3, Some(region)) if moved || status == 400 => {
+                format!("the bucket is in another region: set AWS_REGION={region}")
+            }
+            (StoreKind::S3, None) if moved => format!(
+                "the bucket is somewhere else (status {status}): set AWS_REGION and AWS_ENDPOINT_URL to where it is"
+            ),
+            _ if moved => format!("requests for the bucket go somewhere else (status {status})"),
+            _ => return None,
+        };
+        Some(Fault::Redirect(text))
     }
 }
 
