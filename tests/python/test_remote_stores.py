@@ -99,6 +99,24 @@ def test_an_account_of_another_azure_cloud_is_asked_there(server, tmp_path):
     assert server.requests[0].headers["authorization"].startswith("SharedKey acc:")
 
 
+@pytest.mark.parametrize(
+    ("profile", "words"),
+    [
+        ("[other]\nregion = eu-west-1\n", ["AWS_PROFILE names \"work\""]),
+        ("[profile work]\ncredential_process = /bin/s3cr3t\n", ["credential_process", "export-credentials --profile work"]),
+        ("[profile work]\nsso_session = mine\nregion = eu-west-1\n", ["sso_session", "export-credentials"]),
+    ],
+)
+def test_a_profile_without_keys_says_why(profile, words, server, tmp_path):
+    server.put("/models/m.gguf", expert_gguf(tmp_path))
+    (tmp_path / "config").write_text(profile)
+    env = environment({"AWS_CONFIG_FILE": str(tmp_path / "config"), "AWS_PROFILE": "work", "AWS_ENDPOINT_URL": server.url("")})
+    fail("inspect", "s3://models/m.gguf", "--cache-size", "0", env=env, naming=words)
+    # Other ways to keys, or none, do without the profile.
+    for more in (KEYS, {"AWS_SKIP_SIGNATURE": "true"}):
+        succeed("inspect", "s3://models/m.gguf", "--cache-size", "0", env={**env, **more})
+
+
 def test_what_a_store_cannot_answer_here_has_a_way_out(server):
     env = environment({**KEYS, "AWS_ENDPOINT_URL": server.url("")})
     inspect = ["s3://models/m.gguf", "--cache-size", "0"]

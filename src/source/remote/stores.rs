@@ -8,6 +8,7 @@
 //! client is ours, which keeps such a request instead of sending it; what object_store then says of
 //! the failure is dropped. Requests for credentials are sent as they are.
 
+use std::collections::HashMap;
 use std::ops::Range;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -299,6 +300,9 @@ fn aws_settings() -> Result<Vec<(AmazonS3ConfigKey, String)>, Fault> {
             (AmazonS3ConfigKey::Token, "aws_session_token", Form::Line),
         ]);
     }
+    if wanted.is_empty() && is_unset(&OTHER_KEYS) {
+        usable(&profile)?;
+    }
     if is_unset(&["AWS_REGION", "AWS_DEFAULT_REGION"]) {
         wanted.push((AmazonS3ConfigKey::Region, "region", Form::Name));
     }
@@ -311,6 +315,43 @@ fn aws_settings() -> Result<Vec<(AmazonS3ConfigKey, String)>, Fault> {
         Ok((key, value))
     });
     settings.collect()
+}
+
+/// Variables that lead to keys of AWS without a profile, or do without keys.
+const OTHER_KEYS: [&str; 5] = [
+    "AWS_ACCESS_KEY_ID",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    "AWS_SKIP_SIGNATURE",
+];
+
+/// Fails if a profile without keys of its own is not there, or has another way to them. A machine of
+/// Amazon may have keys for a program without a profile.
+fn usable(profile: &HashMap<String, String>) -> Result<(), Fault> {
+    let name = variable("AWS_PROFILE");
+    if profile.is_empty() {
+        return match name {
+            None => Ok(()),
+            Some(name) => Err(Fault::Credentials(format!(
+                "AWS_PROFILE names {name:?}, and the files of the AWS tools have no such profile"
+            ))),
+        };
+    }
+    let ways = [
+        "credential_process",
+        "sso_session",
+        "sso_start_url",
+        "login_session",
+    ];
+    let ways = ways.into_iter().chain(["role_arn", "credential_source"]);
+    let Some(way) = ways.into_iter().find(|way| profile.contains_key(*way)) else {
+        return Ok(());
+    };
+    let name = name.unwrap_or_else(|| "default".to_owned());
+    Err(Fault::Credentials(format!(
+        "the AWS profile {name:?} gets its keys by {way}, which is not supported; `eval \"$(aws configure export-credentials --profile {name} --format env)\"` puts them into the environment"
+    )))
 }
 
 /// What `AZURE_STORAGE_CONNECTION_STRING` says, as the portal of Azure writes it; nothing if it is not
