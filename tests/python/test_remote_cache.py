@@ -158,6 +158,15 @@ def test_a_full_disk_under_the_cache_costs_nothing_but_time(server, url, expecte
             assert [expert(root, number).read_bytes() for number in range(8)] == expected
 
 
+@needs_root
+def test_what_its_disk_cannot_hold_is_not_fetched(server, url, tmp_path):
+    with file_system("tmpfs", tmp_path, "8M") as disk:
+        fetch = ["fetch", url, "--cache-dir", disk / "cache"]
+        fail(*fetch, "--cache-size", "1G", naming=["only 7.", "another disk"])
+        assert server.sent <= MIB
+        assert succeed(*fetch, "--cache-size", "1G", "--experts", "0").startswith("fetched")
+
+
 def test_experts_that_were_read_least_recently_leave_first_and_whole(server, url, expected, tmp_path, cache):
     size = "16M"
     with remote(url, tmp_path / "mnt", cache, "--cache-size", size) as root:

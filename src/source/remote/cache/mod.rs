@@ -263,7 +263,7 @@ fn now() -> u64 {
 impl CachedPart {
     /// The most bytes that all of the cache may hold.
     pub fn capacity(&self) -> u64 {
-        self.cache.room.lock().capacity()
+        self.cache.capacity()
     }
 
     fn is_of(&self, address: &str, pin: &Pin) -> bool {

@@ -44,8 +44,12 @@ impl Room {
         })
     }
 
-    pub fn capacity(&self) -> u64 {
-        self.limit
+    /// Bytes that a cache may take that takes some bytes now.
+    fn allowed(&self, taken: u64) -> io::Result<u64> {
+        let (free, all) = free(&self.folder)?;
+        Ok(self
+            .limit
+            .min(taken + free.saturating_sub(all / FREE_SHARE)))
     }
 }
 
@@ -74,6 +78,12 @@ fn used(folder: &Path) -> u64 {
 }
 
 impl Cache {
+    /// The most bytes that all of it may hold, with what is free on its disk now.
+    pub(super) fn capacity(&self) -> u64 {
+        let room = self.room.lock();
+        room.allowed(used(&self.folder)).unwrap_or(room.limit)
+    }
+
     /// Makes sure that some bytes may be written. `false` if they may not.
     pub(super) fn make_room(&self, bytes: u64) -> io::Result<bool> {
         let mut room = self.room.lock();
@@ -82,14 +92,8 @@ impl Cache {
             return Ok(true);
         }
         self.exclusive(|| {
-            let allowed = |taken: u64| -> io::Result<u64> {
-                let (free, all) = free(&room.folder)?;
-                Ok(room
-                    .limit
-                    .min(taken + free.saturating_sub(all / FREE_SHARE)))
-            };
             let mut taken = used(&self.folder);
-            let mut most = allowed(taken)?;
+            let mut most = room.allowed(taken)?;
             if bytes > most {
                 return Ok(false);
             }
@@ -98,7 +102,7 @@ impl Cache {
                 let goal = most - bytes.max(most / 16).min(most);
                 evict(&self.folder, taken.saturating_sub(goal));
                 taken = used(&self.folder);
-                most = allowed(taken)?;
+                most = room.allowed(taken)?;
             }
             if taken + bytes > most {
                 return Ok(false);
