@@ -76,9 +76,10 @@ def test_a_pause_is_made_however_it_is_written(code, what, server, model, expect
         assert again.at - refused.at >= 1.5
 
 
-def test_a_pause_beyond_the_patience_is_an_error_at_once(server, model, cache):
+@pytest.mark.parametrize("seconds", [3600, 2**63 - 1, 2**64 - 1])
+def test_a_pause_beyond_the_patience_is_an_error_at_once(seconds, server, model, cache):
     url = server.put("/m.gguf", model)
-    server.fail(status(429, Retry_After=3600))
+    server.fail(status(429, Retry_After=seconds))
     fail("inspect", url, "--cache-size", "0", naming=["status 429"])
     assert len(server.requests) == 1
 

@@ -92,6 +92,14 @@ def test_a_server_that_asks_for_a_pause_gets_it(mount, server, expected):
     assert min(at for at in later if at > refused + 0.5) - refused >= 1.9
 
 
+def test_a_pause_without_end_is_an_error_of_that_range_for_a_second(mount, server, expected):
+    server.fail(status(429, Retry_After=2**64 - 1), times=1)
+    error_of(expert(mount, 1))
+    time.sleep(1.1)
+    assert expert(mount, 1).read_bytes() == expected[1]
+    assert "panicked" not in log_of(mount)
+
+
 def test_a_server_that_stops_sending_is_asked_again(mount, server, expected):
     server.fail(stall(50_000, seconds=15), times=1)
     assert expert(mount, 1).read_bytes() == expected[1]

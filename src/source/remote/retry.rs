@@ -38,7 +38,8 @@ impl Backoff {
         let spread = self.next / 4 * u32::from(chance) / 255;
         let wait = (self.next + spread).max(after.unwrap_or_default());
         self.next = (self.next * 2).min(LONGEST);
-        (now + wait < self.since + PATIENCE).then_some(wait)
+        // No sum of times: a server may ask for any number of seconds.
+        (wait < PATIENCE.saturating_sub(self.waited(now))).then_some(wait)
     }
 
     /// How long nothing has come.
@@ -74,7 +75,13 @@ mod tests {
         let three = Duration::from_secs(3);
         assert_eq!(backoff.wait(Some(three), 255, now), Some(three));
         assert_eq!(backoff.wait(Some(Duration::ZERO), 0, now), Some(2 * FIRST));
-        assert_eq!(backoff.wait(Some(PATIENCE), 0, now), None);
+        for beyond in [
+            PATIENCE,
+            Duration::from_secs(i64::MAX as u64),
+            Duration::MAX,
+        ] {
+            assert_eq!(backoff.wait(Some(beyond), 0, now), None);
+        }
     }
 
     #[test]
