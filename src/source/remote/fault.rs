@@ -73,6 +73,8 @@ pub enum Fault {
     Scattered,
     #[error("the cache in {folder:?} cannot be used: {cause}")]
     Cache { folder: PathBuf, cause: String },
+    #[error("the read that was to fetch it has failed")]
+    Abandoned,
     #[error("the client cannot be set up: {0}")]
     Client(String),
 }
@@ -163,7 +165,7 @@ impl Explain for Fault {
                 "run it once without --offline, so that all parts are looked at together"
             }
             Self::Cache { .. } => "name a folder that you can write to with --cache-dir",
-            Self::Client(_) => return None,
+            Self::Abandoned | Self::Client(_) => return None,
         };
         Some(hint.into())
     }

@@ -68,16 +68,29 @@ struct Flight {
     landed: OnceLock<Result<Arc<[u8]>, Fault>>,
 }
 
+/// A piece that this thread is to fetch. However that ends, and be it by a panic, the piece leaves the
+/// table, and those who wait for it hear of it.
+struct Flown<'a> {
+    part: &'a RemotePart,
+    flight: Arc<Flight>,
+}
+
+impl Drop for Flown<'_> {
+    fn drop(&mut self) {
+        self.part.land(&self.flight, &[], Err(Fault::Abandoned));
+    }
+}
+
 /// How a range of a read comes.
 struct Step<'a> {
     start: u64,
     bytes: &'a mut [u8],
-    from: From,
+    from: From<'a>,
 }
 
-enum From {
+enum From<'a> {
     Cache,
-    Server(Arc<Flight>),
+    Server(Flown<'a>),
     Another(Arc<Flight>),
     Echo(Fault),
 }
@@ -247,7 +260,7 @@ impl RemotePart {
         let mut result = Ok(());
         for step in steps {
             match step.from {
-                From::Server(flight) => ours.push((flight, step.bytes)),
+                From::Server(flown) => ours.push((flown, step.bytes)),
                 From::Another(flight) => others.push((flight, step.start, step.bytes)),
                 From::Echo(fault) => result = Err(fault),
                 From::Cache => {
@@ -266,7 +279,7 @@ impl RemotePart {
         let is_all_here = ours.is_empty();
         let fetched = ours
             .into_iter()
-            .map(|(flight, bytes)| self.fetch(flight, bytes));
+            .map(|(flown, bytes)| self.fetch(flown, bytes));
         let fetched = join_all(fetched);
         if !is_all_here {
             for fetched in self.client.wait(fetched) {
@@ -284,11 +297,11 @@ impl RemotePart {
     }
 
     /// Decides how each byte comes, and notes what this read is about to fetch.
-    fn plan<'a>(&self, offset: u64, buffer: &'a mut [u8]) -> Vec<Step<'a>> {
+    fn plan<'a>(&'a self, offset: u64, buffer: &'a mut [u8]) -> Vec<Step<'a>> {
         let end = offset + buffer.len() as u64;
+        let mut steps = Vec::new(); // dropped after the guard of the table, which its pieces lock
         let mut flights = self.flights.lock();
         let (mut rest, mut place) = (buffer, offset);
-        let mut steps = Vec::new();
         while !rest.is_empty() {
             let (until, from) = self.next_step(&mut flights, place, end);
             let (bytes, after) = rest.split_at_mut((until - place) as usize);
@@ -302,7 +315,7 @@ impl RemotePart {
         steps
     }
 
-    fn next_step(&self, flights: &mut Vec<Arc<Flight>>, place: u64, end: u64) -> (u64, From) {
+    fn next_step(&self, flights: &mut Vec<Arc<Flight>>, place: u64, end: u64) -> (u64, From<'_>) {
         let holds = |flight: &&Arc<Flight>| flight.range.contains(&place);
         if let Some(flight) = flights.iter().find(holds) {
             return (flight.range.end.min(end), From::Another(flight.clone()));
@@ -324,7 +337,7 @@ impl RemotePart {
             landed: OnceLock::new(),
         });
         flights.push(flight.clone());
-        (until, From::Server(flight))
+        (until, From::Server(Flown { part: self, flight }))
     }
 
     fn recent_failure(&self, range: &Range<u64>) -> Option<Fault> {
@@ -334,8 +347,8 @@ impl RemotePart {
         failures.iter().find(touches).map(|f| f.fault.clone())
     }
 
-    async fn fetch(&self, flight: Arc<Flight>, bytes: &mut [u8]) -> Result<(), Fault> {
-        let range = flight.range.clone();
+    async fn fetch(&self, flown: Flown<'_>, bytes: &mut [u8]) -> Result<(), Fault> {
+        let range = flown.flight.range.clone();
         let fetched = match &self.route {
             Some(route) => route.fetch(&self.client, range.clone(), bytes).await,
             None => Err(Fault::Offline),
@@ -356,7 +369,7 @@ impl RemotePart {
                 }
             }
         }
-        self.land(&flight, bytes, fetched.clone());
+        self.land(&flown.flight, bytes, fetched.clone());
         fetched
     }
 
@@ -368,7 +381,7 @@ impl RemotePart {
         unit.map_or(0, |unit| unit.number)
     }
 
-    /// Takes a piece off the table, and hands it to those who wait for it.
+    /// Takes a piece off the table, and hands it to those who wait for it. Only the first time counts.
     fn land(&self, flight: &Arc<Flight>, bytes: &[u8], fetched: Result<(), Fault>) {
         let mut flights = self.flights.lock();
         flights.retain(|other| !Arc::ptr_eq(other, flight));
@@ -392,5 +405,36 @@ impl RemotePart {
         let skip = (start - flight.range.start) as usize;
         bytes.copy_from_slice(&piece[skip..skip + bytes.len()]);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_waits_for_a_piece_that_nobody_fetches_any_more_hears_of_it() {
+        let client = Arc::new(Client::new(false).unwrap());
+        let pin = Pin {
+            size: 100,
+            ..Pin::default()
+        };
+        let part = RemotePart::new("m.gguf".into(), client, None, pin, None);
+        let mut buffer = [0; 100];
+        let steps = part.plan(0, &mut buffer);
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| part.read(10, &mut [0; 20]));
+            // The table, this thread and the one that waits.
+            while Arc::strong_count(&part.flights.lock()[0]) < 3 {
+                std::thread::yield_now();
+            }
+            drop(steps); // as a panic would
+            let cause = match waiting.join().unwrap() {
+                Err(ReadError::Remote { cause, .. }) => cause,
+                other => panic!("{other:?}"),
+            };
+            assert_eq!(cause, Fault::Abandoned);
+        });
+        assert!(part.flights.lock().is_empty());
     }
 }
