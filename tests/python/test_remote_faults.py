@@ -1,6 +1,7 @@
 """Servers that misbehave: each row of what was promised of them, on mounts that must go on."""
 
 import errno
+import os
 import threading
 import time
 
@@ -8,7 +9,7 @@ import pytest
 
 from odmoe import expert_gguf, fail, promises, run, succeed
 from remote import *  # noqa: F403
-from servers import changed, cut, hang_up, stall, status, whole
+from servers import Closed, Hub, changed, cut, hang_up, stall, status, whole
 
 # Where the payload begins: what goes wrong there does not keep a mount from being made.
 PAYLOAD = 64 << 10
@@ -57,6 +58,12 @@ def test_what_is_not_the_range_is_never_data(what, mount, server, expected):
         assert log_of(mount).count("reads of it fail from now on") == 1
     else:
         assert expert(mount, 1).read_bytes() == expected[1]
+
+
+def stalled(server, connection, request, stored):
+    """Says nothing."""
+    time.sleep(15)
+    raise Closed
 
 
 AGAIN = {
@@ -187,6 +194,29 @@ def test_redirects_are_followed_once_and_their_end_is_remembered(server, model, 
         server.fail(status(403), times=1, when=lambda r: r.path == "/end.gguf")
         assert expert(root, 2).read_bytes() == expected[2]
     assert len([r for r in server.requests if r.path == "/m.gguf"]) == 2
+
+
+def test_readers_who_wait_for_a_fresh_url_share_the_wait_and_not_their_turns(model, tmp_path, cache, expected):
+    hub = Hub()
+    url = hub.add("org/repo", model)
+    env = {**os.environ, "HF_ENDPOINT": hub.url(""), "HF_TOKEN": ""}
+    with remote(url, tmp_path / "mnt", cache, "--threads", "8", env=env) as root:
+        # The signature expires, and whoever gives fresh ones accepts connections and says nothing.
+        hub.signatures.clear()
+        hub.fail(stalled)
+        hub.forget()
+        errors = []
+        readers = [threading.Thread(target=lambda n=n: errors.append(error_of(expert(root, n)))) for n in range(6)]
+        before = time.monotonic()
+        [reader.start() for reader in readers]
+        [reader.join() for reader in readers]
+        assert errors == [errno.EIO] * 6
+        # Each by itself takes 40 s; one after the other, they took 120 s and more.
+        assert time.monotonic() - before < 90
+        hub.rules.pop(0)
+        time.sleep(1.1)
+        assert expert(root, 1).read_bytes() == expected[1]
+    hub.stop()
 
 
 @pytest.mark.parametrize(

@@ -44,8 +44,8 @@ pub struct Route {
     pin: OnceLock<Pin>,
     /// Where the last walk has arrived.
     reached: Mutex<Option<Arc<Reached>>>,
-    /// Held while one request walks.
-    walking: tokio::sync::Mutex<()>,
+    /// Held while one request walks; how and when the last walk has failed.
+    walking: tokio::sync::Mutex<Option<(Instant, Fault)>>,
 }
 
 enum Start {
@@ -150,8 +150,8 @@ impl Route {
         range: Range<u64>,
         buffer: &mut [u8],
     ) -> Result<usize, Fault> {
-        let _slot = client.slots.acquire().await;
         let mut backoff = Backoff::new(Instant::now());
+        let _slot = client.slots.acquire().await;
         let (mut done, mut renewed) = (0, false);
         loop {
             let before = done;
@@ -218,16 +218,25 @@ impl Route {
         if let Some(reached) = reached {
             return self.ask(client, &reached, range).await;
         }
-        let walking = self.walking.lock().await;
+        let begun = Instant::now();
+        let mut last_failure = self.walking.lock().await;
         // Another may have arrived meanwhile.
         let reached = self.reached.lock().clone();
-        match reached {
-            Some(reached) => {
-                drop(walking);
-                self.ask(client, &reached, range).await
-            }
-            None => self.walk(client, range).await,
+        if let Some(reached) = reached {
+            drop(last_failure);
+            return self.ask(client, &reached, range).await;
         }
+        // Or has failed, as all who waited for it would, one after the other.
+        if let Some((at, fault)) = &*last_failure
+            && *at > begun
+        {
+            return Err(fault.clone());
+        }
+        let walked = self.walk(client, range).await;
+        if let Err(fault) = &walked {
+            *last_failure = Some((Instant::now(), fault.clone()));
+        }
+        walked
     }
 
     /// Asks where an earlier request has arrived.
