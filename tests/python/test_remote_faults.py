@@ -1,6 +1,7 @@
 """Servers that misbehave: each row of what was promised of them, on mounts that must go on."""
 
 import errno
+import itertools
 import os
 import threading
 import time
@@ -216,6 +217,30 @@ def test_readers_who_wait_for_a_fresh_url_share_the_wait_and_not_their_turns(mod
         hub.rules.pop(0)
         time.sleep(1.1)
         assert expert(root, 1).read_bytes() == expected[1]
+    hub.stop()
+
+
+def test_one_fresh_url_is_enough_for_all_readers_of_one_that_expired(model, tmp_path, cache, expected):
+    hub = Hub()
+    url = hub.add("org/repo", model)
+    env = {**os.environ, "HF_ENDPOINT": hub.url(""), "HF_TOKEN": ""}
+    with remote(url, tmp_path / "mnt", cache, env=env) as root:
+        hub.forget()
+        old = set(hub.signatures)
+        hub.signatures.clear()
+        refused = itertools.count()
+
+        def refused_late(connection, request, stored):
+            if request.query.rpartition("=")[2] in old:
+                time.sleep(0.3 + 0.2 * next(refused))
+
+        hub.store.rules.insert(0, refused_late)
+        readers = [threading.Thread(target=expert(root, n).read_bytes) for n in range(4)]
+        [reader.start() for reader in readers]
+        [reader.join() for reader in readers]
+        assert next(refused) > 2
+        assert len(hub.requests) == 1
+        assert [expert(root, n).read_bytes() for n in range(4)] == expected[:4]
     hub.stop()
 
 

@@ -170,7 +170,10 @@ impl Route {
             match fault.remedy() {
                 Remedy::Renew if !renewed => {
                     renewed = true;
-                    self.renew();
+                    #[cfg(not(target_os = "macos"))]
+                    if let Start::Store(store) = &self.start {
+                        store.renew();
+                    }
                 }
                 Remedy::Retry(after) => {
                     let Some(wait) = backoff.wait(after, chance(), now) else {
@@ -239,8 +242,23 @@ impl Route {
         walked
     }
 
-    /// Asks where an earlier request has arrived.
+    /// Asks where an earlier request has arrived, and forgets that place if it answers no more.
     async fn ask(
+        &self,
+        client: &Client,
+        reached: &Arc<Reached>,
+        range: &Range<u64>,
+    ) -> Result<(Facts, Response), Fault> {
+        let asked = self.ask_there(client, reached, range).await;
+        if let Err(fault) = &asked
+            && fault.remedy() == Remedy::Renew
+        {
+            self.forget(reached);
+        }
+        asked
+    }
+
+    async fn ask_there(
         &self,
         client: &Client,
         reached: &Reached,
@@ -373,12 +391,11 @@ impl Route {
             .check(found, same_route)
     }
 
-    /// Has the next request walk again, or sign with fresh credentials.
-    fn renew(&self) {
-        *self.reached.lock() = None;
-        #[cfg(not(target_os = "macos"))]
-        if let Start::Store(store) = &self.start {
-            store.renew();
+    /// Has the next request walk again, unless another has done so since this was reached.
+    fn forget(&self, reached: &Arc<Reached>) {
+        let mut now = self.reached.lock();
+        if now.as_ref().is_some_and(|now| Arc::ptr_eq(now, reached)) {
+            *now = None;
         }
     }
 }
