@@ -244,6 +244,23 @@ def test_one_fresh_url_is_enough_for_all_readers_of_one_that_expired(model, tmp_
     hub.stop()
 
 
+def test_a_token_that_was_exchanged_is_read_again(model, tmp_path, cache, expected):
+    hub = Hub(token="hf_s3cr3ttoken")
+    url = hub.add("org/repo", model)
+    token = tmp_path / "token"
+    token.write_text("hf_s3cr3ttoken\n")
+    env = {**os.environ, "HF_ENDPOINT": hub.url(""), "HF_TOKEN": "", "HF_TOKEN_PATH": str(token)}
+    with remote(url, tmp_path / "mnt", cache, env=env) as root:
+        hub.token = "hf_s3cr3ttoken2"
+        hub.signatures.clear()
+        assert error_of(expert(root, 1)) == errno.EIO
+        assert "status 401" in log_of(root)
+        token.write_text(hub.token)
+        time.sleep(1.1)
+        assert expert(root, 1).read_bytes() == expected[1]
+    hub.stop()
+
+
 @pytest.mark.parametrize(
     ("answer", "words"),
     [

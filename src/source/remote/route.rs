@@ -55,7 +55,6 @@ enum Start {
         repository: String,
         revision: String,
         file: String,
-        token: Option<HeaderValue>,
         commit: Commit,
     },
     #[cfg(not(target_os = "macos"))]
@@ -104,7 +103,6 @@ impl Route {
                     repository: repository.clone(),
                     revision: revision.clone(),
                     file: file.clone(),
-                    token: hub_token()?,
                     commit: commit.clone(),
                 };
                 (start, Kind::Hub)
@@ -281,9 +279,9 @@ impl Route {
 
     /// Goes from the address through all redirects.
     async fn walk(&self, client: &Client, range: &Range<u64>) -> Result<(Facts, Response), Fault> {
-        let (mut url, token) = self.start_url();
+        let (mut url, token) = self.start_url()?;
         let origin = url.origin();
-        let is_hub = token.is_some() || matches!(self.start, Start::Hub { .. });
+        let is_hub = matches!(self.start, Start::Hub { .. });
         let (mut linked, mut linked_size) = (None, None);
         for hop in 0..=HOPS {
             let pin = self.pin().filter(|pin| !is_hub && pin.linked.is_none());
@@ -323,20 +321,20 @@ impl Route {
         Err(Fault::Redirect(format!("more than {HOPS} redirects")))
     }
 
-    fn start_url(&self) -> (Url, Option<HeaderValue>) {
+    /// Where a walk starts, and with which token: the one that is there now.
+    fn start_url(&self) -> Result<(Url, Option<HeaderValue>), Fault> {
         match &self.start {
-            Start::Web(url) => (url.clone(), None),
+            Start::Web(url) => Ok((url.clone(), None)),
             Start::Hub {
                 endpoint,
                 repository,
                 revision,
                 file,
-                token,
                 commit,
             } => {
                 let revision = commit.get().unwrap_or(revision);
                 let url = hub_url(endpoint, repository, revision, file);
-                (url, token.clone())
+                Ok((url, hub_token()?))
             }
             #[cfg(not(target_os = "macos"))]
             Start::Store(_) => unreachable!("requests for stores are signed"),
