@@ -1,5 +1,7 @@
 //! The model of a command: a file on this machine, or an address.
 
+#[cfg(feature = "remote")]
+use std::path::absolute;
 use std::path::{Path, PathBuf};
 
 use odmoe_fs::form::Form;
@@ -149,6 +151,8 @@ impl RemoteArgs {
     fn options(&self) -> Options {
         Options {
             insecure_http: self.insecure_http,
+            // A mount is made by a process that is in another folder.
+            url_file: self.url_file.as_deref().and_then(|f| absolute(f).ok()),
             unpinned: self.unpinned,
             offline: self.offline,
             cache_folder: self.cache_dir.clone(),

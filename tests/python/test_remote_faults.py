@@ -261,6 +261,44 @@ def test_a_token_that_was_exchanged_is_read_again(model, tmp_path, cache, expect
     hub.stop()
 
 
+def test_fresh_urls_in_the_file_are_used_once_the_old_ones_expire(server, model, tmp_path, cache, expected):
+    url, urls = server.put("/m.gguf", model), tmp_path / "urls"
+    signature = None
+
+    def sign(number):
+        """Has the server accept only this signature; returns a line of a file of URLs."""
+        nonlocal signature
+        signature = f"X-Amz-Signature=s3cr3t{number}"
+        return f"{url}?{signature}\n"
+
+    server.fail(status(403), when=lambda request: request.query != signature)
+    urls.write_text(sign(1))
+    with remote("--url-file=urls", tmp_path / "mnt", cache, cwd=tmp_path) as root:
+        assert expert(root, 1).read_bytes() == expected[1]
+        fresh = sign(2)
+        assert error_of(expert(root, 2)) == errno.EIO
+        assert "status 403" in log_of(root)
+        urls.write_text(f"# fresh\n{fresh}")
+        time.sleep(1.1)
+        assert expert(root, 2).read_bytes() == expected[2]
+        # Another file is not taken for this one, though its URL is in the list.
+        server.put("/m.gguf", model.read_bytes() + b"more")
+        urls.write_text(sign(3))
+        assert error_of(expert(root, 3)) == errno.EIO
+        assert "no longer what it was" in log_of(root)
+
+
+def test_a_part_that_the_file_of_urls_lacks_is_named(server, tmp_path, cache):
+    import models
+
+    parts = models.write_small(tmp_path, split_max_tensors=8)
+    server.put_all(parts)
+    server.fail(status(403), when=lambda request: not request.query)
+    urls = tmp_path / "urls"
+    urls.write_text(f"{server.url(f'/models/{parts[0].name}')}?X-Amz-Signature=s3cr3t")
+    fail("inspect", "--url-file", urls, "--cache-size", "0", naming=[parts[1].name, "403", "of this file, too"])
+
+
 @pytest.mark.parametrize(
     ("answer", "words"),
     [

@@ -84,6 +84,8 @@ pub enum Fault {
 pub enum Kind {
     Web,
     Signed,
+    /// Without a signature, beside a file of URLs.
+    Unsigned,
     Hub,
     S3,
     Google,
@@ -97,6 +99,9 @@ impl Kind {
                 "a server that wants a password or a token cannot be used; if it gives signed URLs, write one into a file and pass --url-file"
             }
             Self::Signed => "the signature may have expired: write fresh URLs into the file",
+            Self::Unsigned => {
+                "write a signed URL of this file, too, into the file of URLs, on a line of its own"
+            }
             Self::Hub => {
                 "accept the model's terms on its page, and put a token into HF_TOKEN or log in with `hf auth login`"
             }
@@ -278,6 +283,7 @@ mod tests {
             (Kind::Azure, "AZURE_"),
             (Kind::Signed, "expired"),
             (Kind::Web, "--url-file"),
+            (Kind::Unsigned, "of this file, too"),
         ] {
             for fault in [Fault::Unauthorized(kind), Fault::Forbidden(kind)] {
                 assert!(fault.hint().unwrap().contains(word));

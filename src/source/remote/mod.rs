@@ -38,6 +38,8 @@ pub(super) use pin::fingerprint;
 pub struct Options {
     /// Plain HTTP may leave this machine.
     pub insecure_http: bool,
+    /// The file that the addresses came from, absolute: it may get fresh URLs.
+    pub url_file: Option<PathBuf>,
     /// A file whose changes would go unnoticed may be read.
     pub unpinned: bool,
     /// Nothing is asked of servers: what the cache has must do.

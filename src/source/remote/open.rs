@@ -180,7 +180,7 @@ impl<'a> Shared<'a> {
             return Ok((made(None, cached.pin(), Some(cached)), Vec::new()));
         }
         let client = &self.client;
-        let route = Route::new(address, client, options.unpinned, &self.commit)?;
+        let route = Route::new(address, client, options, &self.commit)?;
         // What is in the cache only needs to be confirmed.
         let known = cached.as_ref().map(CachedPart::pin).filter(Pin::holds);
         let wanted = if known.is_some() { 1 } else { FIRST_BYTES };

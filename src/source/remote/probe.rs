@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 
+use super::Options;
 use super::address::{Address, Place, StoreKind};
 use super::client::Client;
 use super::credentials::{aws_profile, hub_token_source, variable};
@@ -50,7 +51,11 @@ impl Found {
 /// Asks for a few ranges of a file. At most 17 MiB are fetched.
 pub fn probe(address: &Address, insecure_http: bool) -> Result<Found, Fault> {
     let client = Client::new(insecure_http)?;
-    let route = Route::new(address, &client, true, &Commit::default())?;
+    let options = Options {
+        unpinned: true,
+        ..Options::default()
+    };
+    let route = Route::new(address, &client, &options, &Commit::default())?;
     let fetch = async |range: std::ops::Range<u64>| {
         let mut bytes = vec![0; (range.end - range.start) as usize];
         route.fetch(&client, range, &mut bytes).await

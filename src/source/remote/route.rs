@@ -10,6 +10,7 @@
 //! what it finds must be the same file.
 
 use std::ops::Range;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
@@ -19,6 +20,7 @@ use reqwest::header::{
 };
 use reqwest::{Method, Request, Response, Url};
 
+use super::Options;
 use super::address::{Address, Place, hub_endpoint, hub_url};
 use super::client::{Client, TRICKLE_BYTES};
 use super::credentials::hub_token;
@@ -49,7 +51,12 @@ pub struct Route {
 }
 
 enum Start {
-    Web(Url),
+    Web {
+        url: Url,
+        name: String,
+        /// Where a fresh URL for this name may be.
+        url_file: Option<PathBuf>,
+    },
     Hub {
         endpoint: Url,
         repository: String,
@@ -86,12 +93,23 @@ impl Route {
     pub fn new(
         address: &Address,
         client: &Client,
-        unpinned: bool,
+        options: &Options,
         commit: &Commit,
     ) -> Result<Self, Fault> {
         let (start, kind) = match address.place() {
-            Place::Web(url) if address.is_signed() => (Start::Web(url.clone()), Kind::Signed),
-            Place::Web(url) => (Start::Web(url.clone()), Kind::Web),
+            Place::Web(url) => {
+                let start = Start::Web {
+                    url: url.clone(),
+                    name: address.file_name(),
+                    url_file: options.url_file.clone(),
+                };
+                let kind = match options.url_file {
+                    _ if address.is_signed() => Kind::Signed,
+                    Some(_) => Kind::Unsigned,
+                    None => Kind::Web,
+                };
+                (start, kind)
+            }
             Place::Hub {
                 repository,
                 revision,
@@ -123,7 +141,7 @@ impl Route {
         Ok(Self {
             start,
             kind,
-            unpinned,
+            unpinned: options.unpinned,
             pin: OnceLock::new(),
             reached: Mutex::default(),
             walking: tokio::sync::Mutex::default(),
@@ -267,7 +285,8 @@ impl Route {
         let status = response.status();
         // Expired URLs are answered with each of these.
         let is_expired = [400, 401, 403, 404, 410].contains(&status.as_u16());
-        if status.is_redirection() || (reached.is_redirected && is_expired) {
+        let can_expire = reached.is_redirected || self.kind == Kind::Signed;
+        if status.is_redirection() || (can_expire && is_expired) {
             return Err(Fault::Forbidden(self.kind));
         }
         let facts = self.facts(client, &response, range)?;
@@ -279,7 +298,7 @@ impl Route {
 
     /// Goes from the address through all redirects.
     async fn walk(&self, client: &Client, range: &Range<u64>) -> Result<(Facts, Response), Fault> {
-        let (mut url, token) = self.start_url()?;
+        let (mut url, token) = self.start_url(client.insecure_http)?;
         let origin = url.origin();
         let is_hub = matches!(self.start, Start::Hub { .. });
         let (mut linked, mut linked_size) = (None, None);
@@ -321,10 +340,18 @@ impl Route {
         Err(Fault::Redirect(format!("more than {HOPS} redirects")))
     }
 
-    /// Where a walk starts, and with which token: the one that is there now.
-    fn start_url(&self) -> Result<(Url, Option<HeaderValue>), Fault> {
+    /// Where a walk starts, and with which token: by what the files of both say now.
+    fn start_url(&self, insecure_http: bool) -> Result<(Url, Option<HeaderValue>), Fault> {
         match &self.start {
-            Start::Web(url) => Ok((url.clone(), None)),
+            Start::Web {
+                url,
+                name,
+                url_file,
+            } => {
+                let file = url_file.as_deref();
+                let listed = file.and_then(|file| listed_url(file, name, insecure_http));
+                Ok((listed.unwrap_or_else(|| url.clone()), None))
+            }
             Start::Hub {
                 endpoint,
                 repository,
@@ -349,7 +376,7 @@ impl Route {
         };
         match (&*self.reached.lock(), &self.start) {
             (Some(reached), _) => of(&reached.url),
-            (None, Start::Web(url) | Start::Hub { endpoint: url, .. }) => of(url),
+            (None, Start::Web { url, .. } | Start::Hub { endpoint: url, .. }) => of(url),
             #[cfg(not(target_os = "macos"))]
             (None, Start::Store(store)) => store.shown(),
         }
@@ -395,6 +422,20 @@ impl Route {
         if now.as_ref().is_some_and(|now| Arc::ptr_eq(now, reached)) {
             *now = None;
         }
+    }
+}
+
+/// The URL that a file of URLs has for a part now.
+fn listed_url(file: &Path, name: &str, insecure_http: bool) -> Option<Url> {
+    // A pipe has said it once.
+    if !file.metadata().is_ok_and(|found| found.is_file()) {
+        return None;
+    }
+    let listed = Address::of_file(file, insecure_http).ok()?;
+    let ours = listed.iter().find(|other| other.file_name() == name)?;
+    match ours.place() {
+        Place::Web(url) => Some(url.clone()),
+        _ => None,
     }
 }
 
