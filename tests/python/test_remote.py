@@ -50,6 +50,15 @@ def test_headers_of_a_split_set_are_read_at_the_same_time(tmp_path, cache):
     server.stop()
 
 
+def test_a_name_that_promises_parts_is_not_believed_before_the_header(server, tmp_path, cache):
+    alone = server.put("/m-00001-of-99999.gguf", models.write_small(tmp_path)[0])
+    assert "tensors" in succeed("inspect", alone, "--cache-size", "0")
+    part = models.write_small(tmp_path, name="split.gguf", split_max_tensors=8)[0]
+    renamed = server.put("/n-00001-of-99999.gguf", part)
+    fail("inspect", renamed, "--cache-size", "0", naming=["n-00001-of-99999.gguf", "part 1 of"])
+    assert len(server.requests) < 10
+
+
 def test_a_name_with_spaces_and_letters_of_all_kinds_is_found(server, tmp_path, cache):
     parts = models.write_small(tmp_path, name="modèle nº 1 (Q4).gguf", split_max_tensors=3)
     url = server.put_all(parts)

@@ -23,9 +23,6 @@ use crate::source::open::{Opened, join, joined_in};
 use crate::source::place::Part;
 use crate::source::{ReadError, Source};
 
-/// Of the parts of a set.
-const EACH: &str = "each was opened once";
-
 /// Opens a model by the address of its file, or of any part of a split set, and reads the headers,
 /// all of them at the same time. The other addresses are those of other parts, if they are known.
 pub fn open(
@@ -34,35 +31,24 @@ pub fn open(
     options: &Options,
 ) -> Result<(ModelHeader, Source), OpenError> {
     let shared = Shared::new(others, options).map_err(|e| remote(given, e))?;
-    let (part, first) = shared.part(given)?;
+    let opened = shared.open(given)?;
     let name = PartName::parse(given.file_name().as_ref());
-    let Some(name) = name else {
-        let given = head(part, first)?;
-        return match SplitKeys::of(&given.header) {
-            Ok(None) => join(vec![given], 0),
-            Ok(Some(keys)) => Err(OpenError::name(given.path, keys.no + 1, keys.count)),
-            Err(cause) => Err(OpenError::Split {
-                path: given.path,
-                cause,
-            }),
-        };
-    };
-    let given_at = name.number.saturating_sub(1) as usize;
-    let mut parts = shared.set(given, &name, given_at, (part, first));
-    let given = parts[given_at].take().expect(EACH)?;
-    match SplitKeys::of(&given.header) {
-        // A name like that of a part, and whatever has the other names is none of ours.
-        Ok(None) => return join(vec![given], 0),
-        Ok(Some(keys)) if keys.count == name.count && keys.no + 1 == name.number => {}
-        Ok(Some(keys)) => return Err(OpenError::name(given.path, keys.no + 1, keys.count)),
-        Err(cause) => {
-            let path = given.path.clone();
-            return Err(joined_in([&given]).unwrap_or(OpenError::Split { path, cause }));
+    // Nothing is asked for by the name alone, which may promise any number of parts.
+    let name = match (SplitKeys::of(&opened.header), name) {
+        // Whatever has the other names is none of ours.
+        (Ok(None), _) => return join(vec![opened], 0),
+        (Ok(Some(keys)), Some(name)) if keys.count == name.count && keys.no + 1 == name.number => {
+            name
         }
-    }
-    let folder = given.path.parent().unwrap_or(Path::new("")).to_owned();
-    parts[given_at] = Some(Ok(given));
-    let parts: Vec<_> = parts.into_iter().map(|part| part.expect(EACH)).collect();
+        (Ok(Some(keys)), _) => return Err(OpenError::name(opened.path, keys.no + 1, keys.count)),
+        (Err(cause), _) => {
+            let path = opened.path.clone();
+            return Err(joined_in([&opened]).unwrap_or(OpenError::Split { path, cause }));
+        }
+    };
+    let folder = opened.path.parent().unwrap_or(Path::new("")).to_owned();
+    let given_at = name.number.saturating_sub(1) as usize;
+    let parts = shared.set(given, &name, given_at, opened);
     let missing = missing(&parts, &name);
     if !missing.is_empty() {
         return Err(OpenError::Missing {
@@ -161,12 +147,14 @@ impl<'a> Shared<'a> {
         })
     }
 
-    /// A part, and the first bytes of it unless the cache has them.
-    fn part(&self, address: &Address) -> Result<(RemotePart, Vec<u8>), OpenError> {
-        self.try_part(address).map_err(|e| remote(address, e))
+    /// Opens a part, and reads its header.
+    fn open(&self, address: &Address) -> Result<Opened, OpenError> {
+        let (part, first) = self.part(address).map_err(|e| remote(address, e))?;
+        head(part, first)
     }
 
-    fn try_part(&self, address: &Address) -> Result<(RemotePart, Vec<u8>), Fault> {
+    /// A part, and the first bytes of it unless the cache has them.
+    fn part(&self, address: &Address) -> Result<(RemotePart, Vec<u8>), Fault> {
         let (shown, name) = (address.to_string(), address.file_name());
         let cache = self.cache.as_ref();
         let cached = cache.and_then(|cache| cache.find(&shown, &name).ok().flatten());
@@ -209,36 +197,30 @@ impl<'a> Shared<'a> {
         given: &Address,
         name: &PartName,
         given_at: usize,
-        opened: (RemotePart, Vec<u8>),
-    ) -> Vec<Option<Result<Opened, OpenError>>> {
-        let count = name.count as usize;
-        let opened = Mutex::new(Some(opened));
-        let results: Vec<_> = (0..count).map(|_| Mutex::new(None)).collect();
+        opened: Opened,
+    ) -> Vec<Result<Opened, OpenError>> {
+        let others: Vec<_> = (1..=name.count).filter(|n| *n != name.number).collect();
+        let results: Vec<_> = others.iter().map(|_| Mutex::new(None)).collect();
         let next = AtomicUsize::new(0);
         let work = || {
             loop {
-                // The given one first: it most likely has the longest header.
-                let at = match next.fetch_add(1, Ordering::Relaxed) {
-                    0 => given_at,
-                    n if n <= given_at => n - 1,
-                    n if n < count => n,
-                    _ => return,
+                let at = next.fetch_add(1, Ordering::Relaxed);
+                let Some(number) = others.get(at) else {
+                    return;
                 };
-                let taken = opened.lock().take();
-                let part = match taken {
-                    Some(opened) => Ok(opened),
-                    None => self.part(&self.sibling(given, name, at as u64 + 1)),
-                };
-                *results[at].lock() = Some(part.and_then(|(part, first)| head(part, first)));
+                *results[at].lock() = Some(self.open(&self.sibling(given, name, *number)));
             }
         };
         std::thread::scope(|scope| {
-            for _ in 1..count.min(REQUESTS) {
+            for _ in 1..others.len().min(REQUESTS) {
                 scope.spawn(work);
             }
             work();
         });
-        results.into_iter().map(Mutex::into_inner).collect()
+        let results = results.into_iter().map(Mutex::into_inner);
+        let mut parts: Vec<_> = results.map(|part| part.expect("each was opened")).collect();
+        parts.insert(given_at, Ok(opened));
+        parts
     }
 
     /// The address of another part: one that was given, or that of a file beside it.
