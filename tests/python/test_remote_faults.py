@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from odmoe import expert_gguf, fail, promises, run, succeed
+from odmoe import expert_gguf, fail, odmoe, promises, run, succeed
 from remote import *  # noqa: F403
 from servers import Closed, Hub, changed, cut, hang_up, stall, status, whole
 
@@ -297,6 +297,15 @@ def test_a_part_that_the_file_of_urls_lacks_is_named(server, tmp_path, cache):
     urls = tmp_path / "urls"
     urls.write_text(f"{server.url(f'/models/{parts[0].name}')}?X-Amz-Signature=s3cr3t")
     fail("inspect", "--url-file", urls, "--cache-size", "0", naming=[parts[1].name, "403", "of this file, too"])
+
+
+def test_a_password_in_a_redirect_shows_nowhere(server, model):
+    server.put("/end.gguf", model)
+    leading = server.url("/end.gguf").replace("http://", "http://user:s3cr3t@")
+    server.fail(status(302, Location=leading), when=lambda request: request.path == "/m.gguf")
+    done = odmoe("-vv", "inspect", server.url("/m.gguf"), "--cache-size", "0")
+    assert done.returncode == 0 and "DEBUG" in done.stderr
+    assert not any("authorization" in request.headers for request in server.requests)
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,11 @@ impl Client {
     }
 
     /// Sends a request, and waits for the head of the answer.
-    pub async fn send(&self, request: Request) -> Result<Response, Fault> {
+    pub async fn send(&self, mut request: Request) -> Result<Response, Fault> {
+        // A redirect may name a user and a password: they are never sent, and libraries log them.
+        let url = request.url_mut();
+        let _ = url.set_username("");
+        let _ = url.set_password(None);
         let pause = *self.pause.lock();
         if let Some(until) = pause {
             sleep_until(until.into()).await;
