@@ -34,6 +34,9 @@ mod tests;
 const FOR_EVER: Duration = Duration::from_secs(u32::MAX as u64);
 /// One generation of inode numbers: they are never reused.
 const GENERATION: Generation = Generation(0);
+/// Reads that the kernel passes on without a reader of their own, at most: fewer than a mount of a model
+/// elsewhere has workers, and many, since those for a server that is gone hold up those of the cache.
+const REMOTE_BACKGROUND: u16 = 48;
 
 /// A model as the kernel sees it.
 #[derive(Debug)]
@@ -221,6 +224,9 @@ impl Filesystem for OdmoeFs {
             );
         }
         let no_opening = InitFlags::FUSE_NO_OPEN_SUPPORT | InitFlags::FUSE_NO_OPENDIR_SUPPORT;
+        if self.served.model().source().is_remote() {
+            let _ = config.set_max_background(REMOTE_BACKGROUND);
+        }
         self.opens_nothing = config.add_capabilities(no_opening).is_ok();
         Ok(())
     }

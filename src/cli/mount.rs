@@ -76,7 +76,7 @@ pub struct MountArgs {
     /// Then every open of a file comes to us. What the kernel answers from its cache does not, and is not counted.
     #[arg(long, help_heading = "Reading")]
     stats: bool,
-    /// Worker threads, 1 to 256 [default: four per processor, 8 to 16]
+    /// Worker threads, 1 to 256 [default: four per processor, 8 to 16; 64 if the model is elsewhere]
     ///
     /// Each reserves 17 MiB of address space, and takes 3 MiB of memory once it has read.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256), help_heading = "Reading")]

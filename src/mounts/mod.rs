@@ -66,7 +66,8 @@ pub struct Options {
     pub uid: Option<u32>,
     /// The group of the files; `None` is that of the user who mounts.
     pub gid: Option<u32>,
-    /// The number of worker threads; `None` chooses it by the number of processors.
+    /// The number of worker threads; `None` chooses it by the number of processors and by where the
+    /// model is.
     pub threads: Option<usize>,
     /// Which page cache keeps what was read.
     pub cache: Cache,
@@ -243,8 +244,7 @@ impl Mount {
         options: &Options,
     ) -> Result<Self, MountError> {
         preflight::usable_fuse(options)?;
-        let threads = options.threads.unwrap_or_else(default_threads);
-        workers::try_workers(threads).map_err(|cause| MountError::Workers { threads, cause })?;
+        let threads = usable_threads(options.threads, model.source().is_remote())?;
         if options.cache == Cache::Mount {
             // The mounted files keep the bytes; a second copy would cost twice the memory.
             model.set_page_cache(PageCache::Unchanged);
@@ -311,6 +311,23 @@ fn source_name(model: &Model) -> String {
         .filter(|path| !path.contains([',', '\\']) && !path.contains(char::is_control))
         .unwrap_or(SUBTYPE)
         .to_owned()
+}
+
+/// Workers of a mount of a model elsewhere. Whoever waits for a server that is gone takes one, and
+/// they must not run out: names, attributes and what is cached are still to be had.
+const REMOTE_THREADS: usize = 64;
+
+/// The number of workers, all of which can start.
+fn usable_threads(wanted: Option<usize>, is_remote: bool) -> Result<usize, MountError> {
+    if wanted.is_none() && is_remote && cfg!(target_os = "linux") {
+        match workers::try_workers(REMOTE_THREADS) {
+            Ok(()) => return Ok(REMOTE_THREADS),
+            Err(cause) => tracing::debug!("{REMOTE_THREADS} workers cannot start: {cause}"),
+        }
+    }
+    let threads = wanted.unwrap_or_else(default_threads);
+    workers::try_workers(threads).map_err(|cause| MountError::Workers { threads, cause })?;
+    Ok(threads)
 }
 
 /// More workers than processors, since they wait for the disk as much as they work.

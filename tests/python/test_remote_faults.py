@@ -1,5 +1,6 @@
 """Servers that misbehave: each row of what was promised of them, on mounts that must go on."""
 
+import concurrent.futures
 import errno
 import itertools
 import os
@@ -135,6 +136,29 @@ def test_a_server_that_stays_away_is_an_error_of_what_is_not_cached_after_30_sec
     server.restart()
     time.sleep(1.1)
     assert expert(mount, 2).read_bytes() == expected[2]
+
+
+def read_from(path, start):
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read()
+
+
+@promises("A server that is gone holds up the readers of what it has; others are served as long as worker threads are left.")
+def test_readers_who_wait_for_a_server_hold_up_nobody_else(mount, server, expected):
+    assert expert(mount, 0).read_bytes() == expected[0]
+    run("sh", "-c", "echo 3 > /proc/sys/vm/drop_caches")
+    server.stop()
+    with concurrent.futures.ThreadPoolExecutor(14) as pool:
+        starts = [(n, start) for n in range(1, 8) for start in (0, len(expected[n]) // 2)]
+        waiting = [pool.submit(read_from, expert(mount, n), start) for n, start in starts]
+        time.sleep(1)
+        assert len(os.listdir(mount / "experts")) > 8
+        assert expert(mount, 7).stat().st_size == len(expected[7])
+        assert expert(mount, 0).read_bytes() == expected[0]
+        assert not any(reader.done() for reader in waiting)
+        server.restart()
+        assert [reader.result() for reader in waiting] == [expected[n][start:] for n, start in starts]
 
 
 @promises("An object that was replaced is EIO from then on, and never bytes of both.")
