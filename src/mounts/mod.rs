@@ -47,7 +47,7 @@ use crate::model::Model;
 pub use crate::served::Cache;
 use crate::served::{Owner, Served};
 use crate::source::PageCache;
-use crate::sys::process::effective_ids;
+use crate::sys::process::{effective_ids, map_large_buffers};
 
 /// The file system type in mount tables.
 pub const FS_TYPE: &str = "fuse.odmoe";
@@ -320,6 +320,8 @@ const REMOTE_THREADS: usize = 64;
 /// The number of workers, all of which can start.
 fn usable_threads(wanted: Option<usize>, is_remote: bool) -> Result<usize, MountError> {
     if wanted.is_none() && is_remote && cfg!(target_os = "linux") {
+        // Of so many buffers for requests, few are ever filled.
+        map_large_buffers();
         match workers::try_workers(REMOTE_THREADS) {
             Ok(()) => return Ok(REMOTE_THREADS),
             Err(cause) => tracing::debug!("{REMOTE_THREADS} workers cannot start: {cause}"),

@@ -289,6 +289,20 @@ fn is_ignored(signal: i32) -> io::Result<bool> {
     Ok(action.sa_sigaction == libc::SIG_IGN)
 }
 
+/// Makes the allocator map each large buffer by itself, whatever was freed before. Then memory that is
+/// never touched is never resident.
+///
+/// glibc takes buffers as large as the largest that was freed from its heap from then on, where they
+/// must be zeroed.
+pub fn map_large_buffers() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: the calls take only numbers.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 8 << 20);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 16 << 20);
+    }
+}
+
 /// Makes the allocator use one arena for all threads.
 ///
 /// glibc reserves 64 MiB of address space for the arena of each thread, which counts against

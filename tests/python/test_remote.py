@@ -5,11 +5,12 @@ import json
 import os
 import subprocess
 import threading
+from pathlib import Path
 
 import pytest
 
 import models
-from odmoe import MIB, contents, expert_gguf, fail, mount_at, mounted, odmoe, promises, run, succeed
+from odmoe import MIB, contents, daemon_of, expert_gguf, fail, mount_at, mounted, odmoe, promises, run, succeed
 from remote import *  # noqa: F403
 from servers import Hub, RangeServer, nginx, s3, status
 
@@ -123,6 +124,15 @@ def test_many_readers_of_one_expert_share_what_is_fetched(tmp_path, cache):
         assert server.sent <= 1.05 * sum(map(len, expected))
         assert 1 < server.peak <= 32
     server.stop()
+
+
+def test_workers_that_have_nothing_to_do_take_no_memory(server, tmp_path, cache):
+    with remote(server.put("/m.gguf", expert_gguf(tmp_path)), tmp_path / "mnt", cache) as root:
+        status = Path(f"/proc/{daemon_of(root)}/status").read_text()
+        fields = dict(line.split(":", 1) for line in status.splitlines())
+        assert int(fields["Threads"]) > 64
+        # Each has a buffer of 16 MiB.
+        assert int(fields["RssAnon"].split()[0]) < 32 << 10
 
 
 def test_materialize_writes_the_tree_of_a_url(server, tmp_path, cache):
