@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use odmoe_fs::materialize::{Numbers, Options, Plan, Reflink, Selection};
 use odmoe_fs::model::Model;
 use odmoe_fs::mounts::odmoe_mount_of;
-use odmoe_fs::process::ignore_file_size_signal;
 use odmoe_fs::show::Show;
 use odmoe_fs::source::PageCache;
 use odmoe_fs::verify::{Comparison, Depth, DifferenceKind};
@@ -121,8 +120,6 @@ fn check_choice(args: &MaterializeArgs, show: Show) -> Result<()> {
 }
 
 pub fn run(args: &MaterializeArgs, quiet: bool) -> Result<()> {
-    // Writing beyond `ulimit -f` must be an error, not the end of the process.
-    ignore_file_size_signal();
     let directory = args.model.directory(args.directory.as_ref())?;
     let show = args.show.show();
     check_choice(args, show)?;

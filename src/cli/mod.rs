@@ -34,7 +34,8 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use odmoe_fs::process::{
-    close_inherited_descriptors, no_new_privileges, raise_descriptor_limit, reset_inherited_signals,
+    close_inherited_descriptors, ignore_file_size_signal, no_new_privileges,
+    raise_descriptor_limit, reset_inherited_signals,
 };
 
 use self::diagnostics::{Diagnostics, LogFormat, Volume};
@@ -181,6 +182,8 @@ fn execute(cli: &Cli) -> ExitCode {
         _ => (LogFormat::Text, false),
     };
     diagnostics::start(volume, format, to_journal);
+    // Writing beyond `ulimit -f` must be an error, not the end of the process; a cache can do without.
+    ignore_file_size_signal();
     // With a higher limit more parts of a split set stay open; without, fewer do.
     let _ = raise_descriptor_limit();
     if !cli.command.mounts() {

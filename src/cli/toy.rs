@@ -6,7 +6,6 @@ use std::path::PathBuf;
 
 use clap::builder::{PossibleValuesParser, RangedI64ValueParser, TypedValueParser};
 use odmoe_fs::gguf::GgmlType;
-use odmoe_fs::process::ignore_file_size_signal;
 use odmoe_fs::toy::{self, Toy};
 
 use super::failure::Result;
@@ -144,8 +143,6 @@ impl ToyArgs {
 }
 
 pub fn run(args: &ToyArgs, quiet: bool) -> Result<()> {
-    // Beyond `ulimit -f`, writing must be an error instead of ending the process.
-    ignore_file_size_signal();
     let stop = Stop::on_signals()?;
     let toy = args.toy();
     let meter = Meter::new(toy.bytes()?, quiet);

@@ -4,13 +4,26 @@ import errno
 import json
 import os
 import random
+import resource
 import threading
 import time
 
 import pytest
 
 import models
-from odmoe import MIB, expert_gguf, fail, file_system, files_of, needs_root, odmoe, promises, run, succeed
+from odmoe import (
+    MIB,
+    expert_gguf,
+    fail,
+    file_system,
+    files_of,
+    mounted,
+    needs_root,
+    odmoe,
+    promises,
+    run,
+    succeed,
+)
 from remote import *  # noqa: F403
 from servers import Hub, RangeServer, status
 
@@ -44,6 +57,17 @@ def test_a_later_mount_reads_from_the_cache(server, url, expected, tmp_path, cac
     with remote(url, tmp_path / "mnt", cache) as root:
         assert expert(root, 1).read_bytes() == expected[1]
         assert (len(server.requests), server.sent) == (1, 1)
+
+
+def test_a_limit_on_files_costs_the_cache_and_nothing_else(server, url, expected, tmp_path, cache):
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    where = tmp_path / "mnt"
+    with mounted(url, where, "--cache-dir", cache, preexec_fn=limit) as root:
+        assert expert(root, 1).read_bytes() == expected[1]
+    succeed("verify", url, "--cache-dir", cache, preexec_fn=limit)
+    fail("fetch", url, "--cache-dir", cache, preexec_fn=limit, naming=["cannot be used", "File too large"])
 
 
 def test_the_cache_is_closed_to_others_and_names_nothing(server, url, tmp_path, cache):
