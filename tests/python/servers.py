@@ -406,6 +406,49 @@ class Hub(RangeServer):
         self.store.stop()
 
 
+class Proxy:
+    """A proxy: of SOCKS 5, or an HTTP proxy that lets nobody through. Counts its connections."""
+
+    def __init__(self):
+        self.used = 0
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self.host = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._listener.accept()
+                self.used += 1
+                threading.Thread(target=self._serve, args=[connection], daemon=True).start()
+
+    def _serve(self, connection):
+        with contextlib.suppress(OSError), connection:
+            first = connection.recv(1, socket.MSG_PEEK)
+            if first != b"\x05":
+                connection.recv(1 << 16)
+                connection.sendall(b"HTTP/1.1 407 X\r\nContent-Length: 0\r\n\r\n")
+                return
+            connection.recv(2 + 255)  # its greeting
+            connection.sendall(b"\x05\x00")
+            wanted = connection.recv(262)
+            name, port = wanted[4:-2], int.from_bytes(wanted[-2:])
+            host = socket.inet_ntoa(name) if wanted[3] == 1 else name[1:].decode()
+            with socket.create_connection((host, port)) as server:
+                connection.sendall(b"\x05\x00\x00\x01" + bytes(6))
+                threading.Thread(target=self._pass_on, args=[connection, server], daemon=True).start()
+                self._pass_on(server, connection)
+
+    @staticmethod
+    def _pass_on(source, target):
+        with contextlib.suppress(OSError):
+            while piece := source.recv(1 << 16):
+                target.sendall(piece)
+
+    def stop(self):
+        self._listener.close()
+
+
 def tls(folder, names=("localhost", "127.0.0.1"), days=(-1, 1), authority=False):
     """A context of a server with a certificate of its own for these names and days from now, and the file of it."""
     import datetime

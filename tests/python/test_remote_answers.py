@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from odmoe import expert_gguf, fail, mount_at, odmoe
+from odmoe import expert_gguf, fail, mount_at, odmoe, succeed
 from remote import *  # noqa: F403
-from servers import RangeServer, changed, chunked, page, partial, status, tls, trickle, unframed, whole
+from servers import Proxy, RangeServer, changed, chunked, page, partial, status, tls, trickle, unframed, whole
 
 
 @pytest.fixture
@@ -290,3 +290,47 @@ def test_a_name_that_is_none_is_explained():
         threading.Timer(60, process.kill).start()
         said = process.stderr.read()
     assert "none.invalid" in said and "error: " in said and "hint: check the address, the network" in said
+
+
+# --- proxies ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def proxy():
+    proxy = Proxy()
+    yield proxy
+    proxy.stop()
+
+
+def behind(**variables):
+    """An environment with these proxies and no others."""
+    return {**{name: value for name, value in os.environ.items() if "proxy" not in name.lower()}, **variables}
+
+
+@pytest.mark.parametrize("scheme", ["socks5", "socks5h"])
+def test_a_proxy_of_socks_is_gone_through(scheme, proxy, server, model):
+    url = server.put("/m.gguf", model).replace("127.0.0.1", "localhost")
+    succeed("inspect", url, "--cache-size", "0", env=behind(ALL_PROXY=f"{scheme}://{proxy.host}"))
+    assert proxy.used and server.requests
+
+
+@pytest.mark.parametrize("excepted", ["*", "example.org, *", "127.0.0.0/8"])
+def test_a_server_that_is_excepted_is_asked_directly(excepted, proxy, server, model):
+    url = server.put("/m.gguf", model)
+    succeed("inspect", url, "--cache-size", "0", env=behind(http_proxy=f"http://{proxy.host}", no_proxy=excepted))
+    assert not proxy.used
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_proxy_that_wants_a_password_is_told_so_at_once(scheme, proxy):
+    env = behind(ALL_PROXY=f"http://user:s3cr3t@{proxy.host}")
+    url = f"{scheme}://example.org/m.gguf"
+    fail("inspect", url, "--insecure-http", "--cache-size", "0", env=env, naming=["407", "USER:PASSWORD"])
+    assert proxy.used == 1
+
+
+@pytest.mark.parametrize("value", ["http://[s3cr3t", "ftp://127.0.0.1:1", "http://"])
+def test_a_variable_that_holds_no_proxy_is_named(value, server, model):
+    url = server.put("/m.gguf", model)
+    fail("inspect", url, "--cache-size", "0", env=behind(HTTPS_PROXY=value), naming=["HTTPS_PROXY"])
+    assert not server.requests

@@ -16,6 +16,7 @@ use tokio::time::{sleep_until, timeout, timeout_at};
 use super::address::check_plain;
 use super::fault::{Fault, Kind};
 use super::pin::retry_after;
+use super::proxy;
 use super::retry::PATIENCE;
 use crate::process::Signals;
 
@@ -73,7 +74,11 @@ impl Client {
         let _ = rustls::crypto::ring::default_provider().install_default();
         let mut headers = HeaderMap::new();
         headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
-        let http = reqwest::Client::builder()
+        let mut builder = reqwest::Client::builder();
+        if proxy::are_all_excepted() {
+            builder = builder.no_proxy();
+        }
+        let http = builder
             .user_agent(USER_AGENT)
             .default_headers(headers)
             .redirect(redirect::Policy::none())

@@ -55,6 +55,8 @@ pub enum Fault {
     },
     #[error("the server cannot be reached: {0}")]
     Connect(String),
+    #[error("the proxy cannot be used: {0}")]
+    Proxy(String),
     #[error("the server's name cannot be resolved")]
     Name,
     #[error("the connection cannot be trusted: {0}")]
@@ -149,6 +151,9 @@ impl Explain for Fault {
                 "try again later; `odmoe-fs doctor URL` measures the way to the server"
             }
             Self::Connect(_) | Self::Name => "check the address, the network and the proxy",
+            Self::Proxy(_) => {
+                "check HTTPS_PROXY, HTTP_PROXY and ALL_PROXY, where http://USER:PASSWORD@HOST:PORT names a user, and except hosts in NO_PROXY"
+            }
             Self::Tls(text) if text.contains("expired") || text.contains("not valid yet") => {
                 "check the clock of this machine, or ask whoever runs the server for a certificate that is valid now"
             }
@@ -205,6 +210,7 @@ impl Fault {
         match status {
             401 => Self::Unauthorized(kind),
             403 => Self::Forbidden(kind),
+            407 => Self::unknown_to_proxy(),
             404 | 410 => Self::Missing(status),
             408 | 429 | 500..=599 => Self::Busy { status, after },
             412 => {
@@ -215,11 +221,18 @@ impl Fault {
         }
     }
 
+    fn unknown_to_proxy() -> Self {
+        Self::Proxy("it wants a user and a password (status 407)".to_owned())
+    }
+
     /// The fault behind an error of the HTTP client, whose own text may name a signed URL.
     pub fn of_client(error: reqwest::Error) -> Self {
         let error = error.without_url();
         let innermost = innermost(&error);
         let text = innermost.to_string();
+        if text.contains("proxy authorization required") {
+            return Self::unknown_to_proxy();
+        }
         let of_tls = ["certificate", "TLS", "handshake", "corrupt message"];
         if of_tls.iter().any(|word| text.contains(word)) {
             return Self::Tls(text);

@@ -18,6 +18,7 @@ mod open;
 mod part;
 mod pin;
 pub mod probe;
+mod proxy;
 mod retry;
 mod route;
 #[cfg(not(target_os = "macos"))]

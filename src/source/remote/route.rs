@@ -26,6 +26,7 @@ use super::client::{Client, TRICKLE_BYTES};
 use super::credentials::hub_token;
 use super::fault::{Fault, Kind, Remedy};
 use super::pin::{Facts, Pin};
+use super::proxy;
 use super::retry::Backoff;
 #[cfg(not(target_os = "macos"))]
 use super::stores::Store;
@@ -96,6 +97,7 @@ impl Route {
         options: &Options,
         commit: &Commit,
     ) -> Result<Self, Fault> {
+        proxy::check()?;
         let (start, kind) = match address.place() {
             Place::Web(url) => {
                 let start = Start::Web {
