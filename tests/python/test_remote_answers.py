@@ -243,6 +243,42 @@ def test_no_address_shows_what_is_secret_in_it(url, words, said):
     said[:] = [text for text in said if not text.startswith(str(BINARY))]  # noqa: F405
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("https://user:s3cr3t@127.0.0.1/m.gguf", ["line 2", "user or a password", "not sent"]),
+        ("s3://bucket/m.gguf?X-Amz-Signature=s3cr3t", ["line 2", "query", "https://"]),
+        ("127.0.0.1/m.gguf?s3cr3t", ["line 2", "kind of address", "https://"]),
+        ("ftp://127.0.0.1/m.gguf?s3cr3t", ["line 2", "ftp"]),
+    ],
+)
+def test_a_wrong_line_in_a_file_of_urls_is_named(line, words, tmp_path):
+    urls = tmp_path / "urls"
+    urls.write_text(f"https://127.0.0.1/m-00001-of-00002.gguf?s3cr3t\n{line}\n")
+    assert "list of processes" not in fail("inspect", "--url-file", urls, naming=[urls, *words])
+
+
+def test_a_file_of_urls_may_begin_with_a_mark_of_its_encoding(server, model, tmp_path):
+    urls = tmp_path / "urls"
+    urls.write_text(f"{server.put('/m.gguf', model)}\r\n", encoding="utf-8-sig")
+    succeed("inspect", "--url-file", urls, "--cache-size", "0")
+
+
+@pytest.mark.parametrize(
+    ("url", "variable", "endpoint", "words"),
+    [
+        ("s3://bucket/m.gguf", "AWS_ENDPOINT_URL", "http://192.0.2.1:9000", ["http://192.0.2.1:9000", "--insecure-http"]),
+        ("hf://org/repo/m.gguf", "HF_ENDPOINT", "http://192.0.2.1:9000", ["http://192.0.2.1:9000", "--insecure-http"]),
+        ("hf://org/repo/m.gguf", "HF_ENDPOINT", "localhost:80", ["HF_ENDPOINT", "URL"]),
+        ("hf://org/repo/m.gguf", "HF_ENDPOINT", "data:x", ["HF_ENDPOINT", "URL"]),
+        ("hf://org/repo/m.gguf", "HF_ENDPOINT", "https://user:s3cr3t@127.0.0.1", ["user"]),
+    ],
+)
+def test_an_endpoint_that_cannot_be_used_is_explained(url, variable, endpoint, words):
+    keys = {"AWS_ACCESS_KEY_ID": "AKIA", "AWS_SECRET_ACCESS_KEY": "s3cr3t"}
+    fail("inspect", url, "--cache-size", "0", env={**os.environ, **keys, variable: endpoint}, naming=words)
+
+
 # --- TLS and names ----------------------------------------------------------------------------------------------------
 
 CERTIFICATES = {

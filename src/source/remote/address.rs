@@ -22,6 +22,9 @@ pub enum AddressError {
     #[error("{0:?} is not a kind of address that models have")]
     #[strum(props(hint = "use https://, s3://, gs://, az:// or hf://"))]
     Scheme(String),
+    #[error("it does not begin with a kind of address")]
+    #[strum(props(hint = "use https://, s3://, gs://, az:// or hf://"))]
+    NoScheme,
     #[error("{0} cannot be read as a URL")]
     #[strum(props(hint = "check it; spaces and the like are written %20"))]
     Malformed(String),
@@ -52,6 +55,12 @@ pub enum AddressError {
     #[error("{path:?}, the file of URLs, cannot be read: {cause}")]
     #[strum(props(hint = "check its path and its permissions, with `namei -l PATH`"))]
     File { path: PathBuf, cause: String },
+    #[error("line {number} of {path:?}: {}", in_a_file(cause))]
+    Line {
+        path: PathBuf,
+        number: usize,
+        cause: Box<AddressError>,
+    },
     #[error("{0:?} holds no URL")]
     #[strum(props(hint = "write the signed URL of each part into it, one on a line"))]
     EmptyFile(PathBuf),
@@ -62,11 +71,29 @@ pub enum AddressError {
 
 impl Explain for AddressError {
     fn code(&self) -> &'static str {
-        self.into()
+        match self {
+            Self::Line { cause, .. } => cause.code(),
+            _ => self.into(),
+        }
     }
 
     fn hint(&self) -> Option<Hint> {
-        hint_of(self)
+        match self {
+            Self::Line { cause, .. } => match **cause {
+                Self::Query => Some("use the signed https:// URL, or leave the query out".into()),
+                ref cause => cause.hint(),
+            },
+            _ => hint_of(self),
+        }
+    }
+}
+
+/// What is wrong with an address in a file, which does not show in the list of processes.
+fn in_a_file(cause: &AddressError) -> String {
+    match cause {
+        AddressError::Password => "the URL names a user or a password, which are not sent".into(),
+        AddressError::Query => "the address of a store or of the Hub has a query".into(),
+        cause => cause.to_string(),
     }
 }
 
@@ -180,11 +207,18 @@ impl Address {
             path: path.to_owned(),
             cause: cause.to_string(),
         })?;
-        let lines = text.lines().map(str::trim);
-        let lines = lines.filter(|line| !line.is_empty() && !line.starts_with('#'));
-        let addresses: Vec<Self> = lines
-            .map(|line| Self::any(line, insecure_http))
-            .collect::<Result<_, _>>()?;
+        // Editors of Windows begin with a mark.
+        let lines = text.trim_start_matches('\u{feff}').lines().map(str::trim);
+        let lines = (1..).zip(lines);
+        let lines = lines.filter(|(_, line)| !line.is_empty() && !line.starts_with('#'));
+        let address = |(number, line)| {
+            Self::any(line, insecure_http).map_err(|cause| AddressError::Line {
+                path: path.to_owned(),
+                number,
+                cause: Box::new(cause),
+            })
+        };
+        let addresses: Vec<Self> = lines.map(address).collect::<Result<_, _>>()?;
         match addresses.is_empty() {
             true => Err(AddressError::EmptyFile(path.to_owned())),
             false => Ok(addresses),
@@ -192,7 +226,7 @@ impl Address {
     }
 
     fn any(text: &str, insecure_http: bool) -> Result<Self, AddressError> {
-        let (scheme, rest) = text.split_once("://").unwrap_or(("", text));
+        let (scheme, rest) = text.split_once("://").ok_or(AddressError::NoScheme)?;
         let place = match scheme.to_ascii_lowercase().as_str() {
             "https" | "http" => web(text, insecure_http)?,
             "s3" | "s3a" => store(StoreKind::S3, rest)?,
@@ -309,6 +343,11 @@ pub fn check_plain(url: &Url, insecure_http: bool) -> Result<(), AddressError> {
     Err(AddressError::Plain { shown: shown(url) })
 }
 
+/// Whether a URL is one of HTTP, with TLS or without.
+pub fn is_http(url: &Url) -> bool {
+    ["http", "https"].contains(&url.scheme()) && url.has_host()
+}
+
 /// Whether a URL leads to this machine.
 pub fn is_loopback(url: &Url) -> bool {
     let host = url.host_str().unwrap_or_default();
@@ -376,18 +415,12 @@ fn hub(rest: &str) -> Result<Place, AddressError> {
     })
 }
 
-/// Where the Hub is.
-pub fn hub_endpoint(insecure_http: bool) -> Result<Url, AddressError> {
+/// Where the Hub is; `None` if `HF_ENDPOINT` does not say.
+pub fn hub_endpoint() -> Option<Url> {
     let endpoint = std::env::var("HF_ENDPOINT").ok().filter(|e| !e.is_empty());
-    let endpoint = endpoint.as_deref().unwrap_or(HUB);
-    let Ok(url) = Url::parse(endpoint) else {
-        return Err(AddressError::Malformed("HF_ENDPOINT".to_owned()));
-    };
-    if !url.username().is_empty() || url.password().is_some() {
-        return Err(AddressError::Password);
-    }
-    check_plain(&url, insecure_http)?;
-    Ok(url)
+    let url = Url::parse(endpoint.as_deref().unwrap_or(HUB)).ok()?;
+    let has_user = !url.username().is_empty() || url.password().is_some();
+    (is_http(&url) && !has_user).then_some(url)
 }
 
 /// The URL that answers for a file of the Hub.

@@ -13,7 +13,7 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::sync::Semaphore;
 use tokio::time::{sleep_until, timeout, timeout_at};
 
-use super::address::check_plain;
+use super::address::{check_plain, is_http};
 use super::fault::{Fault, Kind};
 use super::pin::retry_after;
 use super::proxy;
@@ -214,19 +214,26 @@ impl Client {
         let url = from
             .join(location.ok_or_else(nowhere)?)
             .map_err(|_| nowhere())?;
-        self.check(&url)?;
+        if !is_http(&url) {
+            return Err(Fault::Redirect("it leads to no URL of HTTP".to_owned()));
+        }
+        if self.is_plain(&url) {
+            let what = "it leads to plain HTTP on another machine";
+            return Err(Fault::Redirect(what.to_owned()));
+        }
         Ok(url)
     }
 
-    /// Refuses a URL that is plain HTTP beyond this machine, unless that is wanted.
-    pub fn check(&self, url: &Url) -> Result<(), Fault> {
-        let is_http = ["http", "https"].contains(&url.scheme());
-        if !is_http || check_plain(url, self.insecure_http).is_err() {
-            return Err(Fault::Redirect(
-                "it leads to plain HTTP on another machine".to_owned(),
-            ));
+    /// Refuses the endpoint of a store that is plain HTTP beyond this machine, unless that is wanted.
+    pub fn check_endpoint(&self, url: &Url) -> Result<(), Fault> {
+        match self.is_plain(url) {
+            true => Err(Fault::Plain(url.origin().ascii_serialization())),
+            false => Ok(()),
         }
-        Ok(())
+    }
+
+    fn is_plain(&self, url: &Url) -> bool {
+        check_plain(url, self.insecure_http).is_err()
     }
 }
 

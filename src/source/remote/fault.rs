@@ -55,6 +55,8 @@ pub enum Fault {
     },
     #[error("the server cannot be reached: {0}")]
     Connect(String),
+    #[error("the endpoint {0} is plain HTTP, which anybody on the way can read and change")]
+    Plain(String),
     #[error("the proxy cannot be used: {0}")]
     Proxy(String),
     #[error("the server's name cannot be resolved")]
@@ -151,6 +153,7 @@ impl Explain for Fault {
                 "try again later; `odmoe-fs doctor URL` measures the way to the server"
             }
             Self::Connect(_) | Self::Name => "check the address, the network and the proxy",
+            Self::Plain(_) => "use https://, or pass --insecure-http if you trust the network",
             Self::Proxy(_) => {
                 "check HTTPS_PROXY, HTTP_PROXY and ALL_PROXY, where http://USER:PASSWORD@HOST:PORT names a user, and except hosts in NO_PROXY"
             }

@@ -117,9 +117,14 @@ impl Route {
                 revision,
                 file,
             } => {
-                let endpoint = hub_endpoint(client.insecure_http);
+                let endpoint = hub_endpoint().ok_or_else(|| Fault::Setting {
+                    name: "HF_ENDPOINT".to_owned(),
+                    problem: "does not hold the URL of a server, without a user",
+                    hint: "write https:// and the host into it",
+                })?;
+                client.check_endpoint(&endpoint)?;
                 let start = Start::Hub {
-                    endpoint: endpoint.map_err(|e| Fault::Client(e.to_string()))?,
+                    endpoint,
                     repository: repository.clone(),
                     revision: revision.clone(),
                     file: file.clone(),
@@ -226,7 +231,7 @@ impl Route {
         #[cfg(not(target_os = "macos"))]
         if let Start::Store(store) = &self.start {
             let request = store.signed(range, self.pin()).await?;
-            client.check(request.url())?;
+            client.check_endpoint(request.url())?;
             let response = client.send(request).await?;
             if let Some(fault) = store.elsewhere(&response) {
                 return Err(fault);
