@@ -48,11 +48,6 @@ use self::place::Part;
 use crate::explain::{Explain, Hint, hint_of};
 use crate::sys;
 
-/// The unit of times on NTFS and SMB, which other file systems store as well, and how many of them
-/// are in a second.
-const TICK: Duration = Duration::from_nanos(100);
-const TICKS: u64 = 10_000_000;
-
 /// The open parts of a model.
 #[derive(Debug)]
 pub struct Source {
@@ -386,10 +381,7 @@ impl Source {
     /// When the newest part was last modified. Of a model elsewhere, which has whole seconds or none,
     /// the rest of the second is made of what tells its files from others, such as their ETags.
     pub fn modified(&self) -> SystemTime {
-        self.newest()
-            + self
-                .fingerprint()
-                .map_or(Duration::ZERO, |ticks| TICK * ticks as u32)
+        self.newest() + self.fingerprint().unwrap_or_default()
     }
 
     fn newest(&self) -> SystemTime {
@@ -408,17 +400,20 @@ impl Source {
         self.fingerprint().is_some() && (has_seconds || time == self.modified())
     }
 
-    /// Ticks within a second that other states of a model elsewhere hardly have. `None` if nothing
-    /// is known by which they would differ, and of models on this machine.
+    /// A part of a second that other states of a model elsewhere hardly have. `None` if nothing is
+    /// known by which they would differ, and of models on this machine.
     #[cfg(feature = "remote")]
-    fn fingerprint(&self) -> Option<u64> {
+    fn fingerprint(&self) -> Option<Duration> {
+        // The unit of times on NTFS and SMB, which other file systems store as well.
+        const TICK: Duration = Duration::from_nanos(100);
+        const TICKS: u64 = 10_000_000;
         let pins = || self.remote_parts().map(remote::RemotePart::pin);
         let are_told_apart = self.is_remote() && pins().all(|pin| pin.holds());
-        are_told_apart.then(|| remote::fingerprint(pins()) % TICKS)
+        are_told_apart.then(|| TICK * (remote::fingerprint(pins()) % TICKS) as u32)
     }
 
     #[cfg(not(feature = "remote"))]
-    fn fingerprint(&self) -> Option<u64> {
+    fn fingerprint(&self) -> Option<Duration> {
         None
     }
 
