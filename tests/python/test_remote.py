@@ -68,7 +68,7 @@ def test_a_name_with_spaces_and_letters_of_all_kinds_is_found(server, tmp_path, 
 
 
 @promises(
-    "What is read of a model elsewhere is fetched once in the life of a mount, and nothing is fetched that nobody wants but the end of a piece.",
+    "What is read of a model elsewhere is fetched once in the life of a mount, and nothing is fetched that nobody wants but the end of a piece, and what lies before a reader who leaves a file in the middle.",
 )
 def test_what_is_read_is_fetched_once_and_hardly_more_than_that(server, tmp_path, cache):
     model = expert_gguf(tmp_path)
