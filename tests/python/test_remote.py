@@ -145,7 +145,7 @@ def test_materialize_writes_the_tree_of_a_url(server, tmp_path, cache):
 
 
 def test_inspect_and_verify_take_urls(server, tmp_path, cache):
-    parts = models.write_small(tmp_path)
+    parts = [expert_gguf(tmp_path)]
     url = server.put_all(parts)
     here, there = (
         json.loads(succeed("inspect", model, "--json", *flags))
