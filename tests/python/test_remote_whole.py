@@ -94,7 +94,7 @@ def generated(root):
 
 
 @promises(
-    "What is read of a model elsewhere is fetched once in the life of a mount, and nothing is fetched that nobody wants but the end of a piece.",
+    "What is read of a model elsewhere is fetched once in the life of a mount, and nothing is fetched that nobody wants but the end of a piece, and what lies before a reader who leaves a file in the middle.",
 )
 def test_everything_that_is_done_with_a_model_is_done_with_one_elsewhere(link, toy, tmp_path, cache):
     url = f"{link.origin}/{toy.name}"
