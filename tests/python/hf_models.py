@@ -15,6 +15,8 @@ import safetensors.numpy
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFValueType
 
+from models import finish
+
 HIDDEN, VOCABULARY, LAYERS = 64, 96, 3
 HEADS, KEY_VALUES, HEAD = 4, 2, 16
 EXPERTS, USED, WIDTH, DENSE = 4, 2, 32, 96
@@ -497,8 +499,5 @@ def write_gguf(path, kind, tensors, quantised=None, **split):
         ggml_type = (quantised and fits and quantised(name)) or Type.F32
         data = tensor if ggml_type == Type.F32 else gguf.quants.quantize(tensor, ggml_type)
         writer.add_tensor(name, data, raw_dtype=ggml_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return [path] if path.exists() else sorted(path.parent.glob(f"{path.stem}-*-of-*.gguf"))

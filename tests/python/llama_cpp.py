@@ -12,6 +12,7 @@ from unittest import mock
 import gguf
 import numpy as np
 
+from models import finish
 from odmoe import REPO
 
 PACKAGE = "llama-cpp-python==0.3.36"
@@ -96,10 +97,7 @@ def importances(model, out):
             matrices = int(np.prod(tensor.shape[2:]))
             writer.add_tensor(f"{tensor.name}.in_sum2", np.ones((matrices, int(tensor.shape[0])), np.float32))
             writer.add_tensor(f"{tensor.name}.counts", np.ones((matrices, 1), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
 
 
 def quantised(model, out, ftype):

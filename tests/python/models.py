@@ -38,11 +38,16 @@ def write(path, tensors, values=(), arch="moe", **split):
         writer.add_key_value(key, value, kind)
     for name, array, kind in tensors:
         writer.add_tensor(name, array, raw_dtype=kind)
+    finish(writer)
+    return [path] if path.exists() else sorted(path.parent.glob(f"{path.stem}-*-of-*.gguf"))
+
+
+def finish(writer):
+    """Writes what a writer was given."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return [path] if path.exists() else sorted(path.parent.glob(f"{path.stem}-*-of-*.gguf"))
 
 
 def counts(layers, experts=EXPERTS):

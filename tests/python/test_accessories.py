@@ -24,10 +24,7 @@ def write(path, kind, architecture, tensors):
         writer.add_type(kind)
     for name in tensors:
         writer.add_tensor(name, np.ones(8, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    models.finish(writer)
     return path
 
 

@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 import blocks
 from hf_models import in_gguf, sized, value_type
+from models import finish
 from odmoe import anonymous, counters, daemon_of, evict, mounted, needs_root, promises, wait_for
 
 MIB = 1 << 20
@@ -33,10 +34,7 @@ def write(path, kind, quantised, ggml_type):
             writer.add_tensor(name, stored, raw_dtype=Type[ggml_type])
         else:
             writer.add_tensor(name, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 

@@ -10,6 +10,7 @@ from gguf import GGUFValueType as Kind
 from mlx_lm import utils
 
 from hf_models import KINDS, LAYERS, MODEL_TYPES, in_gguf, sized, value_type, weights
+from models import finish
 from odmoe import fail, odmoe, succeed
 
 
@@ -23,10 +24,7 @@ def write(path, kind, change=None, without=(), tensors=None):
             writer.add_key_value(f"{kind.arch}.{key}", *arguments)
     for name, tensor in (tensors or in_gguf(kind, weights(kind))).items():
         writer.add_tensor(name, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 

@@ -12,6 +12,7 @@ from mlx_lm import utils
 
 from hf_models import KINDS, VOCABULARY, in_gguf, qwen3moe, sized, value_type, weights, write_gguf
 from llama_cpp import convert, dequantised, llama_cpp, logits, quantised, tool
+from models import finish
 from odmoe import REPO, odmoe, succeed
 from test_hf import tensors_of
 
@@ -222,10 +223,7 @@ def test_the_ids_of_every_line_are_those_of_llama_cpp(name, tmp_path):
             writer.add_key_value(field.name, field.contents(), field.types[0], of)
     for tensor, data in in_gguf(kind, weights(kind)).items():
         writer.add_tensor(tensor, data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     done = odmoe("materialize", "--show", "hf", tmp_path / "model.gguf", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     made = tmp_path / "out/hf/tokenizer.json"

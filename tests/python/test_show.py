@@ -186,10 +186,7 @@ def write(path, kind, keys=None, tensors=None, more=None):
         writer.add_key_value(f"{kind.arch}.{key}", value, value_type(value))
     for name, tensor in all_tensors.items():
         writer.add_tensor(name, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    models.finish(writer)
     return path
 
 
