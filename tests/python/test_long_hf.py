@@ -115,7 +115,11 @@ LITE = 27
 UNSCALED = {"qwen3moe-yarn"}
 
 
-@pytest.mark.parametrize("name", sorted(KINDS.keys() - UNSCALED))
+# llama.cpp reads stacks of gate and up in one tensor of other architectures only.
+APART = {"glm4moe-fused", "qwen2moe-fused"}
+
+
+@pytest.mark.parametrize("name", sorted(KINDS.keys() - UNSCALED - APART))
 def test_mlx_lm_computes_what_llama_cpp_computes(name, tmp_path):
     kind = sized(name, LAYERS=LITE) if name == "deepseek_v2-lite" else KINDS[name]()
     (model,) = write_gguf(tmp_path / "m.gguf", kind, weights(kind))
