@@ -416,9 +416,10 @@ class Proxy:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self):
+        listener = self._listener
         with contextlib.suppress(OSError):
             while True:
-                connection, _ = self._listener.accept()
+                connection, _ = listener.accept()
                 self.used += 1
                 threading.Thread(target=self._serve, args=[connection], daemon=True).start()
 
@@ -446,6 +447,9 @@ class Proxy:
                 target.sendall(piece)
 
     def stop(self):
+        # Closing alone would leave the thread waiting, for whatever has this number next.
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
 
