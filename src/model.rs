@@ -363,25 +363,11 @@ impl Model {
 
     /// The windows that are not here of those from which a range of an array is put together.
     fn missing_windows(&self, arranged: &Arranged, slice: &Slice) -> Vec<Run> {
-        let missing = |rows: &Stored, range: Range<u64>| {
-            let range = rows.offset + range.start..rows.offset + range.end;
-            self.windows.missing(rows, range)
-        };
-        match arranged {
-            Arranged::Apart { rows, apart } => {
-                let range = slice.offset..slice.offset + slice.len;
-                missing(rows, apart.stored(&range))
-            }
-            Arranged::Transposed {
-                matrices,
-                transposed,
-            } => {
-                let matrices = matrices[..transposed.matrices as usize].iter();
-                let all = matrices.enumerate();
-                all.flat_map(|(n, rows)| missing(rows, 0..transposed.stored(n)))
-                    .collect()
-            }
-        }
+        let needs = arranged.needs(slice.offset..slice.offset + slice.len);
+        let needs = needs.into_iter();
+        needs
+            .flat_map(|(rows, range)| self.windows.missing(&rows, range))
+            .collect()
     }
 
     /// The blocks from which a range of an array is computed, other than those of which the result
@@ -422,10 +408,12 @@ impl Model {
 
     /// Puts together a range of an array whose order is not that of the model.
     fn arrange(&self, arranged: Arranged, offset: u64, out: &mut [u8]) -> Result<(), ReadError> {
+        for (rows, _) in arranged.needs(offset..offset + out.len() as u64) {
+            self.source.check_unchanged(rows.part)?;
+        }
         let reader = |rows: Stored| self.windows.of(&self.source, rows);
         match arranged {
             Arranged::Apart { rows, apart } => {
-                self.source.check_unchanged(rows.part)?;
                 let mut reader = reader(rows);
                 apart.range(offset, out, |at, bytes| {
                     reader.read(rows.offset + at, bytes)
@@ -435,9 +423,6 @@ impl Model {
                 matrices,
                 transposed,
             } => {
-                for rows in &matrices {
-                    self.source.check_unchanged(rows.part)?;
-                }
                 let mut readers = matrices.map(reader);
                 transposed.range(offset, out, |n, at, bytes| {
                     let n = n as usize;

@@ -7,6 +7,7 @@
 mod documents;
 
 use std::io;
+use std::ops::Range;
 
 use super::counting::CountingWriter;
 use super::{Doc, Layout, LayoutError, MAX_PAYLOAD_BYTES, PAGE_BYTES, Recipe};
@@ -68,6 +69,27 @@ pub(crate) enum Arranged {
         matrices: [Stored; 2],
         transposed: Transposed,
     },
+}
+
+impl Arranged {
+    /// What of the model, in the parts' files, holds what a range of the array is made of.
+    pub fn needs(&self, range: Range<u64>) -> Vec<(Stored, Range<u64>)> {
+        let at = |rows: &Stored, range: Range<u64>| {
+            (*rows, rows.offset + range.start..rows.offset + range.end)
+        };
+        match self {
+            Self::Apart { rows, apart } => vec![at(rows, apart.stored(&range))],
+            Self::Transposed {
+                matrices,
+                transposed,
+            } => {
+                let matrices = matrices[..transposed.matrices as usize].iter();
+                let all = matrices.enumerate();
+                all.map(|(n, rows)| at(rows, 0..transposed.stored(n)))
+                    .collect()
+            }
+        }
+    }
 }
 
 /// Where rows of a tensor lie in the model.

@@ -21,6 +21,9 @@ const WINDOW_BYTES: u64 = 1 << 20;
 /// time. They and the buffers of `source::fetch` are within the memory that a daemon may use.
 const KEPT: usize = 40;
 
+/// The bytes of a window; `None` until somebody has read them, and others wait.
+type Slot = Arc<Mutex<Option<Arc<Vec<u8>>>>>;
+
 /// The windows that were used last.
 #[derive(Debug, Default)]
 pub(super) struct Windows(Mutex<VecDeque<Window>>);
@@ -29,8 +32,7 @@ pub(super) struct Windows(Mutex<VecDeque<Window>>);
 struct Window {
     part: u32,
     start: u64,
-    /// `None` until somebody has read it; others wait.
-    bytes: Arc<Mutex<Option<Arc<Vec<u8>>>>>,
+    bytes: Slot,
 }
 
 impl Windows {
@@ -65,7 +67,7 @@ impl Windows {
     }
 
     /// The place of a window, which now is the one that was used last.
-    fn slot(&self, run: &Run) -> Arc<Mutex<Option<Arc<Vec<u8>>>>> {
+    fn slot(&self, run: &Run) -> Slot {
         let mut kept = self.0.lock();
         let known = kept.iter().position(|window| window.is(run));
         let window = known.and_then(|at| kept.remove(at)).unwrap_or(Window {
