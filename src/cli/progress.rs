@@ -23,7 +23,7 @@ pub struct Meter {
 
 impl Meter {
     pub fn new(total_bytes: u64, quiet: bool) -> Self {
-        let has_bar = io::stderr().is_terminal() && !is_dumb();
+        let has_bar = io::stderr().is_terminal() && !text::is_dumb();
         let bar = if quiet || !has_bar {
             ProgressBar::hidden()
         } else {
@@ -80,9 +80,4 @@ fn finished(files: u64) -> String {
         0 => String::new(),
         _ => format!(", {}", text::counted(files as usize, "file")),
     }
-}
-
-/// Whether a terminal only prints one line after the other, as `TERM` says.
-fn is_dumb() -> bool {
-    std::env::var_os("TERM").is_none_or(|term| term.is_empty() || term == "dumb")
 }

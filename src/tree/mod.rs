@@ -56,23 +56,26 @@ impl Extent {
     /// Bytes of whole blocks that are whole blocks of the model, too, so that a file system can
     /// share them.
     pub fn sharable_bytes(&self) -> u64 {
-        match self.content {
-            Content::Model { offset, .. } if offset % BLOCK_BYTES == self.start % BLOCK_BYTES => {
-                let end = self.start + self.len;
-                let last = end - end % BLOCK_BYTES;
-                last.saturating_sub(self.start.next_multiple_of(BLOCK_BYTES))
-            }
-            _ => 0,
+        if !self.is_congruent() {
+            return 0;
         }
+        let end = self.start + self.len;
+        let last = end - end % BLOCK_BYTES;
+        last.saturating_sub(self.start.next_multiple_of(BLOCK_BYTES))
     }
 
     /// Bytes of tensors that are computed, or are at another offset in the model, modulo a block.
     pub fn incongruent_bytes(&self) -> u64 {
         match self.content {
             Content::Made(_) => 0,
-            Content::Model { offset, .. } if offset % BLOCK_BYTES == self.start % BLOCK_BYTES => 0,
+            _ if self.is_congruent() => 0,
             Content::Model { .. } | Content::Computed(_) => self.len,
         }
+    }
+
+    /// Whether it is at the same offset in the model, modulo a block.
+    fn is_congruent(&self) -> bool {
+        matches!(self.content, Content::Model { offset, .. } if offset % BLOCK_BYTES == self.start % BLOCK_BYTES)
     }
 }
 

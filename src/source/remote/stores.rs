@@ -25,7 +25,7 @@ use object_store::{ClientOptions, GetOptions, GetRange, ObjectStore, RetryConfig
 use parking_lot::Mutex;
 use reqwest::{Request, Response, Url};
 
-use super::address::StoreKind;
+use super::address::{StoreKind, is_http};
 use super::client::Client;
 use super::credentials::{aws_profile, variable};
 use super::fault::{Fault, Kind};
@@ -241,9 +241,8 @@ fn checked(name: &str, value: &str, form: Form) -> Result<String, Fault> {
     match form {
         Form::Url => {
             let url = Url::parse(value).ok().filter(|url| {
-                let is_http = ["http", "https"].contains(&url.scheme()) && url.has_host();
                 let is_bare = url.query().is_none() && url.fragment().is_none();
-                is_http && is_bare && url.username().is_empty() && url.password().is_none()
+                is_http(url) && is_bare && url.username().is_empty() && url.password().is_none()
             });
             let url = url.map(|url| url.as_str().trim_end_matches('/').to_owned());
             url.ok_or_else(|| {
