@@ -284,7 +284,7 @@ impl Plan<'_> {
     }
 
     fn times(&self) -> FileTimes {
-        file_times(self.model.source().modified())
+        file_times(self.methods.times[0])
     }
 }
 

@@ -396,8 +396,11 @@ impl Source {
         if !self.is_remote() {
             return true;
         }
-        let has_seconds = self.newest() > SystemTime::UNIX_EPOCH;
-        self.fingerprint().is_some() && (has_seconds || time == self.modified())
+        let Some(fingerprint) = self.fingerprint() else {
+            return false;
+        };
+        let newest = self.newest();
+        newest > SystemTime::UNIX_EPOCH || time == newest + fingerprint
     }
 
     /// A part of a second that other states of a model elsewhere hardly have. `None` if nothing is
