@@ -90,7 +90,9 @@ def test_numbers_add_up(tables):
         assert active["expert_bytes"] == sum(layer["bytes"] * used // layer["experts"] for layer in experts["layers"])
         assert active["bytes"] == active["base_bytes"] + active["expert_bytes"]
         tree = report["tree"]
-        assert 0 < tree["sharable_bytes"] + tree["incongruent_bytes"] <= experts["bytes"] + active["base_bytes"]
+        # Of each array that is congruent, a part of a block at either end cannot be shared.
+        neither = experts["bytes"] + active["base_bytes"] - tree["sharable_bytes"] - tree["incongruent_bytes"]
+        assert 0 <= neither < 2 * 4096 * (report["tensor_count"] + 9 * experts["files"])
 
 
 def test_a_model_needs_memory_once_whatever_is_shown(tmp_path):
