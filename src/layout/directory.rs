@@ -7,12 +7,11 @@
 mod documents;
 
 use std::io;
-use std::ops::Range;
 
+use super::arranged::{Arranged, arranged};
 use super::counting::CountingWriter;
 use super::{Doc, Layout, LayoutError, MAX_PAYLOAD_BYTES, PAGE_BYTES, Recipe};
 use crate::codec::{Codec, Float, Output};
-use crate::computed::arranged::{Apart, Transposed};
 use crate::computed::{Job, Small};
 use crate::form::{Form, Shown};
 use crate::gguf::{ModelHeader, Tensor};
@@ -55,54 +54,6 @@ pub(super) struct Directory {
 struct Segment {
     piece: Piece,
     shown: Shown,
-}
-
-/// How an array of the directory that is not in the order of the model is made.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Arranged {
-    Apart {
-        rows: Stored,
-        apart: Apart,
-    },
-    Transposed {
-        /// The second counts only if there are two.
-        matrices: [Stored; 2],
-        transposed: Transposed,
-    },
-}
-
-impl Arranged {
-    /// What of the model, in the parts' files, holds what a range of the array is made of.
-    pub fn needs(&self, range: Range<u64>) -> Vec<(Stored, Range<u64>)> {
-        let at = |rows: &Stored, range: Range<u64>| {
-            (*rows, rows.offset + range.start..rows.offset + range.end)
-        };
-        match self {
-            Self::Apart { rows, apart } => vec![at(rows, apart.stored(&range))],
-            Self::Transposed {
-                matrices,
-                transposed,
-            } => {
-                let matrices = matrices[..transposed.matrices as usize].iter();
-                let all = matrices.enumerate();
-                all.map(|(n, rows)| at(rows, 0..transposed.stored(n)))
-                    .collect()
-            }
-        }
-    }
-}
-
-/// Where rows of a tensor lie in the model.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Stored {
-    /// 0-based.
-    pub part: u32,
-    /// First byte of the first row in the part's file.
-    pub offset: u64,
-    /// First byte of the tensor in the part's file.
-    pub tensor: u64,
-    /// Bytes of the tensor.
-    pub tensor_bytes: u64,
 }
 
 /// A tensor of the directory in its form.
@@ -423,7 +374,7 @@ fn order(views: &[View], model: &ModelHeader) -> Vec<(usize, usize)> {
     all
 }
 
-fn is_side_by_side(rows: &Rows) -> bool {
+pub(super) fn is_side_by_side(rows: &Rows) -> bool {
     rows.step == 1 || rows.count == 1
 }
 
@@ -433,7 +384,7 @@ fn is_recipe(piece: &Piece, shown: Shown) -> bool {
 }
 
 /// The tensor of rows, the bytes of one of them, and the first byte of the first.
-fn row_of<'a>(rows: &Rows, model: &'a ModelHeader) -> (&'a Tensor, u64, u64) {
+pub(super) fn row_of<'a>(rows: &Rows, model: &'a ModelHeader) -> (&'a Tensor, u64, u64) {
     let tensor = &model.tensors[rows.tensor as usize];
     let row = tensor.info.ggml_type.row_bytes(rows.columns);
     let row = row.expect("rows of whole blocks were checked before");
@@ -446,58 +397,7 @@ fn range(rows: &Rows, model: &ModelHeader) -> (u32, u64, u64) {
     (tensor.part, offset, rows.count * row)
 }
 
-fn of_rows<'a>(piece: &Piece, model: &'a ModelHeader) -> (&'a Tensor, Rows) {
+pub(super) fn of_rows<'a>(piece: &Piece, model: &'a ModelHeader) -> (&'a Tensor, Rows) {
     let rows = piece.rows().next().expect("a piece has rows");
     (&model.tensors[rows.tensor as usize], rows)
-}
-
-fn arranged(piece: &Piece, shown: Shown, n: usize, model: &ModelHeader) -> Option<Arranged> {
-    let (tensor, rows) = of_rows(piece, model);
-    let codec = shown.codec(n, tensor.info.ggml_type);
-    let row = row_of(&rows, model).1;
-    let two = match piece {
-        Piece::Rows(rows) if is_side_by_side(rows) => return None,
-        Piece::Rows(_) => {
-            return Some(Arranged::Apart {
-                rows: stored(&rows, model),
-                apart: Apart {
-                    row,
-                    step: row * rows.step,
-                    count: rows.count,
-                    codec,
-                },
-            });
-        }
-        Piece::Transposed(one) => [*one, *one],
-        Piece::TransposedInTurn(one, other) => [*one, *other],
-    };
-    let width = match shown {
-        Shown::Numbers(float) => Dtype::from(float).width(),
-        _ => Dtype::of(tensor.info.ggml_type).width(),
-    };
-    let transposed = Transposed {
-        rows: rows.count,
-        columns: rows.columns,
-        matrices: piece.rows().count() as u64,
-        row: two.map(|rows| row_of(&rows, model).1),
-        width,
-        codecs: two.map(|rows| {
-            let tensor = &model.tensors[rows.tensor as usize];
-            shown.codec(n, tensor.info.ggml_type)
-        }),
-    };
-    Some(Arranged::Transposed {
-        matrices: two.map(|rows| stored(&rows, model)),
-        transposed,
-    })
-}
-
-fn stored(rows: &Rows, model: &ModelHeader) -> Stored {
-    let (tensor, _, offset) = row_of(rows, model);
-    Stored {
-        part: tensor.part,
-        offset,
-        tensor: tensor.info.offset,
-        tensor_bytes: tensor.info.bytes,
-    }
 }

@@ -8,6 +8,7 @@
 //! [`Layout::new`] sorts tensors into files (`names`, `experts`), chooses each header's padding,
 //! and proves on the finished [`Tree`] that every tensor byte is in exactly one file, exactly once.
 
+mod arranged;
 mod costs;
 mod counting;
 mod directory;
@@ -25,8 +26,8 @@ mod view;
 
 use std::io::{self, Write};
 
+pub(crate) use arranged::{Arranged, Stored};
 pub use directory::HF_DIRECTORY;
-pub(crate) use directory::{Arranged, Stored};
 pub use documents::{Doc, METADATA_GGUF_PATH, METADATA_PATH, Present, REGISTRY_PATH};
 pub use error::LayoutError;
 pub use file::{FileKind, Piece, Recipe, TensorFile, View};

@@ -1,6 +1,7 @@
 //! What a tree shows beside base files and experts.
 
-use super::directory::{Arranged, Directory};
+use super::arranged::Arranged;
+use super::directory::Directory;
 use super::{Doc, FileKind, Layout, LayoutError};
 use crate::gguf::merged::{Merged, Origin};
 use crate::show::Show;
