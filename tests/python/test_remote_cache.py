@@ -7,12 +7,14 @@ import random
 import resource
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 import models
 from odmoe import (
     MIB,
+    evict,
     expert_gguf,
     fail,
     file_system,
@@ -205,6 +207,31 @@ def test_experts_that_were_read_least_recently_leave_first_and_whole(server, url
     with remote(url, tmp_path / "mnt", cache, "--offline") as root:
         kept = [number for number in range(6) if read_or_none(expert(root, number))]
         assert kept and kept == list(range(kept[0], 6))
+
+
+def test_the_cache_never_takes_more_than_it_may(server, url, expected, tmp_path, cache):
+    most, done = [], threading.Event()
+
+    def watch():
+        while not done.is_set():
+            blocks = [path.stat().st_blocks for path in cache.rglob("*") if path.is_file()]
+            most.append(512 * sum(blocks))
+
+    with remote(url, tmp_path / "mnt", cache, "--cache-size", "16M") as root:
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            with ThreadPoolExecutor(8) as pool:
+                for _ in range(8):
+                    assert list(pool.map(lambda number: expert(root, number).read_bytes(), range(8))) == expected
+                    for number in range(8):
+                        evict(expert(root, number))
+        finally:
+            done.set()
+            watcher.join()
+        # The index of the last pieces may have grown since it was looked at.
+        assert 12 * MIB < max(most) <= 16 * MIB + 64 * 1024
+        assert "no more room" not in log_of(root)
 
 
 @promises(

@@ -36,7 +36,7 @@ pub struct Cache {
     folder: PathBuf,
     /// Held by the thread, and locked by the process, that creates files or makes room.
     lock: Mutex<File>,
-    room: Mutex<Room>,
+    room: Room,
     /// Whether it was said that nothing can be written.
     complained: AtomicBool,
 }
@@ -65,7 +65,7 @@ impl Cache {
             lock => lock?,
         };
         Ok(Arc::new(Self {
-            room: Mutex::new(Room::new(folder, limit)?),
+            room: Room::new(folder, limit)?,
             folder: folder.to_owned(),
             lock: Mutex::new(lock),
             complained: AtomicBool::new(false),

@@ -251,16 +251,16 @@ impl CachedPart {
         let len = bytes.len() as u64;
         // Whatever leaves the cache for this, it is not what was just read.
         let _ = self.index.lock().flush_uses();
-        match self.cache.make_room(len) {
-            Ok(true) => {}
-            Ok(false) => {
+        let _room = match self.cache.make_room(len) {
+            Ok(Some(room)) => room,
+            Ok(None) => {
                 let cause = io::Error::other(
                     "it has no more room, since --cache-size or a twentieth of its disk that must stay free leaves none",
                 );
                 return self.cache.complain(&cause);
             }
             Err(e) => return self.cache.complain(&e),
-        }
+        };
         let kept = write_all_uncached(&self.data, bytes, place).and_then(|()| {
             let piece = Piece::of(place, bytes, unit, now());
             self.index.lock().append(&[Record::Written(place, piece)])

@@ -10,6 +10,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use parking_lot::{Condvar, Mutex};
 use rustix::fs::fstatvfs;
 
 use super::index::{Index, Record};
@@ -22,14 +23,41 @@ const FREE_SHARE: u64 = 20;
 /// Bytes that may be written before looking again at what others have written.
 const TRUST_BYTES: u64 = 64 << 20;
 
+/// What a piece may take beside its bytes: its ends may lie within blocks of the file system.
+const EDGE_BYTES: u64 = 8 << 10;
+
 /// The room of a cache.
 #[derive(Debug)]
 pub struct Room {
     folder: File,
     /// Bytes that the cache may take.
     limit: u64,
+    state: Mutex<State>,
+    /// Notified when something that was granted is written.
+    written: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
     /// Bytes that may be written before looking again.
     left: u64,
+    /// Bytes that may be written, and may not be in the files yet.
+    granted: u64,
+}
+
+/// Room for some bytes, which counts as taken until this is dropped; what was written by then is in
+/// the files.
+#[derive(Debug)]
+pub struct Granted<'a> {
+    room: &'a Room,
+    bytes: u64,
+}
+
+impl Drop for Granted<'_> {
+    fn drop(&mut self) {
+        self.room.state.lock().granted -= self.bytes;
+        self.room.written.notify_all();
+    }
 }
 
 impl Room {
@@ -40,7 +68,8 @@ impl Room {
         Ok(Self {
             folder: file,
             limit,
-            left: 0,
+            state: Mutex::default(),
+            written: Condvar::new(),
         })
     }
 
@@ -80,39 +109,50 @@ fn used(folder: &Path) -> u64 {
 impl Cache {
     /// The most bytes that all of it may hold, with what is free on its disk now.
     pub(super) fn capacity(&self) -> u64 {
-        let room = self.room.lock();
+        let room = &self.room;
         room.allowed(used(&self.folder)).unwrap_or(room.limit)
     }
 
-    /// Makes sure that some bytes may be written. `false` if they may not.
-    pub(super) fn make_room(&self, bytes: u64) -> io::Result<bool> {
-        let mut room = self.room.lock();
-        if let Some(left) = room.left.checked_sub(bytes) {
-            room.left = left;
-            return Ok(true);
+    /// Makes sure that a piece of some bytes may be written. `None` if it may not.
+    pub(super) fn make_room(&self, bytes: u64) -> io::Result<Option<Granted<'_>>> {
+        let bytes = bytes + EDGE_BYTES;
+        let room = &self.room;
+        let mut state = room.state.lock();
+        loop {
+            let left = match state.left.checked_sub(bytes) {
+                None => self.exclusive(|| self.look_for_room(bytes, state.granted))?,
+                left => left,
+            };
+            if let Some(left) = left {
+                state.left = left;
+                state.granted += bytes;
+                return Ok(Some(Granted { room, bytes }));
+            }
+            if state.granted == 0 {
+                return Ok(None);
+            }
+            // What others are writing can leave again once it is there.
+            room.written.wait(&mut state);
         }
-        self.exclusive(|| {
-            let mut taken = used(&self.folder);
-            let mut most = room.allowed(taken)?;
-            if bytes > most {
-                return Ok(false);
-            }
-            if taken + bytes > most {
-                // A little more, so that this is not done for each piece.
-                let goal = most - bytes.max(most / 16).min(most);
-                evict(&self.folder, taken.saturating_sub(goal));
-                taken = used(&self.folder);
-                most = room.allowed(taken)?;
-            }
-            if taken + bytes > most {
-                return Ok(false);
-            }
-            let left = (most - taken - bytes).min(TRUST_BYTES).min(most / 16);
-            Ok({
-                room.left = left;
-                true
-            })
-        })
+    }
+
+    /// What is left when there is room for some bytes beside those that were granted, for which
+    /// others may have to leave. `None` if there is not.
+    fn look_for_room(&self, bytes: u64, granted: u64) -> io::Result<Option<u64>> {
+        let mut taken = used(&self.folder);
+        let mut most = self.room.allowed(taken)?;
+        if bytes > most {
+            return Ok(None);
+        }
+        if taken + granted + bytes > most {
+            // A little more, so that this is not done for each piece.
+            let goal = most - bytes.max(most / 16).min(most);
+            evict(&self.folder, (taken + granted).saturating_sub(goal));
+            taken = used(&self.folder);
+            most = self.room.allowed(taken)?;
+        }
+        let left = most.checked_sub(taken + granted + bytes);
+        Ok(left.map(|left| left.min(TRUST_BYTES).min(most / 16)))
     }
 }
 
