@@ -5,6 +5,7 @@
 mod blocks;
 mod documents;
 mod inputs;
+mod starts;
 mod windows;
 
 use std::collections::HashSet;
@@ -15,6 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use self::blocks::{PartBlocks, blocks_run};
 use self::documents::Kept;
 use self::inputs::{inputs, rope_factors};
+use self::starts::Starts;
 use self::windows::Windows;
 use crate::computed::{self, Job, Stash};
 use crate::explain::{Explain, Hint};
@@ -71,6 +73,7 @@ pub struct Model {
     kept: Kept,
     stash: Stash,
     windows: Windows,
+    starts: Starts,
     /// For each file of a form with computed arrays, the bytes of the model that it is made from;
     /// `u64::MAX` until somebody asks.
     source_bytes: Vec<AtomicU64>,
@@ -144,6 +147,7 @@ impl Model {
             kept,
             stash: Stash::default(),
             windows: Windows::default(),
+            starts: Starts::default(),
             source_bytes: (0..nodes).map(|_| AtomicU64::new(u64::MAX)).collect(),
         })
     }
@@ -290,6 +294,26 @@ impl Model {
             }
             bytes => bytes,
         }
+    }
+
+    /// Where the slice of a tensor lies in a file that holds the byte at `offset`; empty if there is no
+    /// such byte.
+    pub(crate) fn slice_around(&self, file: Ino, offset: u64) -> Range<u64> {
+        let Some(extent) = self.tree.extent_at(file, offset) else {
+            return 0..0;
+        };
+        let (start, end) = (extent.start, extent.start + extent.len);
+        let Content::Model {
+            part,
+            offset: origin,
+        } = extent.content
+        else {
+            return start..end;
+        };
+        let header = self.layout.model();
+        let tensor = self.starts.around(header, part, origin + (offset - start));
+        let in_file = |place: u64| start + place.saturating_sub(origin).min(extent.len);
+        in_file(tensor.start)..in_file(tensor.end)
     }
 
     /// The runs of parts that make up a range of a file, in order. Documents are left out, and what

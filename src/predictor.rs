@@ -51,7 +51,8 @@ pub struct Reach {
     pub beyond: u64,
     /// What is made from no more bytes than this may be wanted whole.
     pub whole: u64,
-    /// Whether it is, as soon as a reader goes on after its first request.
+    /// Whether it is, as soon as a reader goes on after its first request; of a larger file, the rest
+    /// of the slice that is being read.
     pub is_eager: bool,
 }
 
@@ -227,8 +228,9 @@ impl Predictor {
     }
 
     /// What a reader wants next after its request that ended at `end`, which must have been noted.
-    /// `None` if nothing can be predicted.
-    pub fn wanted(&mut self, file: File, end: u64) -> Option<Wanted> {
+    /// `slice` is where the slice of a tensor lies that the request ended in. `None` if nothing can be
+    /// predicted.
+    pub fn wanted(&mut self, file: File, end: u64, slice: &Range<u64>) -> Option<Wanted> {
         let found =
             |s: &Stream| s.file == file.id && (s.whole.is_some() || s.start < end && end <= s.next);
         let found = self.streams.iter().enumerate().filter(|(_, s)| found(s));
@@ -256,12 +258,22 @@ impl Predictor {
         // Another reader of the same file, perhaps another thread of one loader, reads the rest.
         let others = self.streams.iter().filter(|s| s.file == file.id);
         let others = others.filter(|s| s.start >= end).map(|s| s.start);
-        let limit = others.min().unwrap_or(file.size);
-        let is_eager = self.reach.is_eager && file.source <= self.reach.whole;
-        let near = match is_eager {
-            true => self.reach.ahead,
-            false => self.reach.ahead.min(GROWTH * file.to_source(read)),
-        };
+        let mut limit = others.min().unwrap_or(file.size);
+        let mut near = GROWTH * file.to_source(read);
+        if self.reach.is_eager && file.source <= self.reach.whole {
+            near = self.reach.ahead;
+        } else if self.reach.is_eager {
+            // Programs read tensor by tensor. One that began with the header, or has gone on from one
+            // tensor to another, will go on; and the kernel reads a little before and behind each.
+            near = near.max(file.to_source(slice.end.saturating_sub(stream.next)));
+            let began_here = stream.start + REQUEST_BYTES > slice.start;
+            let goes_on = stream.start < file.header
+                || !began_here && stream.next > slice.start + DISORDER_BYTES;
+            if !goes_on {
+                limit = limit.min(if began_here { slice.end } else { stream.next });
+            }
+        }
+        let near = near.min(self.reach.ahead);
         let ahead = file.of_source(near + self.reach.beyond);
         let end = limit.min(stream.next.saturating_add(ahead));
         Some(Wanted {

@@ -36,7 +36,7 @@ impl Asked {
     fn by_whom(&mut self, file: File, offset: u64, len: u64) -> Option<(u64, Range<u64>)> {
         let range = offset..(offset + len).min(file.size);
         self.0.note(file, &range);
-        let wanted = self.0.wanted(file, range.end)?;
+        let wanted = self.0.wanted(file, range.end, &range)?;
         let range = wanted.range;
         let is_whole = range == (file.header..file.size);
         let beyond = (range.end - range.start).saturating_sub(wanted.near);
@@ -308,7 +308,7 @@ fn what_is_fetched_counts_in_bytes_of_the_model() {
     for n in 0..numbers.size.div_ceil(REQUEST_BYTES) {
         let range = n * REQUEST_BYTES..((n + 1) * REQUEST_BYTES).min(numbers.size);
         asked.note(numbers, &range);
-        let Some(wanted) = asked.wanted(numbers, range.end) else {
+        let Some(wanted) = asked.wanted(numbers, range.end, &range) else {
             assert!(n < 2);
             continue;
         };
@@ -326,7 +326,7 @@ fn what_is_fetched_counts_in_bytes_of_the_model() {
         let start = n * (4 * MIB);
         scattered.note(numbers, &(start..start + 4096));
     }
-    let wanted = scattered.wanted(numbers, 4096).unwrap();
+    let wanted = scattered.wanted(numbers, 4096, &(0..4096)).unwrap();
     assert_eq!(wanted.range, numbers.header..numbers.size);
     assert!(wanted.near.abs_diff(numbers.source) < 4);
 }
@@ -354,5 +354,62 @@ fn arrays_of_the_same_blocks_that_are_read_side_by_side_are_wanted_whole() {
                 }
             }
         }
+    }
+}
+
+#[test]
+fn from_a_server_the_rest_of_a_slice_is_wanted_once_it_is_read_in_order() {
+    let link = Reach {
+        ahead: 32 * MIB,
+        is_eager: true,
+        ..REACH
+    };
+    let ask_twice = |start: u64, slice: Range<u64>| {
+        let mut asked = Predictor::new(link);
+        let (middle, end) = (start + REQUEST_BYTES, start + 2 * REQUEST_BYTES);
+        asked.note(LARGE, &(start..middle));
+        assert_eq!(asked.wanted(LARGE, middle, &slice), None);
+        asked.note(LARGE, &(middle..end));
+        let wanted = asked.wanted(LARGE, end, &slice).unwrap();
+        assert_eq!(wanted.range.start, end);
+        (wanted.near, wanted.range.end)
+    };
+    let read = 2 * REQUEST_BYTES;
+    let all = |near| (near, read + near + REACH.beyond);
+    // From the header on: whoever goes on reads several tensors.
+    assert_eq!(ask_twice(0, 1000..read), all(GROWTH * read));
+    assert_eq!(ask_twice(0, 1000..10 * MIB), all(10 * MIB - read));
+    assert_eq!(ask_twice(0, 1000..40 * MIB), all(32 * MIB));
+    // From the start of a tensor, and from within it: it may be the only one.
+    for start in [4 * MIB - 4096, 6 * MIB] {
+        let end = start + read;
+        let near = (10 * MIB - end).max(GROWTH * read);
+        assert_eq!(ask_twice(start, 4 * MIB..10 * MIB), (near, 10 * MIB));
+        assert_eq!(ask_twice(start, start..end), (GROWTH * read, end));
+    }
+    // Past the end of a tensor as far as the kernel goes, and further.
+    let mut asked = Predictor::new(link);
+    let (start, end) = (4 * MIB, 6 * MIB);
+    for next in (start + REQUEST_BYTES..)
+        .step_by(REQUEST_BYTES as usize)
+        .take(21)
+    {
+        let slice = if next <= end {
+            start..end
+        } else {
+            end..20 * MIB
+        };
+        asked.note(LARGE, &(next - REQUEST_BYTES..next));
+        let wanted = asked.wanted(LARGE, next, &slice);
+        let limit = wanted.map_or(0, |wanted| wanted.range.end);
+        let expected = match next - start {
+            REQUEST_BYTES => 0,
+            _ if next <= end => end,
+            _ if next <= end + DISORDER_BYTES => next,
+            _ => LARGE
+                .size
+                .min(next + (20 * MIB - next).max(GROWTH * (next - start)) + REACH.beyond),
+        };
+        assert_eq!(limit, expected, "{}", next / REQUEST_BYTES);
     }
 }

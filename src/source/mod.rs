@@ -162,11 +162,7 @@ impl Explain for ReadError {
 impl Source {
     fn new(parts: Vec<Part>, given: usize) -> Self {
         let is_remote = parts.iter().any(|part| part.file().is_none());
-        let fetch = if is_remote {
-            Fetch::costly()
-        } else {
-            Fetch::default()
-        };
+        let fetch = Fetch::new(is_remote);
         Self {
             shared: Arc::new(Shared { parts, fetch }),
             given,
@@ -297,7 +293,8 @@ impl Source {
             true if self.is_on_disk(runs, near) => (Pace::DISK, near.min(Pace::DISK.ahead)),
             true => (Pace::LINK, near),
         };
-        let chunks = shared.fetch.want(&shared.parts, reader, runs, near);
+        let fetch = &shared.fetch;
+        let chunks = fetch.want(&shared.parts, reader, runs, near, pace.chunk);
         if chunks.is_empty() {
             return;
         }

@@ -124,8 +124,14 @@ impl Part {
         }
     }
 
-    /// Reads a range into a buffer that begins where a direct read of it does.
-    pub fn read_chunk(&self, range: &Range<u64>, buffer: &mut [u8]) -> Result<(), ReadError> {
+    /// Reads a range into a buffer that begins where a direct read of it does; from a server as a
+    /// stream, if that is wanted, and else in pieces side by side.
+    pub fn read_chunk(
+        &self,
+        range: &Range<u64>,
+        buffer: &mut [u8],
+        is_streamed: bool,
+    ) -> Result<(), ReadError> {
         let skip = range.start % DIRECT_ALIGNMENT;
         let first = range.start - skip;
         match self {
@@ -134,7 +140,7 @@ impl Part {
                 part.read_aligned(first, &mut buffer[..aligned as usize])
             }
             #[cfg(feature = "remote")]
-            Self::Remote(part) => part.read_chunk(range, skip as usize, buffer),
+            Self::Remote(part) => part.read_chunk(range, skip as usize, buffer, is_streamed),
         }
     }
 

@@ -323,6 +323,12 @@ impl Tree {
         }
     }
 
+    /// The extent of a file that holds the byte at `offset`.
+    pub fn extent_at(&self, ino: Ino, offset: u64) -> Option<&Extent> {
+        let extents = self.extents(ino);
+        extents.get(extents.partition_point(|extent| extent.start + extent.len <= offset))
+    }
+
     /// Bytes of a file that no file system can share with the model, headers and documents aside.
     pub fn incongruent_bytes(&self, ino: Ino) -> u64 {
         let extents = self.extents(ino).iter();

@@ -15,7 +15,7 @@ use crate::gguf::write::Writer;
 use crate::gguf::{GgmlType, Value};
 use crate::model::Bytes;
 use crate::source::PageCache;
-use crate::source::fetch::buffers::{BUFFERS, Buffer};
+use crate::source::fetch::buffers::{BUFFERS, DISK_POOL};
 use crate::source::fetch::tests::{alone, folder_on_disk, wait_for};
 use crate::sys;
 
@@ -248,7 +248,7 @@ fn readers_get_the_bytes_of_the_model_in_whatever_order_they_read() {
                 }
             }
             drop(served);
-            wait_for(|| Buffer::unused() == BUFFERS);
+            wait_for(|| DISK_POOL.unused() == BUFFERS);
             Ok(())
         };
         let mut runner = TestRunner::new(config);
@@ -277,12 +277,12 @@ fn many_readers_share_the_buffers_and_give_all_of_them_back() {
             model.read_at(file, offset, &mut wanted).unwrap();
             let got = read(&sample.served, file, offset, REQUEST_BYTES).unwrap();
             assert!(got == wanted, "{file} at {offset}");
-            fewest = fewest.min(Buffer::unused());
+            fewest = fewest.min(DISK_POOL.unused());
         }
     }
     assert_eq!(fewest, 0, "there are more readers than buffers");
     // All have read to the end.
-    wait_for(|| Buffer::unused() == BUFFERS);
+    wait_for(|| DISK_POOL.unused() == BUFFERS);
 }
 
 #[test]
@@ -296,11 +296,11 @@ fn readers_that_stop_midway_lose_their_buffers_to_others() {
         }
     };
     stopped.iter().for_each(|file| read_in_order(*file, 0..2));
-    assert_eq!(Buffer::unused(), 0);
+    assert_eq!(DISK_POOL.unused(), 0);
     read_in_order(*last, 0..300);
     assert!(sample.is_held(*last, 300 * REQUEST_BYTES));
     drop(sample.served);
-    wait_for(|| Buffer::unused() == BUFFERS);
+    wait_for(|| DISK_POOL.unused() == BUFFERS);
 }
 
 #[test]
@@ -329,7 +329,7 @@ fn scattered_reads_of_an_expert_are_answered_from_memory() {
         let got = read(&sample.served, file, place, MIB).unwrap();
         assert!(got == whole[place as usize..][..got.len()]);
     }
-    wait_for(|| Buffer::unused() == BUFFERS);
+    wait_for(|| DISK_POOL.unused() == BUFFERS);
 }
 
 #[test]
@@ -346,5 +346,5 @@ fn nothing_is_fetched_where_the_model_keeps_its_pages() {
         )
         .unwrap();
     }
-    assert_eq!(Buffer::unused(), BUFFERS);
+    assert_eq!(DISK_POOL.unused(), BUFFERS);
 }

@@ -25,7 +25,7 @@ use std::sync::{Arc, OnceLock};
 
 use parking_lot::{Condvar, Mutex};
 
-use self::buffers::{BUFFER_BYTES, BUFFERS, Buffer};
+use self::buffers::{BUFFERS, Buffer, DISK_POOL, Pool, SERVER_POOL};
 pub use self::pace::Pace;
 use super::place::Part;
 use crate::sys::read::DIRECT_ALIGNMENT;
@@ -33,12 +33,15 @@ use crate::sys::read::DIRECT_ALIGNMENT;
 /// The first chunk of a reader is small, so that the reader does not wait for long: two requests of
 /// the kernel, the one it will wait for next and the one after that. Later chunks are larger.
 const FIRST_CHUNK_BYTES: u64 = 256 << 10;
-/// A reader that asked for nothing during this many requests of others may lose its chunks. At 128
-/// KiB, the kernel's usual request, that is as much as all buffers hold.
-const IDLE_REQUESTS: u64 = (BUFFERS * BUFFER_BYTES / (128 << 10)) as u64;
+/// The kernel's usual request. A reader that asked for nothing while others asked for as much as all
+/// buffers hold may lose its chunks.
+const REQUEST_BYTES: usize = 128 << 10;
 /// How many readers are known at a time: as many as can have a buffer, and as many that had one
 /// before.
 const MAX_READERS: usize = 2 * BUFFERS;
+/// A reader for whom so much was fetched is asked more for at a time: what is sent takes longer then
+/// than the answer to begin.
+const STREAM_BYTES: u64 = 16 << 20;
 
 /// A range of a part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,7 +67,7 @@ impl Run {
 }
 
 /// What was fetched and will be, for which readers.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Fetch {
     table: Mutex<Table>,
     queue: Mutex<Queue>,
@@ -77,9 +80,10 @@ struct Queue {
     closed: bool,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Table {
     readers: Vec<Reader>,
+    pool: &'static Pool,
     /// Whether what was fetched came from afar, and is not thrown away as long as somebody may
     /// still ask for it.
     is_costly: bool,
@@ -121,6 +125,8 @@ pub struct Chunk {
     range: Range<u64>,
     /// Memory for it, until somebody takes it to read the chunk.
     empty: Mutex<Option<Buffer>>,
+    /// Whether a server is asked for all of it at once.
+    is_streamed: bool,
     /// `None` if it could not be read; each request for it then finds out why.
     read: OnceLock<Option<Buffer>>,
     /// Bytes that are not needed any more. The kernel asks for each byte once, unless it has dropped
@@ -154,10 +160,11 @@ impl std::ops::Deref for Held {
 }
 
 impl Chunk {
-    fn new(part: u32, range: Range<u64>, buffer: Buffer) -> Self {
+    fn new(part: u32, range: Range<u64>, buffer: Buffer, is_streamed: bool) -> Self {
         Self {
             part,
             range,
+            is_streamed,
             empty: Mutex::new(Some(buffer)),
             read: OnceLock::new(),
             used: AtomicU64::new(0),
@@ -175,7 +182,7 @@ impl Chunk {
         let read = self.read.get_or_init(|| {
             let mut buffer = self.empty.lock().take()?;
             buffer.populate();
-            let read = part.read_chunk(&self.range, &mut buffer);
+            let read = part.read_chunk(&self.range, &mut buffer, self.is_streamed);
             read.ok().map(|()| buffer)
         });
         // What was read before a change is right, but nobody must see a mixture of both states.
@@ -213,11 +220,19 @@ impl Chunk {
 }
 
 impl Fetch {
-    /// For parts of which each byte should be fetched only once.
-    pub fn costly() -> Self {
-        let fetch = Self::default();
-        fetch.table.lock().is_costly = true;
-        fetch
+    /// For parts of which each byte `is_costly` and should be fetched only once, or for others.
+    pub fn new(is_costly: bool) -> Self {
+        let table = Table {
+            readers: Vec::new(),
+            pool: if is_costly { &SERVER_POOL } else { &DISK_POOL },
+            is_costly,
+            now: 0,
+        };
+        Self {
+            table: Mutex::new(table),
+            queue: Mutex::default(),
+            queued: Condvar::new(),
+        }
     }
 
     /// The chunks that hold some of a range of a part, in order.
@@ -235,10 +250,18 @@ impl Fetch {
 
     /// Replaces what a reader wants by these runs, in this order; without any, the reader is
     /// forgotten. Starts the chunks that begin in the first `near` bytes, as far as there are
-    /// buffers, and returns them. They are read when they are asked for, or once they are
-    /// [queued](Self::queue).
-    pub fn want(&self, parts: &[Part], reader: u64, runs: &[Run], near: u64) -> Vec<Arc<Chunk>> {
-        self.table.lock().want(parts, reader, runs, near)
+    /// buffers, and returns them; none is larger than `largest` bytes. They are read when they are
+    /// asked for, or once they are [queued](Self::queue).
+    pub fn want(
+        &self,
+        parts: &[Part],
+        reader: u64,
+        runs: &[Run],
+        near: u64,
+        largest: u64,
+    ) -> Vec<Arc<Chunk>> {
+        let mut table = self.table.lock();
+        table.want(parts, reader, runs, near, largest)
     }
 
     /// Hands chunks to the threads that read them.
@@ -285,7 +308,14 @@ impl Table {
     }
 
     /// As [`Fetch::want`]; returns the chunks that are to be read.
-    fn want(&mut self, parts: &[Part], id: u64, runs: &[Run], near: u64) -> Vec<Arc<Chunk>> {
+    fn want(
+        &mut self,
+        parts: &[Part],
+        id: u64,
+        runs: &[Run],
+        near: u64,
+        largest: u64,
+    ) -> Vec<Arc<Chunk>> {
         self.now += 1;
         for piece in self.readers.iter_mut().flat_map(|r| &mut r.pieces) {
             piece.chunk.take_if(|chunk| chunk.is_used_up());
@@ -319,7 +349,7 @@ impl Table {
                 let rest = place..run.offset + run.len;
                 match self.next_gap(index, run.part, rest) {
                     Ok(gap) => {
-                        let Some(piece) = self.begin(parts, index, run.part, gap) else {
+                        let Some(piece) = self.begin(parts, index, run.part, gap, largest) else {
                             return begun;
                         };
                         place = piece.range.end;
@@ -336,9 +366,15 @@ impl Table {
         begun
     }
 
+    /// Readers that have asked for nothing since then seem to have stopped.
+    fn idle_since(&self) -> u64 {
+        let requests = self.pool.count * self.pool.bytes / REQUEST_BYTES;
+        self.now.saturating_sub(requests as u64)
+    }
+
     fn find_or_add(&mut self, id: u64) -> usize {
         if let Some(index) = self.readers.iter().position(|reader| reader.id == id) {
-            if self.readers[index].is_idle(self.now) {
+            if self.readers[index].is_idle(self.idle_since()) {
                 // Whoever reads it again wants again what was given out.
                 self.readers[index].pieces.retain(|p| p.chunk.is_some());
             }
@@ -379,12 +415,21 @@ impl Table {
     }
 
     /// Makes the first piece of a gap; `None` if there is no buffer for it.
-    fn begin(&mut self, parts: &[Part], index: usize, part: u32, gap: Range<u64>) -> Option<Piece> {
+    fn begin(
+        &mut self,
+        parts: &[Part],
+        index: usize,
+        part: u32,
+        gap: Range<u64>,
+        largest: u64,
+    ) -> Option<Piece> {
+        let begun = self.readers[index].begun;
         let piece = |end: u64, buffer: Option<Buffer>| {
             let range = gap.start..end;
+            let chunk = |buffer| Chunk::new(part, range.clone(), buffer, begun >= STREAM_BYTES);
             Piece {
                 part,
-                chunk: buffer.map(|buffer| Arc::new(Chunk::new(part, range.clone(), buffer))),
+                chunk: buffer.map(|buffer| Arc::new(chunk(buffer))),
                 range,
                 is_wanted: true,
             }
@@ -393,23 +438,24 @@ impl Table {
         if !file.is_fetchable() {
             return Some(piece(gap.end, None));
         }
-        let is_active = |r: &&Reader| r.chunks() > 0 && !r.is_idle(self.now);
+        let idle_since = self.idle_since();
+        let is_active = |r: &&Reader| r.chunks() > 0 && !r.is_idle(idle_since);
         let active = self.readers.iter().filter(is_active).count();
-        let share = (BUFFERS / active.max(1)).max(2);
+        let share = (self.pool.count / active.max(1)).max(2);
         let reader = &mut self.readers[index];
         // While there are free buffers, nobody needs to give up any.
-        if Buffer::are_all_taken() {
+        if self.pool.are_all_taken() {
             if reader.chunks() >= share && !reader.give_up_unwanted() {
                 return None;
             }
-            if Buffer::are_all_taken() {
+            if self.pool.are_all_taken() {
                 self.make_room(index);
             }
         }
-        let buffer = Buffer::take()?;
+        let buffer = self.pool.take()?;
         // Chunks end where a read should end, so that no page or block is read twice.
-        let about = (self.readers[index].begun + FIRST_CHUNK_BYTES).next_power_of_two();
-        let span = about.min(BUFFER_BYTES as u64);
+        let about = (begun + FIRST_CHUNK_BYTES).next_power_of_two();
+        let span = about.min(largest);
         let end = gap.end.min(gap.start - gap.start % file.alignment() + span);
         let is_cached = file.is_cached(gap.start, end - gap.start);
         Some(piece(end, Some(buffer).filter(|_| !is_cached)))
@@ -422,13 +468,13 @@ impl Table {
         if self.readers.iter_mut().any(Reader::give_up_unwanted) {
             return;
         }
-        let now = self.now;
+        let idle_since = self.idle_since();
         for reader in &mut self.readers {
-            if reader.is_idle(now) {
+            if reader.is_idle(idle_since) {
                 reader.pieces.clear();
             }
         }
-        if !Buffer::are_all_taken() || self.is_costly {
+        if !self.pool.are_all_taken() || self.is_costly {
             return;
         }
         let held = self.readers[index].chunks();
@@ -449,8 +495,8 @@ impl Reader {
     }
 
     /// Whether it seems to have stopped reading.
-    fn is_idle(&self, now: u64) -> bool {
-        self.last_used + IDLE_REQUESTS < now
+    fn is_idle(&self, since: u64) -> bool {
+        self.last_used < since
     }
 
     /// Gives up the oldest chunk that is not wanted any more; `false` if there is none.

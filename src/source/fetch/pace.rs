@@ -1,6 +1,6 @@
 //! How far and how fast the two kinds of sources are read ahead.
 
-use super::buffers::BUFFER_BYTES;
+use super::buffers::{BUFFER_BYTES, SERVER_BUFFER_BYTES};
 
 /// The largest file that a disk fetches whole, and what a server is asked for at a time.
 const WHOLE_BYTES: u64 = 32 << 20;
@@ -16,7 +16,8 @@ pub struct Pace {
     pub whole: u64,
     /// Chunks that are read at the same time.
     pub threads: usize,
-    /// Whether a file that may be fetched whole is, from the second request past its header on.
+    /// Whether a file that may be fetched whole is, from the second request past its header on, and of
+    /// a larger one the rest of the slice of a tensor that is being read.
     pub is_eager: bool,
 }
 
@@ -34,8 +35,8 @@ impl Pace {
     /// The pace of servers: each is as far away as the others, so all that is known to be wanted
     /// is asked for at once.
     pub const LINK: Self = Self {
-        ahead: WHOLE_BYTES,
-        chunk: BUFFER_BYTES as u64,
+        ahead: 28 * SERVER_BUFFER_BYTES as u64,
+        chunk: SERVER_BUFFER_BYTES as u64,
         whole: 2 * WHOLE_BYTES,
         threads: 32,
         is_eager: true,

@@ -21,7 +21,7 @@ pub fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     let alone = ALONE.lock();
     // Threads of the test before may still give some back.
-    wait_for(|| Buffer::unused() == BUFFERS);
+    wait_for(|| DISK_POOL.unused() == BUFFERS);
     alone
 }
 
@@ -111,7 +111,8 @@ impl Sample {
         } else {
             vec![run(0, range)]
         };
-        let begun = shared.fetch.want(&shared.parts, reader, &runs, near);
+        let fetch = &shared.fetch;
+        let begun = fetch.want(&shared.parts, reader, &runs, near, Pace::DISK.chunk);
         begun.iter().map(|chunk| chunk.range()).collect()
     }
 
@@ -158,7 +159,8 @@ fn a_window_that_moves_on_fetches_what_is_new_in_it_and_nothing_twice() {
     for place in (0..60 * MIB).step_by(128 << 10) {
         let shared = &sample.source.shared;
         let runs = [run(0, place..(place + 5 * MIB).min(60 * MIB))];
-        for chunk in shared.fetch.want(&shared.parts, 1, &runs, 4 * MIB) {
+        let fetch = &shared.fetch;
+        for chunk in fetch.want(&shared.parts, 1, &runs, 4 * MIB, Pace::DISK.chunk) {
             let range = chunk.range();
             assert_eq!(range.start, fetched);
             fetched = range.end;
@@ -166,11 +168,11 @@ fn a_window_that_moves_on_fetches_what_is_new_in_it_and_nothing_twice() {
         let end = place + 128 * KIB;
         assert!(fetched >= end.min(60 * MIB));
         sample.use_up(place..end);
-        assert!(BUFFERS - Buffer::unused() <= 7);
+        assert!(BUFFERS - DISK_POOL.unused() <= 7);
     }
     assert_eq!(fetched, 60 * MIB);
     assert_eq!(sample.begin(1, 0..0), []);
-    assert_eq!(Buffer::unused(), BUFFERS);
+    assert_eq!(DISK_POOL.unused(), BUFFERS);
 }
 
 #[test]
@@ -183,7 +185,7 @@ fn what_was_given_out_is_not_fetched_again_while_the_window_stays() {
     for _ in 0..3 {
         assert_eq!(sample.begin(1, 0..8 * MIB), []);
     }
-    assert_eq!(BUFFERS - Buffer::unused(), begun.len() / 2);
+    assert_eq!(BUFFERS - DISK_POOL.unused(), begun.len() / 2);
     // Another reader has not had it.
     assert_ne!(sample.begin(2, 0..8 * MIB), []);
 }
@@ -204,7 +206,7 @@ fn two_readers_of_one_range_share_its_chunks() {
 fn a_reader_without_buffers_takes_those_that_nobody_wants() {
     let sample = Sample::sparse(128 * MIB);
     assert_eq!(sample.begin(1, 0..64 * MIB).len(), BUFFERS);
-    assert!(Buffer::are_all_taken());
+    assert!(DISK_POOL.are_all_taken());
     // It goes elsewhere, without having used them: they are its own to give up.
     let elsewhere = sample.begin(1, 70 * MIB..72 * MIB);
     assert_eq!(elsewhere[0].start, 70 * MIB);
@@ -245,9 +247,9 @@ fn readers_that_stop_lose_their_buffers_to_others() {
         let start = reader * 4 * MIB;
         sample.begin(reader, start..start + MIB);
     }
-    assert!(Buffer::are_all_taken());
+    assert!(DISK_POOL.are_all_taken());
     let mut most = 0;
-    for n in 0..2 * IDLE_REQUESTS {
+    for n in 0..2 * (BUFFERS as u64 * MIB / (128 * KIB)) {
         let start = 256 * MIB + n * 128 * KIB;
         sample.begin(1000, start..start + 4 * MIB);
         most = most.max(
@@ -285,7 +287,7 @@ fn what_the_kernel_reads_ahead_itself_is_not_fetched() {
     sample.source.set_page_cache(PageCache::Filled);
     assert_eq!(sample.begin(1, 0..8 * MIB), []);
     assert_eq!(sample.source.pace(), None);
-    assert_eq!(Buffer::unused(), BUFFERS);
+    assert_eq!(DISK_POOL.unused(), BUFFERS);
 }
 
 #[test]
@@ -377,5 +379,5 @@ fn a_source_that_is_gone_leaves_no_buffer_and_no_thread_behind() {
     sample.source.fetch_ahead(1, &[run(0, 0..4 * MIB)], 4 * MIB);
     let shared = Arc::downgrade(&sample.source.shared);
     drop(sample.source);
-    wait_for(|| Buffer::unused() == BUFFERS && shared.strong_count() == 0);
+    wait_for(|| DISK_POOL.unused() == BUFFERS && shared.strong_count() == 0);
 }

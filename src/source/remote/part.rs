@@ -149,13 +149,16 @@ impl RemotePart {
         let _ = self.units.set(units.into());
     }
 
-    /// Keeps bytes that were fetched before this part was made.
+    /// Keeps bytes that came from the server.
     pub fn keep(&self, start: u64, bytes: &[u8]) {
-        if let Some(cache) = &self.cache {
-            let pieces = bytes.chunks(PIECE_BYTES as usize);
-            for (place, piece) in (start..).step_by(PIECE_BYTES as usize).zip(pieces) {
-                cache.keep(place, piece, 0);
-            }
+        let (mut place, mut rest) = (start, bytes);
+        while let Some(cache) = &self.cache
+            && !rest.is_empty()
+        {
+            let len = (piece_end(place) - place).min(rest.len() as u64);
+            let (piece, after) = rest.split_at(len as usize);
+            cache.keep(place, piece, self.unit(place));
+            (place, rest) = (place + len, after);
         }
     }
 
@@ -190,8 +193,13 @@ impl RemotePart {
 
     /// Fills the whole buffer from `offset`, or fails.
     pub fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ReadError> {
+        self.read_pieces(offset, buffer, PIECE_BYTES)
+    }
+
+    /// As [`read`](Self::read); a server is asked for about `longest` bytes at a time.
+    fn read_pieces(&self, offset: u64, buffer: &mut [u8], longest: u64) -> Result<(), ReadError> {
         self.check_unchanged()?;
-        let read = self.read_steps(offset, buffer);
+        let read = self.read_steps(offset, buffer, longest);
         // What came before the change is right, but nobody must see a mixture of both states.
         self.check_unchanged()?;
         read.map_err(|fault| {
@@ -208,11 +216,13 @@ impl RemotePart {
     }
 
     /// Reads a range into a buffer that begins where a direct read of it does, `skip` bytes before.
+    /// As a stream it is asked for all at once; else its pieces come side by side, and sooner.
     pub fn read_chunk(
         &self,
         range: &Range<u64>,
         skip: usize,
         buffer: &mut [u8],
+        is_streamed: bool,
     ) -> Result<(), ReadError> {
         self.check_unchanged()?;
         let bytes = range.end - range.start;
@@ -221,7 +231,12 @@ impl RemotePart {
             self.client.counters.cached.fetch_add(bytes, Relaxed);
             return self.check_unchanged();
         }
-        self.read(range.start, &mut buffer[skip..skip + bytes as usize])
+        let longest = if is_streamed { bytes } else { PIECE_BYTES };
+        self.read_pieces(
+            range.start,
+            &mut buffer[skip..skip + bytes as usize],
+            longest,
+        )
     }
 
     /// Fetches what the cache lacks of a range, piece by piece, each into `space`.
@@ -254,8 +269,8 @@ impl RemotePart {
         }
     }
 
-    fn read_steps(&self, offset: u64, buffer: &mut [u8]) -> Result<(), Fault> {
-        let steps = self.plan(offset, buffer);
+    fn read_steps(&self, offset: u64, buffer: &mut [u8], longest: u64) -> Result<(), Fault> {
+        let steps = self.plan(offset, buffer, longest);
         let (mut ours, mut others, mut damaged) = (Vec::new(), Vec::new(), Vec::new());
         let mut result = Ok(());
         for step in steps {
@@ -291,19 +306,19 @@ impl RemotePart {
         }
         result?;
         for (start, bytes) in damaged {
-            self.read_steps(start, bytes)?;
+            self.read_steps(start, bytes, longest)?;
         }
         Ok(())
     }
 
     /// Decides how each byte comes, and notes what this read is about to fetch.
-    fn plan<'a>(&'a self, offset: u64, buffer: &'a mut [u8]) -> Vec<Step<'a>> {
+    fn plan<'a>(&'a self, offset: u64, buffer: &'a mut [u8], longest: u64) -> Vec<Step<'a>> {
         let end = offset + buffer.len() as u64;
         let mut steps = Vec::new(); // dropped after the guard of the table, which its pieces lock
         let mut flights = self.flights.lock();
         let (mut rest, mut place) = (buffer, offset);
         while !rest.is_empty() {
-            let (until, from) = self.next_step(&mut flights, place, end);
+            let (until, from) = self.next_step(&mut flights, place, end, longest);
             let (bytes, after) = rest.split_at_mut((until - place) as usize);
             steps.push(Step {
                 start: place,
@@ -315,12 +330,18 @@ impl RemotePart {
         steps
     }
 
-    fn next_step(&self, flights: &mut Vec<Arc<Flight>>, place: u64, end: u64) -> (u64, From<'_>) {
+    fn next_step(
+        &self,
+        flights: &mut Vec<Arc<Flight>>,
+        place: u64,
+        end: u64,
+        longest: u64,
+    ) -> (u64, From<'_>) {
         let holds = |flight: &&Arc<Flight>| flight.range.contains(&place);
         if let Some(flight) = flights.iter().find(holds) {
             return (flight.range.end.min(end), From::Another(flight.clone()));
         }
-        let mut until = end.min(piece_end(place));
+        let mut until = end.min(piece_end(place).max(place + longest));
         match self.cache.as_ref().map(|cache| cache.look(place)) {
             Some(Found::Until(held)) => return (held.min(end), From::Cache),
             Some(Found::From(Some(next))) => until = until.min(next),
@@ -355,11 +376,7 @@ impl RemotePart {
         };
         let fetched = fetched.map(|read| debug_assert_eq!(read, bytes.len()));
         match &fetched {
-            Ok(()) => {
-                if let Some(cache) = &self.cache {
-                    cache.keep(range.start, bytes, self.unit(range.start));
-                }
-            }
+            Ok(()) => self.keep(range.start, bytes),
             Err(fault @ Fault::Changed(_)) => drop(self.changed.set(fault.clone())),
             Err(fault) => {
                 if matches!(fault.remedy(), Remedy::Retry(_)) {
@@ -421,7 +438,7 @@ mod tests {
         };
         let part = RemotePart::new("m.gguf".into(), client, None, pin, None);
         let mut buffer = [0; 100];
-        let steps = part.plan(0, &mut buffer);
+        let steps = part.plan(0, &mut buffer, PIECE_BYTES);
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| part.read(10, &mut [0; 20]));
             // The table, this thread and the one that waits.
