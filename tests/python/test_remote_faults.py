@@ -1,5 +1,6 @@
 """Servers that misbehave: each row of what was promised of them, on mounts that must go on."""
 
+import collections
 import concurrent.futures
 import errno
 import itertools
@@ -112,6 +113,14 @@ def test_a_pause_without_end_is_an_error_of_that_range_for_a_second(mount, serve
 def test_a_server_that_stops_sending_is_asked_again(mount, server, expected):
     server.fail(stall(50_000, seconds=15), times=1)
     assert expert(mount, 1).read_bytes() == expected[1]
+
+
+def test_a_server_that_stops_sending_again_and_again_is_given_up(mount, server):
+    server.fail(stall(50_000, seconds=15))
+    assert error_of(expert(mount, 1)) == errno.EIO
+    tries = collections.Counter(request.range[1] for request in server.requests)
+    assert max(tries.values()) <= 4
+    assert "trying again for up to 30 s" in log_of(mount)
 
 
 def test_a_server_that_comes_back_is_found_again(mount, server, expected):

@@ -6,14 +6,15 @@ use std::time::{Duration, Instant};
 const FIRST: Duration = Duration::from_millis(100);
 /// The longest wait, unless the server asks for more.
 const LONGEST: Duration = Duration::from_secs(5);
-/// How long a read may go without a byte, all its attempts together.
+/// How long a read may wait, all its attempts together, since an attempt brought bytes and did not
+/// stall.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The waits of one read.
 #[derive(Debug)]
 pub struct Backoff {
     next: Duration,
-    /// When it began, or when bytes came last.
+    /// When it began, or when an attempt last brought bytes and did not stall.
     since: Instant,
 }
 
@@ -26,7 +27,7 @@ impl Backoff {
         }
     }
 
-    /// Bytes have come.
+    /// An attempt has brought bytes, and did not stall.
     pub fn progressed(&mut self, now: Instant) {
         *self = Self::new(now);
     }
@@ -42,7 +43,7 @@ impl Backoff {
         (wait < PATIENCE.saturating_sub(self.waited(now))).then_some(wait)
     }
 
-    /// How long nothing has come.
+    /// How long it has waited.
     pub fn waited(&self, now: Instant) -> Duration {
         now.saturating_duration_since(self.since)
     }

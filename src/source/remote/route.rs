@@ -187,7 +187,8 @@ impl Route {
                 Err(fault) => fault,
             };
             let now = Instant::now();
-            if done >= before + TRICKLE_BYTES {
+            // One that sends a little and then nothing, again and again, is not waited for longer.
+            if done >= before + TRICKLE_BYTES && !matches!(fault, Fault::Stalled(_)) {
                 backoff.progressed(now);
             }
             match fault.remedy() {
