@@ -273,6 +273,8 @@ fn complain() {
 }
 
 fn open_model(args: &MountArgs) -> Result<Model> {
+    #[cfg(feature = "remote")]
+    check_cache(args)?;
     let show = args.show.show();
     let model = args.model.open(args.form.form()?, show)?;
     warn_of_directory(&model);
@@ -337,6 +339,23 @@ fn tune(directory: &Path, read_ahead: ReadAheadArg, is_computed: bool) {
         }
         ReadAheadArg::Auto => {}
     }
+}
+
+/// Fails if the cache would lie below the mount, before anything is made there.
+#[cfg(feature = "remote")]
+fn check_cache(args: &MountArgs) -> Result<()> {
+    let Some(folder) = args.model.cache_folder() else {
+        return Ok(());
+    };
+    let directory = args.model.directory(args.directory.as_ref())?;
+    let absolute = std::path::absolute(&folder)?;
+    let real = absolute.ancestors().find_map(|at| at.canonicalize().ok());
+    let below = |real: PathBuf| Some(real.starts_with(directory.canonicalize().ok()?));
+    if real.and_then(below) == Some(true) {
+        let message = format!("the cache {folder:?} would lie below the mount");
+        return Err(Failure::new(message).hint("choose another folder with --cache-dir"));
+    }
+    Ok(())
 }
 
 /// Opens the log, unless it would be the model or lie below the mount.

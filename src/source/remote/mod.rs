@@ -27,6 +27,7 @@ mod stores;
 use std::path::PathBuf;
 
 pub use self::cache::index::piece_end;
+pub use self::cache::usual_folder as usual_cache_folder;
 pub use address::{Address, AddressError, Place, StoreKind, is_url};
 pub use client::REQUESTS;
 pub use fault::{Fault, Kind};
