@@ -46,12 +46,16 @@ pub fn run(args: &FetchArgs, quiet: bool) -> Result<()> {
             .hint("leave out --cache-size 0, and name a folder with --cache-dir"));
     }
     let pieces = pieces(&model, &args.selection(&model)?);
+    for (part, number) in parts.iter().zip(0..) {
+        let of_part = pieces.iter().filter(|run| run.part == number);
+        part.spare_cached(of_part.map(Run::range));
+    }
     let wanted: u64 = pieces.iter().map(|run| run.len).sum();
-    let room = parts[0].capacity();
-    if wanted > room {
+    let (needed, room) = (needed(&pieces), parts[0].capacity());
+    if needed > room {
         return Err(Failure::new(format!(
-            "{} are wanted, and the cache may hold only {}",
-            text::size(wanted),
+            "{} are needed, and the cache may hold only {}",
+            text::size(needed),
             text::size(room)
         ))
         .hint("choose --layers or --experts, allow more with --cache-size, or use another disk with --cache-dir"));
@@ -59,8 +63,9 @@ pub fn run(args: &FetchArgs, quiet: bool) -> Result<()> {
     let cached = |run: &Run| parts[run.part as usize].cached_bytes(&run.range());
     let there: u64 = pieces.iter().map(cached).sum();
     let missing: Vec<Run> = pieces
-        .into_iter()
+        .iter()
         .filter(|run| cached(run) < run.len)
+        .copied()
         .collect();
     let meter = Meter::new(wanted - there, quiet);
     let next = AtomicUsize::new(0);
@@ -93,12 +98,12 @@ pub fn run(args: &FetchArgs, quiet: bool) -> Result<()> {
     if let Some(e) = failed.into_inner() {
         return Err(e.into());
     }
-    let lacking: u64 = missing.iter().map(|run| run.len - cached(run)).sum();
+    let lacking: u64 = pieces.iter().map(|run| run.len - cached(run)).sum();
     if lacking > 0 {
         let message = format!("{} could not be kept in the cache", text::size(lacking));
-        return Err(
-            Failure::new(message).hint("make room on its disk, or choose another with --cache-dir")
-        );
+        return Err(Failure::new(message).hint(
+            "make room on its disk, allow more with --cache-size, or choose another with --cache-dir",
+        ));
     }
     say(&match wanted - there {
         0 => format!(
@@ -125,6 +130,20 @@ impl FetchArgs {
         selection.check(model.layout())?;
         Ok(selection)
     }
+}
+
+/// Bytes that some pieces take in a cache: with their records, and the blocks of a file system at both
+/// ends of those that follow each other.
+fn needed(pieces: &[Run]) -> u64 {
+    const RECORD_BYTES: u64 = 128;
+    const ENDS_BYTES: u64 = 8 << 10;
+    let mut sorted = pieces.to_vec();
+    sorted.sort_unstable_by_key(|run| (run.part, run.offset));
+    let breaks = sorted
+        .windows(2)
+        .filter(|two| !two[0].is_followed_by(&two[1]));
+    let bytes: u64 = pieces.iter().map(|run| run.len + RECORD_BYTES).sum();
+    bytes + (breaks.count() as u64 + 1) * ENDS_BYTES
 }
 
 /// The bytes of the model that a selection of its files is made of, in pieces, each once.

@@ -5,20 +5,24 @@ import json
 import os
 import random
 import resource
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 import models
 from odmoe import (
     MIB,
+    contents,
     evict,
     expert_gguf,
     fail,
     file_system,
     files_of,
+    foreground,
     mounted,
     needs_root,
     odmoe,
@@ -41,6 +45,10 @@ def model(tmp_path):
 @pytest.fixture
 def url(server, model):
     return server.put("/m.gguf", model)
+
+
+def size_of(cache):
+    return 512 * sum(path.stat().st_blocks for path in cache.rglob("*") if path.is_file())
 
 
 def read_or_none(path):
@@ -214,8 +222,7 @@ def test_the_cache_never_takes_more_than_it_may(server, url, expected, tmp_path,
 
     def watch():
         while not done.is_set():
-            blocks = [path.stat().st_blocks for path in cache.rglob("*") if path.is_file()]
-            most.append(512 * sum(blocks))
+            most.append(size_of(cache))
 
     with remote(url, tmp_path / "mnt", cache, "--cache-size", "16M") as root:
         watcher = threading.Thread(target=watch)
@@ -232,6 +239,106 @@ def test_the_cache_never_takes_more_than_it_may(server, url, expected, tmp_path,
         # The index of the last pieces may have grown since it was looked at.
         assert 12 * MIB < max(most) <= 16 * MIB + 64 * 1024
         assert "no more room" not in log_of(root)
+
+
+@promises(
+    "No more than `--cache-size` is taken, wherever the folder of the cache is named from, and wherever it goes.",
+)
+@pytest.mark.parametrize("how", ["relative", "moved", "relative home", "in the foreground"])
+def test_the_limit_holds_wherever_the_folder_is(how, server, url, expected, tmp_path, cache, monkeypatch):
+    flags, folder = ["--cache-dir", cache], cache
+    monkeypatch.chdir(cache.parent)
+    if how == "relative home":
+        flags, folder = [], cache / ".cache" / "odmoe-fs"
+        monkeypatch.setenv("HOME", cache.name)
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    elif how != "moved":
+        flags = ["--cache-dir", cache.name]
+    # The same path from where daemons are.
+    elsewhere = Path("/") / cache.name
+    mount, root = foreground if how == "in the foreground" else mounted, tmp_path / "mnt"
+    with mount(url, root, *flags, "--cache-size", "8M"):
+        if how == "moved":
+            folder = cache.rename(cache.with_name(cache.name + "-moved"))
+        assert [expert(root, number).read_bytes() for number in range(8)] == expected
+        assert 4 * MIB < size_of(folder) <= 8 * MIB + 64 * 1024
+        assert not elsewhere.exists()
+    if how == "moved":
+        shutil.rmtree(folder)
+
+
+def test_a_cache_that_was_removed_takes_no_room_unseen(server, url, expected, tmp_path, cache):
+    with remote(url, tmp_path / "mnt", cache) as root:
+        shutil.rmtree(cache)
+        before = os.statvfs(cache.parent).f_bavail
+        assert [expert(root, number).read_bytes() for number in range(8)] == expected
+        room = os.statvfs(cache.parent)
+        assert (before - room.f_bavail) * room.f_frsize < 16 * MIB
+        assert "its files were removed" in log_of(root)
+
+
+def test_links_in_a_cache_are_not_followed(server, url, expected, tmp_path, cache):
+    with remote(url, tmp_path / "mnt", cache):
+        pass
+    (folder,) = (path for path in cache.iterdir() if path.is_dir())
+    victim = cache.parent / "victim"
+    folder.rename(victim)
+    folder.symlink_to(victim)
+    before = contents(victim)
+    with remote(url, tmp_path / "mnt", cache, "--cache-size", "1M") as root:
+        assert expert(root, 0).read_bytes() == expected[0]
+    fail("fetch", url, "--cache-dir", cache, naming=["a folder in it is a link", "--cache-dir"])
+    assert contents(victim) == before
+    (cache / "lock").unlink()
+    (cache / "lock").symlink_to(tmp_path / "made")
+    fail("fetch", url, "--cache-dir", cache, naming=["cache"])
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_cache_below_the_mount_is_refused_before_it_is_made(server, url, tmp_path, monkeypatch):
+    directory = tmp_path / "mnt"
+    directory.mkdir()
+    monkeypatch.chdir(tmp_path)
+    for folder in (directory, directory / "a" / "cache", "mnt/cache"):
+        fail("mount", url, directory, "--cache-dir", folder, naming=["below the mount", "--cache-dir"])
+    assert not list(directory.iterdir())
+
+
+@promises(
+    "What `fetch` has said to be in the cache is there, and what was in it of other models leaves first.",
+)
+def test_fetch_keeps_what_it_fetches_beside_another_model(server, url, tmp_path, cache):
+    data = (tmp_path / "model.gguf").read_bytes()
+    other = server.put("/other.gguf", data[:-1] + b"x")
+    # The room of one model, and of half of the other.
+    size = len(data)
+    for tries, address in enumerate([url, other, url, other]):
+        flags = ["--cache-dir", cache, "--cache-size", str(size * 3 // 2)]
+        assert "are in the cache" in succeed("fetch", address, *flags), tries
+        with remote(address, tmp_path / "mnt", cache, "--offline") as root:
+            assert all(read_or_none(expert(root, number)) for number in range(8))
+
+
+def test_fetch_succeeds_where_the_model_just_fits(server, url, tmp_path, cache):
+    size = (tmp_path / "model.gguf").stat().st_size
+    for more in (100_000, 300_000):
+        for _ in range(5):
+            succeed("fetch", url, "--cache-dir", cache, "--cache-size", str(size + more))
+            shutil.rmtree(cache)
+    fail("fetch", url, "--cache-dir", cache, "--cache-size", str(size), naming=["may hold only", "--cache-size"])
+
+
+def test_a_file_that_is_named_like_an_index_has_a_cache_of_its_own(server, url, model, expected, tmp_path, cache):
+    for path in ("/a.gguf", "/a.gguf.index"):
+        address = server.put(path, model)
+        for _ in range(2):
+            with remote(address, tmp_path / "mnt", cache) as root:
+                assert [expert(root, number).read_bytes() for number in range(8)] == expected
+    server.forget()
+    for path in ("/a.gguf", "/a.gguf.index"):
+        with remote(server.url(path), tmp_path / "mnt", cache) as root:
+            assert [expert(root, number).read_bytes() for number in range(8)] == expected
+    assert server.sent <= 2
 
 
 @promises(

@@ -172,6 +172,14 @@ impl RemotePart {
         self.cache.as_ref()
     }
 
+    /// Has nothing of the cache leave that is read or written from now on, nor what it has of some
+    /// ranges.
+    pub fn spare_cached(&self, ranges: impl Iterator<Item = Range<u64>>) {
+        if let Some(cache) = &self.cache {
+            cache.spare(ranges);
+        }
+    }
+
     /// Whether there is a cache to fill.
     pub fn has_cache(&self) -> bool {
         self.cache.is_some()

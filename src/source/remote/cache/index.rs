@@ -36,7 +36,7 @@ pub const PIECE_BYTES: u64 = BLOCK_BYTES * SUMS;
 
 /// Notes of reads that are written together, and how old the first may become meanwhile.
 const USES: usize = 256;
-const USES_SECONDS: u64 = 10;
+const USES_MILLISECONDS: u64 = 10_000;
 
 /// What an index is of.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -67,7 +67,7 @@ pub struct Piece {
     pub len: u64,
     /// The file of the tree that it belongs to, by number; 0 if that is not known.
     pub unit: u64,
-    /// When it was last read, in seconds since 1970.
+    /// When it was last read, in milliseconds since 1970; in seconds if that was long ago.
     pub used: u64,
     pub(super) sums: [u32; SUMS as usize],
 }
@@ -316,7 +316,7 @@ impl Index {
     pub fn note_use(&mut self, start: u64, at: u64) -> io::Result<()> {
         self.apply(Record::Used { start, at });
         self.uses.push(Record::Used { start, at });
-        let is_old = |record: &Record| matches!(record, Record::Used { at: then, .. } if then + USES_SECONDS < at);
+        let is_old = |record: &Record| matches!(record, Record::Used { at: then, .. } if then + USES_MILLISECONDS < at);
         if self.uses.len() >= USES || self.uses.first().is_some_and(is_old) {
             self.flush_uses()?;
         }
@@ -351,6 +351,14 @@ impl Index {
         let mut before = self.pieces.range(first..=place).rev();
         let (start, piece) = before.find(|(start, piece)| place < *start + piece.len)?;
         Some((*start, piece))
+    }
+
+    /// Where the pieces start that hold some of a range.
+    pub fn starts(&self, range: &Range<u64>) -> impl Iterator<Item = u64> + '_ {
+        let (first, start) = (range.start.saturating_sub(PIECE_BYTES), range.start);
+        let pieces = self.pieces.range(first..range.end.max(first));
+        let holding = pieces.filter(move |(place, piece)| **place + piece.len > start);
+        holding.map(|(place, _)| *place)
     }
 
     /// Where the first piece behind a place starts.

@@ -14,13 +14,14 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crc_fast::{CrcAlgorithm, checksum};
 use parking_lot::Mutex;
 use rustix::fs::{FlockOperation, flock};
 
 use self::index::{Head, Index};
+use self::part::now;
 pub use self::part::{CachedPart, Found, cached_bytes};
 use self::room::Room;
 use super::pin::Pin;
@@ -37,6 +38,8 @@ pub struct Cache {
     /// Held by the thread, and locked by the process, that creates files or makes room.
     lock: Mutex<File>,
     room: Room,
+    /// What was read or written since then does not leave for anything, in milliseconds since 1970.
+    spared_since: AtomicU64,
     /// Whether it was said that nothing can be written.
     complained: AtomicBool,
 }
@@ -55,21 +58,29 @@ impl Cache {
     /// Opens the cache in a folder, which is made if it is missing. It may take `limit` bytes, or,
     /// without a limit, half of what is free.
     pub fn open(folder: &Path, limit: Option<u64>) -> io::Result<Arc<Self>> {
+        // The process may go to another folder.
+        let folder = &std::path::absolute(folder)?;
         private_folder(folder)?;
         let mut options = OpenOptions::new();
         let path = folder.join("lock");
         let lock = options.read(true).write(true).create(true).truncate(false);
-        let lock = match lock.mode(0o600).open(&path) {
+        let lock = match lock.mode(0o600).custom_flags(libc::O_NOFOLLOW).open(&path) {
             // Read-only media; what is there can be used.
-            Err(_) if path.exists() => File::open(&path)?,
+            Err(_) if path.is_file() && !path.is_symlink() => File::open(&path)?,
             lock => lock?,
         };
         Ok(Arc::new(Self {
             room: Room::new(folder, limit)?,
+            spared_since: AtomicU64::new(u64::MAX),
             folder: folder.to_owned(),
             lock: Mutex::new(lock),
             complained: AtomicBool::new(false),
         }))
+    }
+
+    /// From now on, or since this was said first, what is read or written does not leave the cache.
+    pub fn spare_from_now(&self) {
+        self.spared_since.fetch_min(now(), Ordering::Relaxed);
     }
 
     /// Where it is.
@@ -96,6 +107,8 @@ impl Cache {
         }
         let name_here = match &plain[..end] {
             "" | "." | ".." => "part",
+            // Of another file, this may be the index.
+            plain if plain.ends_with(INDEX) => &plain[..plain.len() - 1],
             plain => plain,
         };
         // The address may have the name in another form, with %20 for a space. Names that are not
@@ -144,6 +157,9 @@ impl Cache {
             }
             if let Some(folder) = places.0.parent() {
                 private_folder(folder)?;
+                if folder.is_symlink() {
+                    return Err(io::Error::other("a folder in it is a link"));
+                }
             }
             // Mounts that use the old files keep them until they end.
             for path in [&places.1, &places.0] {
@@ -166,12 +182,17 @@ impl Cache {
         self: &Arc<Self>,
         (data, index): &(PathBuf, PathBuf),
     ) -> io::Result<Option<CachedPart>> {
+        if data.parent().is_some_and(Path::is_symlink) {
+            return Ok(None);
+        }
         let open = |path: &Path| {
-            let both = OpenOptions::new().read(true).write(true).open(path);
-            match both {
+            let absent = |e: &io::Error| {
+                e.kind() == io::ErrorKind::NotFound || e.raw_os_error() == Some(libc::ELOOP)
+            };
+            match open_plain(path, true) {
                 Ok(file) => Ok(Some((file, true))),
-                Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-                Err(_) => File::open(path).map(|file| Some((file, false))),
+                Err(e) if absent(&e) => Ok(None),
+                Err(_) => open_plain(path, false).map(|file| Some((file, false))),
             }
         };
         let (Some((data_file, writable)), Some((index_file, _))) = (open(data)?, open(index)?)
@@ -210,6 +231,13 @@ impl Cache {
             );
         }
     }
+}
+
+/// Opens a file that is no link: another user may have put one into the folder.
+fn open_plain(path: &Path, write: bool) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    let options = options.read(true).write(write);
+    options.custom_flags(libc::O_NOFOLLOW).open(path)
 }
 
 fn private_folder(folder: &Path) -> io::Result<()> {

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -19,8 +19,8 @@ use crate::sys::read::{
     reopen_direct,
 };
 
-/// How old the note of when a piece was read may be.
-const USED_SECONDS: u64 = 10;
+/// How old the note of when a piece was read may be, in milliseconds.
+const USED_MILLISECONDS: u64 = 10_000;
 
 thread_local! {
     /// Memory for blocks of which only a part is wanted; it grows to those of the largest piece.
@@ -40,9 +40,10 @@ pub struct CachedPart {
     writable: bool,
 }
 
-fn now() -> u64 {
+/// Milliseconds since 1970.
+pub(super) fn now() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    since.map_or(0, |since| since.as_secs())
+    since.map_or(0, |since| since.as_millis() as u64)
 }
 
 impl CachedPart {
@@ -55,6 +56,19 @@ impl CachedPart {
             data,
             index: Mutex::new(index),
             writable,
+        }
+    }
+
+    /// Has nothing of the cache leave that is read or written from now on, and counts what there is of
+    /// some ranges as read now.
+    pub fn spare(&self, ranges: impl Iterator<Item = Range<u64>>) {
+        self.cache.spare_from_now();
+        let mut index = self.index.lock();
+        let (_, at) = (index.refresh(), now());
+        let starts = ranges.flat_map(|range| index.starts(&range).collect::<Vec<_>>());
+        let uses: Vec<_> = starts.map(|start| Record::Used { start, at }).collect();
+        if self.writable && !uses.is_empty() {
+            let _ = index.append(&uses);
         }
     }
 
@@ -218,7 +232,7 @@ impl CachedPart {
     /// Notes that a piece was read, by which it stays longer than others.
     fn note_use(&self, start: u64, used: u64) {
         let at = now();
-        if self.writable && used + USED_SECONDS < at {
+        if self.writable && used + USED_MILLISECONDS < at {
             let mut index = self.index.lock();
             // That it could not be noted costs nothing but an early eviction.
             let _ = index.note_use(start, at);
@@ -249,6 +263,11 @@ impl CachedPart {
             return;
         }
         let len = bytes.len() as u64;
+        // What nobody finds again would take room all the same.
+        if self.data.metadata().is_ok_and(|data| data.nlink() == 0) {
+            let cause = io::Error::other("its files were removed");
+            return self.cache.complain(&cause);
+        }
         // Whatever leaves the cache for this, it is not what was just read.
         let _ = self.index.lock().flush_uses();
         let _room = match self.cache.make_room(len) {

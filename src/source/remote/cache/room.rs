@@ -5,16 +5,18 @@
 //! belongs to no file, the headers by which a model can be opened without its server, goes last.
 
 use std::collections::HashMap;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 
 use parking_lot::{Condvar, Mutex};
 use rustix::fs::fstatvfs;
 
 use super::index::{Index, Record};
-use super::{Cache, INDEX};
+use super::{Cache, INDEX, open_plain};
 
 /// The unit of `st_blocks`, according to POSIX.
 const STAT_BLOCK_BYTES: u64 = 512;
@@ -73,6 +75,15 @@ impl Room {
         })
     }
 
+    /// The path of the folder, wherever it was moved to, and whatever was mounted over it.
+    fn path(&self, folder: &Path) -> PathBuf {
+        let opened = PathBuf::from(format!("/proc/self/fd/{}", self.folder.as_raw_fd()));
+        if opened.is_dir() {
+            return opened;
+        }
+        folder.to_owned()
+    }
+
     /// Bytes that a cache may take that takes some bytes now.
     fn allowed(&self, taken: u64) -> io::Result<u64> {
         let (free, all) = free(&self.folder)?;
@@ -95,7 +106,8 @@ fn files(folder: &Path) -> Vec<PathBuf> {
         let entries = fs::read_dir(folder).into_iter().flatten().flatten();
         entries.map(|entry| entry.path()).collect::<Vec<_>>()
     };
-    let models = list(folder).into_iter().filter(|path| path.is_dir());
+    let is_folder = |path: &PathBuf| path.is_dir() && !path.is_symlink();
+    let models = list(folder).into_iter().filter(is_folder);
     models.flat_map(|model| list(&model)).collect()
 }
 
@@ -110,7 +122,8 @@ impl Cache {
     /// The most bytes that all of it may hold, with what is free on its disk now.
     pub(super) fn capacity(&self) -> u64 {
         let room = &self.room;
-        room.allowed(used(&self.folder)).unwrap_or(room.limit)
+        let used = used(&room.path(&self.folder));
+        room.allowed(used).unwrap_or(room.limit)
     }
 
     /// Makes sure that a piece of some bytes may be written. `None` if it may not.
@@ -139,7 +152,8 @@ impl Cache {
     /// What is left when there is room for some bytes beside those that were granted, for which
     /// others may have to leave. `None` if there is not.
     fn look_for_room(&self, bytes: u64, granted: u64) -> io::Result<Option<u64>> {
-        let mut taken = used(&self.folder);
+        let folder = &self.room.path(&self.folder);
+        let mut taken = used(folder);
         let mut most = self.room.allowed(taken)?;
         if bytes > most {
             return Ok(None);
@@ -147,8 +161,9 @@ impl Cache {
         if taken + granted + bytes > most {
             // A little more, so that this is not done for each piece.
             let goal = most - bytes.max(most / 16).min(most);
-            evict(&self.folder, (taken + granted).saturating_sub(goal));
-            taken = used(&self.folder);
+            let spared_since = self.spared_since.load(Ordering::Relaxed);
+            evict(folder, (taken + granted).saturating_sub(goal), spared_since);
+            taken = used(folder);
             most = self.room.allowed(taken)?;
         }
         let left = most.checked_sub(taken + granted + bytes);
@@ -169,29 +184,35 @@ fn punch_hole(_: &File, _: u64, _: u64) -> io::Result<()> {
     Err(io::ErrorKind::Unsupported.into())
 }
 
-/// Frees about as many bytes, if there are so many.
-fn evict(folder: &Path, bytes: u64) {
+/// Frees about as many bytes, if there are so many that were last used before a time.
+fn evict(folder: &Path, bytes: u64, spared_since: u64) {
     struct Unit {
         used: u64,
         pieces: Vec<(usize, u64, u64)>,
     }
     let mut parts = Vec::new();
-    let mut units: HashMap<(PathBuf, u64), Unit> = HashMap::new();
+    // Files of the tree are numbered within their model, whose parts know each other by a number.
+    let mut units: HashMap<((PathBuf, Option<u64>), u64), Unit> = HashMap::new();
     for path in files(folder) {
         let name = path.to_string_lossy();
         let Some(data) = name.strip_suffix(INDEX) else {
             continue;
         };
-        let open = |path: &Path| OpenOptions::new().read(true).write(true).open(path);
-        let (Ok(data), Ok(index)) = (open(data.as_ref()), open(&path)) else {
+        let (data, index) = (open_plain(data.as_ref(), true), open_plain(&path, true));
+        let (Ok(data), Ok(index)) = (data, index) else {
             continue;
         };
         let Ok(Some(index)) = Index::open(index) else {
             continue;
         };
-        let model = path.parent().unwrap_or(folder);
+        let beside = path.parent().unwrap_or(folder);
+        let of_model = if index.head.set.is_some() {
+            beside
+        } else {
+            &path
+        };
         for (start, piece) in &index.pieces {
-            let key = (model.to_owned(), piece.unit);
+            let key = ((of_model.to_owned(), index.head.set), piece.unit);
             let unit = units.entry(key).or_insert_with(|| Unit {
                 used: 0,
                 pieces: Vec::new(),
@@ -201,6 +222,7 @@ fn evict(folder: &Path, bytes: u64) {
         }
         parts.push((data, index));
     }
+    units.retain(|_, unit| unit.used < spared_since);
     let mut units: Vec<_> = units.into_iter().collect();
     units.sort_by_key(|((_, number), unit)| (*number == 0, unit.used, *number));
     let mut freed = 0;
