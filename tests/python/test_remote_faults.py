@@ -277,13 +277,16 @@ def test_one_fresh_url_is_enough_for_all_readers_of_one_that_expired(model, tmp_
     hub.stop()
 
 
-def test_a_token_that_was_exchanged_is_read_again(model, tmp_path, cache, expected):
+@pytest.mark.parametrize("name", ["HF_TOKEN_PATH", "HF_HOME", "HOME"])
+def test_a_token_that_was_exchanged_is_read_again(name, model, tmp_path, cache, expected):
     hub = Hub(token="hf_s3cr3ttoken")
     url = hub.add("org/repo", model)
-    token = tmp_path / "token"
+    # From where the command is given: its daemon is elsewhere.
+    token = tmp_path / {"HF_TOKEN_PATH": "here", "HF_HOME": "here/token", "HOME": "here/.cache/huggingface/token"}[name]
+    token.parent.mkdir(exist_ok=True, parents=True)
     token.write_text("hf_s3cr3ttoken\n")
-    env = {**os.environ, "HF_ENDPOINT": hub.url(""), "HF_TOKEN": "", "HF_TOKEN_PATH": str(token)}
-    with remote(url, tmp_path / "mnt", cache, env=env) as root:
+    env = {**os.environ, "HF_ENDPOINT": hub.url(""), "HF_TOKEN": "", "XDG_CACHE_HOME": "", name: "here"}
+    with remote(url, tmp_path / "mnt", cache, env=env, cwd=tmp_path) as root:
         hub.token = "hf_s3cr3ttoken2"
         hub.signatures.clear()
         assert error_of(expert(root, 1)) == errno.EIO

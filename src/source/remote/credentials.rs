@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::env;
 use std::fs;
 use std::path::PathBuf;
+use std::sync::OnceLock;
 
 use reqwest::header::HeaderValue;
 
@@ -16,6 +17,15 @@ pub fn variable(name: &str) -> Option<String> {
 
 fn home() -> Option<PathBuf> {
     env::home_dir().filter(|home| !home.as_os_str().is_empty())
+}
+
+/// A path of the environment, from the folder in which the program was started: it reads such files
+/// again when what was in them expires, and is elsewhere by then.
+pub fn from_start(path: PathBuf) -> PathBuf {
+    static START: OnceLock<PathBuf> = OnceLock::new();
+    START
+        .get_or_init(|| env::current_dir().unwrap_or_default())
+        .join(path)
 }
 
 /// What a token of the Hub is taken from, in the order of huggingface_hub.
@@ -33,7 +43,7 @@ fn hub_token_text() -> Option<(String, &'static str)> {
         })?;
         Some(hub.join("token"))
     })?;
-    let text = fs::read_to_string(path).ok()?;
+    let text = fs::read_to_string(from_start(path)).ok()?;
     Some((text, "the file of `hf auth login`"))
 }
 
@@ -64,7 +74,7 @@ pub fn aws_profile() -> HashMap<String, String> {
     let file = |name: &str, usual: &str| {
         let path = variable(name).map(PathBuf::from);
         let path = path.or_else(|| Some(home()?.join(".aws").join(usual)))?;
-        fs::read_to_string(path).ok()
+        fs::read_to_string(from_start(path)).ok()
     };
     let mut found = HashMap::new();
     let config = file("AWS_CONFIG_FILE", "config").unwrap_or_default();

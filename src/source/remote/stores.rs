@@ -27,7 +27,7 @@ use reqwest::{Request, Response, Url};
 
 use super::address::{StoreKind, is_http};
 use super::client::Client;
-use super::credentials::{aws_profile, variable};
+use super::credentials::{aws_profile, from_start, variable};
 use super::fault::{Fault, Kind};
 use super::pin::Pin;
 
@@ -195,6 +195,8 @@ enum Form {
     Name,
     /// Goes into a header.
     Line,
+    /// Of a file.
+    Path,
     Any,
 }
 
@@ -216,13 +218,12 @@ impl Form {
             | "AZURE_STORAGE_AUTHORITY_HOST"
             | "AZURE_AUTHORITY_HOST" => Self::Url,
             "AWS_REGION" | "AWS_DEFAULT_REGION" | "AZURE_STORAGE_ACCOUNT_NAME" => Self::Name,
-            // Paths of files, and the text of one.
-            name if name.ends_with("_FILE")
-                || name.starts_with("GOOGLE_SERVICE_ACCOUNT")
-                || name == "GOOGLE_APPLICATION_CREDENTIALS" =>
-            {
-                Self::Any
-            }
+            "GOOGLE_SERVICE_ACCOUNT"
+            | "GOOGLE_SERVICE_ACCOUNT_PATH"
+            | "GOOGLE_APPLICATION_CREDENTIALS" => Self::Path,
+            name if name.ends_with("_FILE") => Self::Path,
+            // The text of a file.
+            "GOOGLE_SERVICE_ACCOUNT_KEY" => Self::Any,
             _ => Self::Line,
         }
     }
@@ -258,6 +259,7 @@ fn checked(name: &str, value: &str, form: Form) -> Result<String, Fault> {
             "has characters in it that cannot be sent",
             "look for line ends in the middle of it, and copy it anew",
         )),
+        Form::Path => Ok(from_start(value.into()).to_string_lossy().into_owned()),
         _ => Ok(value.to_owned()),
     }
 }
