@@ -27,8 +27,10 @@ const DISORDER_BYTES: u64 = 4 * REQUEST_BYTES;
 /// The same for readers with larger requests, as a number of these.
 const DISORDER_REQUESTS: u64 = 2;
 /// How many times what it has read is fetched for a reader: one that stops early has cost at most
-/// this many times what it wanted.
+/// this many times what it wanted, unless it stops in the middle of a tensor that a server has.
 const GROWTH: u64 = 4;
+/// A look at a longer header takes several requests of the kernel, of which two may reach beyond it.
+const LONG_HEADER_BYTES: u64 = 32 << 10;
 /// After this many scattered requests a file is wanted whole: a program has mapped an expert and
 /// computes with it. Looking at the header and at the start of each tensor takes fewer: most
 /// experts have three tensors, and those with biases six.
@@ -129,6 +131,10 @@ struct Stream {
     start: u64,
     /// Where the next request would begin.
     next: u64,
+    /// Bytes of the last request.
+    asked: u64,
+    /// Where the slice of a tensor lies that the first request ended in, once that is known.
+    first_slice: Option<Range<u64>>,
     /// Requests beyond the header that began where the one before had ended. That others are merely
     /// near may be chance.
     in_order: u32,
@@ -184,6 +190,7 @@ impl Predictor {
             stream.in_order = stream.in_order.saturating_add(counts);
         }
         stream.next = stream.next.max(range.end);
+        stream.asked = range.end - range.start;
     }
 
     /// Turns the readers of scattered pieces of a file into one that wants the whole file, unless
@@ -209,6 +216,8 @@ impl Predictor {
             file,
             start: range.start,
             next: range.end,
+            asked: range.end - range.start,
+            first_slice: None,
             in_order,
             last_used: self.now,
             whole,
@@ -235,7 +244,13 @@ impl Predictor {
             |s: &Stream| s.file == file.id && (s.whole.is_some() || s.start < end && end <= s.next);
         let found = self.streams.iter().enumerate().filter(|(_, s)| found(s));
         // Of several, the one that is here now; the others have passed.
-        let (index, stream) = found.min_by_key(|(_, s)| s.next)?;
+        let (index, _) = found.min_by_key(|(_, s)| s.next)?;
+        let stream = &mut self.streams[index];
+        let first_slice = stream
+            .first_slice
+            .get_or_insert_with(|| slice.clone())
+            .clone();
+        let stream = &self.streams[index];
         let reader = stream.reader;
         if let Some(asked) = stream.whole {
             let mut range = file.header..file.size;
@@ -264,13 +279,20 @@ impl Predictor {
             near = self.reach.ahead;
         } else if self.reach.is_eager {
             // Programs read tensor by tensor. One that began with the header, or has gone on from one
-            // tensor to another, will go on; and the kernel reads a little before and behind each.
-            near = near.max(file.to_source(slice.end.saturating_sub(stream.next)));
-            let began_here = stream.start + REQUEST_BYTES > slice.start;
-            let goes_on = stream.start < file.header
-                || !began_here && stream.next > slice.start + DISORDER_BYTES;
+            // tensor to another, will go on; the kernel reads a little before and behind each.
+            let is_first = first_slice == *slice;
+            let window = DISORDER_BYTES.max(DISORDER_REQUESTS * stream.asked);
+            let goes_on = stream.start < file.header || stream.next > first_slice.end + window;
             if !goes_on {
-                limit = limit.min(if began_here { slice.end } else { stream.next });
+                limit = limit.min(first_slice.end.max(stream.next));
+            }
+            // Whoever began within a tensor may want only some of it, or of its header only that.
+            let is_look = stream.start < file.header
+                && file.header > LONG_HEADER_BYTES
+                && stream.next <= file.header + 3 * REQUEST_BYTES;
+            let is_all = !is_first || stream.start < slice.start + REQUEST_BYTES;
+            if is_all && !is_look {
+                near = near.max(file.to_source(slice.end.saturating_sub(stream.next)));
             }
         }
         let near = near.min(self.reach.ahead);

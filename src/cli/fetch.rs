@@ -1,6 +1,6 @@
 //! `fetch`: fills the cache with a remote model, or a part of it.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use odmoe_fs::layout::METADATA_GGUF_PATH;
 use odmoe_fs::materialize::{Numbers, Selection};
@@ -70,15 +70,18 @@ pub fn run(args: &FetchArgs, quiet: bool) -> Result<()> {
     let meter = Meter::new(wanted - there, quiet);
     let next = AtomicUsize::new(0);
     let failed = Mutex::new(None);
+    let is_refused = AtomicBool::new(false);
     let work = || {
         let mut space = Vec::new();
         while let Some(run) = missing.get(next.fetch_add(1, Ordering::Relaxed)) {
-            if failed.lock().is_some() {
+            if failed.lock().is_some() || is_refused.load(Ordering::Relaxed) {
                 return;
             }
             let part = parts[run.part as usize];
             let lacking = run.len - part.cached_bytes(&run.range());
             match part.fill_cache(run.range(), &mut space) {
+                // All the rest would be fetched for nothing.
+                Ok(()) if cached(run) < run.len => is_refused.store(true, Ordering::Relaxed),
                 Ok(()) => meter.add(Progress {
                     bytes: lacking,
                     files: 0,

@@ -381,12 +381,17 @@ fn from_a_server_the_rest_of_a_slice_is_wanted_once_it_is_read_in_order() {
     assert_eq!(ask_twice(0, 1000..10 * MIB), all(10 * MIB - read));
     assert_eq!(ask_twice(0, 1000..40 * MIB), all(32 * MIB));
     // From the start of a tensor, and from within it: it may be the only one.
-    for start in [4 * MIB - 4096, 6 * MIB] {
-        let end = start + read;
-        let near = (10 * MIB - end).max(GROWTH * read);
-        assert_eq!(ask_twice(start, 4 * MIB..10 * MIB), (near, 10 * MIB));
-        assert_eq!(ask_twice(start, start..end), (GROWTH * read, end));
-    }
+    let (start, end) = (4 * MIB - 4096, 4 * MIB - 4096 + read);
+    assert_eq!(
+        ask_twice(start, 4 * MIB..10 * MIB),
+        (10 * MIB - end, 10 * MIB)
+    );
+    assert_eq!(ask_twice(start, start..end), (GROWTH * read, end));
+    // Within it, some of it may be all.
+    let (start, end) = (6 * MIB, 6 * MIB + read);
+    let some = end + GROWTH * read + REACH.beyond;
+    assert_eq!(ask_twice(start, 4 * MIB..10 * MIB), (GROWTH * read, some));
+    assert_eq!(ask_twice(start, 4 * MIB..7 * MIB), (GROWTH * read, 7 * MIB));
     // Past the end of a tensor as far as the kernel goes, and further.
     let mut asked = Predictor::new(link);
     let (start, end) = (4 * MIB, 6 * MIB);
@@ -412,4 +417,32 @@ fn from_a_server_the_rest_of_a_slice_is_wanted_once_it_is_read_in_order() {
         };
         assert_eq!(limit, expected, "{}", next / REQUEST_BYTES);
     }
+}
+
+#[test]
+fn a_look_at_a_long_header_on_a_server_brings_little_of_what_is_behind_it() {
+    let file = File {
+        header: 100 << 10,
+        source: LARGE.size - (100 << 10),
+        ..LARGE
+    };
+    let mut asked = Predictor::new(Reach {
+        ahead: 32 * MIB,
+        is_eager: true,
+        ..REACH
+    });
+    // The windows of a kernel for two small reads, and then those of a reader who goes on.
+    let ends = [16, 48, 112, 240, 368, 496].map(|kib| kib * KIB);
+    let mut near = Vec::new();
+    for (start, end) in std::iter::once(0).chain(ends).zip(ends) {
+        asked.note(file, &(start..end));
+        let wanted = asked.wanted(file, end, &(file.header..file.size));
+        near.push(wanted.map(|wanted| wanted.near));
+    }
+    assert_eq!(near[..3], [None; 3]);
+    assert_eq!(
+        near[3..5],
+        [Some(GROWTH * 240 * KIB), Some(GROWTH * 368 * KIB)]
+    );
+    assert_eq!(near[5], Some(32 * MIB));
 }

@@ -285,7 +285,8 @@ def test_a_token_that_was_exchanged_is_read_again(name, model, tmp_path, cache, 
     token = tmp_path / {"HF_TOKEN_PATH": "here", "HF_HOME": "here/token", "HOME": "here/.cache/huggingface/token"}[name]
     token.parent.mkdir(exist_ok=True, parents=True)
     token.write_text("hf_s3cr3ttoken\n")
-    env = {**os.environ, "HF_ENDPOINT": hub.url(""), "HF_TOKEN": "", "XDG_CACHE_HOME": "", name: "here"}
+    none = dict.fromkeys(["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_HOME", "XDG_CACHE_HOME"], "")
+    env = {**os.environ, **none, "HF_ENDPOINT": hub.url(""), name: "here"}
     with remote(url, tmp_path / "mnt", cache, env=env, cwd=tmp_path) as root:
         hub.token = "hf_s3cr3ttoken2"
         hub.signatures.clear()

@@ -21,7 +21,7 @@ pub mod tests;
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, LazyLock, OnceLock};
 
 use parking_lot::{Condvar, Mutex};
 
@@ -83,7 +83,8 @@ struct Queue {
 #[derive(Debug)]
 struct Table {
     readers: Vec<Reader>,
-    pool: &'static Pool,
+    /// Made when it is needed.
+    pool: &'static LazyLock<Pool>,
     /// Whether what was fetched came from afar, and is not thrown away as long as somebody may
     /// still ask for it.
     is_costly: bool,

@@ -349,7 +349,11 @@ impl RemotePart {
         if let Some(flight) = flights.iter().find(holds) {
             return (flight.range.end.min(end), From::Another(flight.clone()));
         }
-        let mut until = end.min(piece_end(place).max(place + longest));
+        let cut = match longest > PIECE_BYTES {
+            true => place + longest,
+            false => piece_end(place),
+        };
+        let mut until = end.min(cut);
         match self.cache.as_ref().map(|cache| cache.look(place)) {
             Some(Found::Until(held)) => return (held.min(end), From::Cache),
             Some(Found::From(Some(next))) => until = until.min(next),

@@ -6,15 +6,14 @@ use std::time::{Duration, Instant};
 const FIRST: Duration = Duration::from_millis(100);
 /// The longest wait, unless the server asks for more.
 const LONGEST: Duration = Duration::from_secs(5);
-/// How long a read may wait, all its attempts together, since an attempt brought bytes and did not
-/// stall.
+/// How long a read may wait for bytes, all its attempts together.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The waits of one read.
 #[derive(Debug)]
 pub struct Backoff {
     next: Duration,
-    /// When it began, or when an attempt last brought bytes and did not stall.
+    /// When it began to wait, all the times when bytes came left out.
     since: Instant,
 }
 
@@ -27,7 +26,7 @@ impl Backoff {
         }
     }
 
-    /// An attempt has brought bytes, and did not stall.
+    /// An attempt has brought bytes until it failed.
     pub fn progressed(&mut self, now: Instant) {
         *self = Self::new(now);
     }
@@ -41,6 +40,11 @@ impl Backoff {
         self.next = (self.next * 2).min(LONGEST);
         // No sum of times: a server may ask for any number of seconds.
         (wait < PATIENCE.saturating_sub(self.waited(now))).then_some(wait)
+    }
+
+    /// Bytes have come for so long, and then none.
+    pub fn received_for(&mut self, time: Duration) {
+        self.since += time;
     }
 
     /// How long it has waited.
@@ -67,6 +71,11 @@ mod tests {
         assert!(last < PATIENCE && last + LONGEST >= PATIENCE);
         backoff.progressed(now);
         assert_eq!(backoff.wait(None, 0, now), Some(FIRST));
+        // Of a minute, bytes came for 50 seconds.
+        now += 2 * PATIENCE;
+        backoff.received_for(Duration::from_secs(50));
+        assert_eq!(backoff.waited(now), Duration::from_secs(10));
+        assert_eq!(backoff.wait(None, 0, now), Some(2 * FIRST));
     }
 
     #[test]

@@ -173,11 +173,11 @@ impl Route {
         range: Range<u64>,
         buffer: &mut [u8],
     ) -> Result<usize, Fault> {
-        let mut backoff = Backoff::new(Instant::now());
         let _slot = client.slots.acquire().await;
+        let mut backoff = Backoff::new(Instant::now());
         let (mut done, mut renewed) = (0, false);
         loop {
-            let before = done;
+            let (before, begun) = (done, Instant::now());
             let rest = range.start + done as u64..range.end;
             let fault = match self.attempt(client, rest, buffer, &mut done).await {
                 Ok(()) => {
@@ -187,9 +187,15 @@ impl Route {
                 Err(fault) => fault,
             };
             let now = Instant::now();
-            // One that sends a little and then nothing, again and again, is not waited for longer.
-            if done >= before + TRICKLE_BYTES && !matches!(fault, Fault::Stalled(_)) {
-                backoff.progressed(now);
+            if done >= before + TRICKLE_BYTES {
+                match fault {
+                    // One that sends a little and then nothing, again and again, is not waited for
+                    // longer.
+                    Fault::Stalled(silence) => {
+                        backoff.received_for((now - begun).saturating_sub(silence));
+                    }
+                    _ => backoff.progressed(now),
+                }
             }
             match fault.remedy() {
                 Remedy::Renew if !renewed => {

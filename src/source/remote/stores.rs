@@ -154,6 +154,7 @@ fn make(kind: StoreKind, bucket: &str, http: Keeping) -> Result<Arc<dyn ObjectSt
         StoreKind::Google => {
             let mut builder = GoogleCloudStorageBuilder::new().with_client_options(options);
             if let Some(path) = variable("SERVICE_ACCOUNT") {
+                let path = checked("SERVICE_ACCOUNT", &path, Form::Path)?;
                 builder = builder.with_service_account_path(path);
             }
             for (key, value) in from_environment("GOOGLE_")? {

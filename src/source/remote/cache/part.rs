@@ -60,12 +60,16 @@ impl CachedPart {
     }
 
     /// Has nothing of the cache leave that is read or written from now on, and counts what there is of
-    /// some ranges as read now.
+    /// some ranges, and of the headers, as read now.
     pub fn spare(&self, ranges: impl Iterator<Item = Range<u64>>) {
         self.cache.spare_from_now();
         let mut index = self.index.lock();
         let (_, at) = (index.refresh(), now());
+        let pieces = index.pieces.iter();
+        let headers = pieces.filter(|(_, piece)| piece.unit == 0);
+        let headers = headers.map(|(start, _)| *start);
         let starts = ranges.flat_map(|range| index.starts(&range).collect::<Vec<_>>());
+        let starts = headers.chain(starts);
         let uses: Vec<_> = starts.map(|start| Record::Used { start, at }).collect();
         if self.writable && !uses.is_empty() {
             let _ = index.append(&uses);

@@ -76,12 +76,17 @@ impl Room {
     }
 
     /// The path of the folder, wherever it was moved to, and whatever was mounted over it.
-    fn path(&self, folder: &Path) -> PathBuf {
+    fn path(&self, folder: &Path) -> io::Result<PathBuf> {
         let opened = PathBuf::from(format!("/proc/self/fd/{}", self.folder.as_raw_fd()));
         if opened.is_dir() {
-            return opened;
+            return Ok(opened);
         }
-        folder.to_owned()
+        // Without /proc, it must be where it was.
+        let (ours, there) = (self.folder.metadata()?, folder.metadata()?);
+        if (ours.dev(), ours.ino()) != (there.dev(), there.ino()) {
+            return Err(io::Error::other("its folder was moved"));
+        }
+        Ok(folder.to_owned())
     }
 
     /// Bytes that a cache may take that takes some bytes now.
@@ -122,8 +127,9 @@ impl Cache {
     /// The most bytes that all of it may hold, with what is free on its disk now.
     pub(super) fn capacity(&self) -> u64 {
         let room = &self.room;
-        let used = used(&room.path(&self.folder));
-        room.allowed(used).unwrap_or(room.limit)
+        let path = room.path(&self.folder);
+        let allowed = path.and_then(|path| room.allowed(used(&path)));
+        allowed.unwrap_or(room.limit)
     }
 
     /// Makes sure that a piece of some bytes may be written. `None` if it may not.
@@ -152,7 +158,7 @@ impl Cache {
     /// What is left when there is room for some bytes beside those that were granted, for which
     /// others may have to leave. `None` if there is not.
     fn look_for_room(&self, bytes: u64, granted: u64) -> io::Result<Option<u64>> {
-        let folder = &self.room.path(&self.folder);
+        let folder = &self.room.path(&self.folder)?;
         let mut taken = used(folder);
         let mut most = self.room.allowed(taken)?;
         if bytes > most {
