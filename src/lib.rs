@@ -84,6 +84,7 @@ pub mod safetensors;
 pub mod served;
 pub mod show;
 pub mod source;
+mod spare;
 pub mod stats;
 mod sys;
 pub mod toy;

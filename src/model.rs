@@ -28,7 +28,7 @@ use crate::predictor::reader_of_whole;
 use crate::show::Show;
 #[cfg(feature = "remote")]
 use crate::source::remote;
-use crate::source::{self, Held, OpenError, PageCache, ReadError, Run, Source};
+use crate::source::{self, Held, Near, OpenError, PageCache, ReadError, Run, Source};
 use crate::tree::{Content, Ino, Origin, RecipeId, Slice, Tree};
 
 /// Why a model cannot be used.
@@ -257,9 +257,20 @@ impl Model {
     /// Fetches a range of a file of the tree that a reader will ask for, about the first `near` bytes
     /// of the model that it comes from now. This replaces the reader's previous range; an empty one
     /// means that it wants nothing more.
-    pub(crate) fn fetch_ahead(&self, reader: u64, file: Ino, range: Range<u64>, near: u64) {
-        self.source
-            .fetch_ahead(reader, &self.runs(file, range), near);
+    pub(crate) fn fetch_ahead(
+        &self,
+        reader: u64,
+        file: Ino,
+        range: Range<u64>,
+        near: impl Into<Near>,
+    ) {
+        let runs = self.runs(file, range);
+        self.source.fetch_ahead(reader, &runs, near);
+    }
+
+    /// Whether a range of a file comes from a disk of this machine.
+    pub(crate) fn is_on_disk(&self, file: Ino, range: Range<u64>) -> bool {
+        !self.source.is_remote() || self.source.is_on_disk(&self.runs(file, range), u64::MAX)
     }
 
     /// Says that a file will be read from a place on, in order, by one thread. A server is asked for
@@ -360,7 +371,7 @@ impl Model {
         };
         if let Some(arranged) = self.layout.arranged(id) {
             let runs = self.missing_windows(&arranged, slice);
-            let bytes = runs.iter().map(|run| run.len).sum();
+            let bytes: u64 = runs.iter().map(|run| run.len).sum();
             if !runs.iter().all(|run| self.source.is_begun(*run)) {
                 self.source.fetch_ahead(reader_of_whole(file), &runs, bytes);
             }
@@ -371,7 +382,7 @@ impl Model {
             return;
         }
         let mut runs = self.missing_runs(id, &job, slice);
-        let bytes = runs.iter().map(|run| run.len).sum();
+        let bytes: u64 = runs.iter().map(|run| run.len).sum();
         if runs.iter().all(|run| self.source.is_begun(*run)) {
             return;
         }

@@ -109,6 +109,8 @@ pub struct Wanted {
     pub range: Range<u64>,
     /// How many bytes of the model are worth fetching now, from those of the start of the range on.
     pub near: u64,
+    /// The same, of a source that is not eager.
+    pub from_disk: u64,
 }
 
 /// The most recent readers.
@@ -264,6 +266,7 @@ impl Predictor {
                 reader: reader_of_whole(file.id),
                 range,
                 near,
+                from_disk: near,
             });
         }
         let read = stream.next - stream.start;
@@ -274,7 +277,8 @@ impl Predictor {
         let others = self.streams.iter().filter(|s| s.file == file.id);
         let others = others.filter(|s| s.start >= end).map(|s| s.start);
         let mut limit = others.min().unwrap_or(file.size);
-        let mut near = GROWTH * file.to_source(read);
+        let from_disk = GROWTH * file.to_source(read);
+        let mut near = from_disk;
         if self.reach.is_eager && file.source <= self.reach.whole {
             near = self.reach.ahead;
         } else if self.reach.is_eager {
@@ -302,6 +306,7 @@ impl Predictor {
             reader,
             range: stream.next..end.max(stream.next),
             near,
+            from_disk: from_disk.min(near),
         })
     }
 }

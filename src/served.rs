@@ -8,7 +8,6 @@
 //! turns the kernel's requests into these calls and a [`Refusal`] into an errno. The tree never
 //! changes, so only the counters and the predictor of reads are shared state.
 
-use std::cell::RefCell;
 use std::ops::ControlFlow;
 use std::time::{Instant, SystemTime};
 
@@ -17,7 +16,8 @@ use parking_lot::Mutex;
 use crate::form::Form;
 use crate::model::Model;
 use crate::predictor::{self, Predictor, Reach};
-use crate::source::{ReadError, Traffic};
+use crate::source::{Near, ReadError, Traffic};
+use crate::spare::Spare;
 use crate::stats::{Operation, Stats};
 use crate::tree::{Content, Ino, Kind, ROOT};
 
@@ -38,10 +38,8 @@ const PREFERRED_BLOCK_BYTES: u32 = if cfg!(target_os = "macos") {
 /// The longest name that Linux file systems allow; ours are far shorter.
 const MAX_NAME_BYTES: u32 = 255;
 
-thread_local! {
-    /// Memory for answers, one for each thread. It grows to the largest read, 1 MiB.
-    static ANSWER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
-}
+/// Memory for answers; each grows to the largest read, 1 MiB.
+static ANSWERS: Spare = Spare::new();
 
 /// The owner of the files of a mount.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -264,10 +262,10 @@ impl Served {
             predictor.lock().note(self.shape(file), &range);
         }
         // A server sends what comes next while it sends this. A disk would only be held up.
-        if self.model.source().is_remote() {
+        if !self.model.is_on_disk(file, range.clone()) {
             self.fetch_ahead(file, range.end);
         }
-        ANSWER.with_borrow_mut(|space| {
+        ANSWERS.lend(|space| {
             let read = self.model.bytes(file, range.clone(), space);
             // Before the reply: what a program has got must be counted when it looks.
             if let Some((stats, _)) = counted {
@@ -291,8 +289,12 @@ impl Served {
             let slice = self.model.slice_around(file, end.saturating_sub(1));
             // Still locked, so that an older prediction cannot replace a newer one.
             if let Some(wanted) = predictor.wanted(self.shape(file), end, &slice) {
+                let near = Near {
+                    from_server: wanted.near,
+                    from_disk: wanted.from_disk,
+                };
                 self.model
-                    .fetch_ahead(wanted.reader, file, wanted.range, wanted.near);
+                    .fetch_ahead(wanted.reader, file, wanted.range, near);
             }
         }
     }

@@ -12,11 +12,11 @@
 pub mod arranged;
 mod stash;
 
-use std::cell::RefCell;
 use std::ops::{Deref, Range};
 
 pub use self::stash::Stash;
 use crate::codec::{Codec, Unit};
+use crate::spare::Spare;
 
 /// Bytes of blocks that are read at a time: about what a request of the kernel needs, and little
 /// enough for the caches of a processor.
@@ -24,12 +24,10 @@ const STEP_BYTES: usize = 256 << 10;
 /// The largest unit of any output: 256 numbers of four bytes.
 const MAX_UNIT_BYTES: usize = 1024;
 
-thread_local! {
-    /// Memory for blocks, one for each thread that computes.
-    static BLOCKS: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
-    /// Memory for small arrays that are computed beside another one.
-    static BESIDE: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
-}
+/// Memory for blocks that something is computed from.
+static BLOCKS: Spare = Spare::new();
+/// Memory for small arrays that are computed beside another one.
+static BESIDE: Spare = Spare::new();
 
 /// One array of a tensor: how it is computed, and what else can be computed from the same blocks.
 #[derive(Debug, Clone, Copy)]
@@ -81,7 +79,7 @@ pub fn range<B: Blocks>(
 ) -> Result<(), B::Error> {
     for gap in stash.give(job, offset, out) {
         let (offset, out) = (offset + gap.start as u64, &mut out[gap]);
-        BLOCKS.with_borrow_mut(|space| steps(job, stash, blocks, space, offset, out))?;
+        BLOCKS.lend(|space| steps(job, stash, blocks, space, offset, out))?;
     }
     stash.gave(job, out.len() as u64);
     Ok(())
@@ -142,7 +140,7 @@ fn compute_beside(job: &Job, stash: &Stash, first_unit: u64, blocks: &[u8]) -> b
         if !stash.wants(job.tensor, n, small.bytes, &range) {
             continue;
         }
-        are_kept &= BESIDE.with_borrow_mut(|space| {
+        are_kept &= BESIDE.lend(|space| {
             let len = (range.end - range.start) as usize;
             if space.len() < len {
                 space.resize(len, 0);

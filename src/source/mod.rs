@@ -43,7 +43,7 @@ pub use traffic::Traffic;
 
 pub use self::fetch::Run;
 use self::fetch::{Chunk, Fetch};
-pub(crate) use self::fetch::{Held, Pace};
+pub(crate) use self::fetch::{Held, Near, Pace};
 use self::place::Part;
 use crate::explain::{Explain, Hint, hint_of};
 use crate::sys;
@@ -286,15 +286,21 @@ impl Source {
     /// Fetches what a reader will ask for, in this order: about the first `near` bytes of it now.
     /// This replaces what the reader wanted before; no runs mean that it wants nothing more. The
     /// number tells readers apart.
-    pub(crate) fn fetch_ahead(&self, reader: u64, runs: &[Run], near: u64) {
+    pub(crate) fn fetch_ahead(&self, reader: u64, runs: &[Run], near: impl Into<Near>) {
+        let Near {
+            from_server,
+            from_disk,
+        } = near.into();
         let shared = &self.shared;
         let (pace, near) = match self.is_remote() {
-            false => (Pace::DISK, near),
-            true if self.is_on_disk(runs, near) => (Pace::DISK, near.min(Pace::DISK.ahead)),
-            true => (Pace::LINK, near),
+            false => (Pace::DISK, from_disk),
+            true if self.is_on_disk(runs, from_server) => {
+                (Pace::DISK, from_disk.min(Pace::DISK.ahead))
+            }
+            true => (Pace::LINK, from_server),
         };
         let fetch = &shared.fetch;
-        let chunks = fetch.want(&shared.parts, reader, runs, near, pace.chunk);
+        let chunks = fetch.want(&shared.parts, reader, runs, near, &pace);
         if chunks.is_empty() {
             return;
         }
@@ -311,7 +317,7 @@ impl Source {
 
     /// Whether the first `near` bytes of some runs come from a disk: the cache of a remote part is
     /// read at the pace of one.
-    fn is_on_disk(&self, runs: &[Run], near: u64) -> bool {
+    pub(crate) fn is_on_disk(&self, runs: &[Run], near: u64) -> bool {
         let mut left = near;
         runs.iter().all(|run| {
             let len = run.len.min(left);

@@ -111,7 +111,7 @@ impl Part {
         match self {
             Self::File(_) => true,
             #[cfg(feature = "remote")]
-            Self::Remote(part) => part.cached_bytes(range) >= range.end - range.start,
+            Self::Remote(part) => part.is_cached(range),
         }
     }
 

@@ -1,20 +1,18 @@
 //! Reading by range, with or without the page cache. On systems other than Linux, reads are plain.
 
-use std::cell::RefCell;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
 use super::copy::is_refusal;
+use crate::spare::Spare;
 
 /// Direct reads start and end at multiples of this in the file, and go to multiples of it in
 /// memory: the size of the largest sectors and of the smallest pages.
 pub const DIRECT_ALIGNMENT: u64 = 4096;
 
-thread_local! {
-    /// Aligned memory for direct reads of any range; it grows to the largest of them.
-    static ALIGNED: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
-}
+/// Aligned memory for direct reads of any range; it grows to the largest of them.
+static ALIGNED: Spare = Spare::new();
 
 /// Fills the buffer from `offset`. Pages that the read brings into the cache leave it again, and
 /// pages that were there stay (`RWF_DONTCACHE`, Linux 6.14). If the kernel or the file system does
@@ -47,7 +45,7 @@ pub fn read_exact_direct(direct: &File, buffer: &mut [u8], offset: u64) -> io::R
     let wanted = skip + buffer.len();
     let alignment = DIRECT_ALIGNMENT as usize;
     let aligned = wanted.next_multiple_of(alignment);
-    ALIGNED.with_borrow_mut(|space| {
+    ALIGNED.lend(|space| {
         if space.len() < aligned + alignment {
             space.resize(aligned + alignment, 0);
         }

@@ -28,7 +28,7 @@ const PAGE_BYTES: usize = 4096;
 
 /// Buffers for what comes from disks.
 pub static DISK_POOL: LazyLock<Pool> = LazyLock::new(|| Pool::new(BUFFER_BYTES, BUFFERS));
-/// Buffers of the parts that come from servers, and of what the cache has of these.
+/// Buffers for what comes from servers.
 pub static SERVER_POOL: LazyLock<Pool> =
     LazyLock::new(|| Pool::new(SERVER_BUFFER_BYTES, SERVER_BUFFERS));
 

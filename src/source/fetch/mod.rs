@@ -21,12 +21,12 @@ pub mod tests;
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, LazyLock, OnceLock};
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::{Condvar, Mutex};
 
-use self::buffers::{BUFFERS, Buffer, DISK_POOL, Pool, SERVER_POOL};
-pub use self::pace::Pace;
+use self::buffers::{BUFFERS, Buffer, Pool};
+pub use self::pace::{Near, Pace};
 use super::place::Part;
 use crate::sys::read::DIRECT_ALIGNMENT;
 
@@ -83,8 +83,6 @@ struct Queue {
 #[derive(Debug)]
 struct Table {
     readers: Vec<Reader>,
-    /// Made when it is needed.
-    pool: &'static LazyLock<Pool>,
     /// Whether what was fetched came from afar, and is not thrown away as long as somebody may
     /// still ask for it.
     is_costly: bool,
@@ -225,7 +223,6 @@ impl Fetch {
     pub fn new(is_costly: bool) -> Self {
         let table = Table {
             readers: Vec::new(),
-            pool: if is_costly { &SERVER_POOL } else { &DISK_POOL },
             is_costly,
             now: 0,
         };
@@ -251,18 +248,18 @@ impl Fetch {
 
     /// Replaces what a reader wants by these runs, in this order; without any, the reader is
     /// forgotten. Starts the chunks that begin in the first `near` bytes, as far as there are
-    /// buffers, and returns them; none is larger than `largest` bytes. They are read when they are
-    /// asked for, or once they are [queued](Self::queue).
+    /// buffers, and returns them. They are read when they are asked for, or once they are
+    /// [queued](Self::queue).
     pub fn want(
         &self,
         parts: &[Part],
         reader: u64,
         runs: &[Run],
         near: u64,
-        largest: u64,
+        pace: &Pace,
     ) -> Vec<Arc<Chunk>> {
         let mut table = self.table.lock();
-        table.want(parts, reader, runs, near, largest)
+        table.want(parts, reader, runs, near, pace)
     }
 
     /// Hands chunks to the threads that read them.
@@ -315,7 +312,7 @@ impl Table {
         id: u64,
         runs: &[Run],
         near: u64,
-        largest: u64,
+        pace: &Pace,
     ) -> Vec<Arc<Chunk>> {
         self.now += 1;
         for piece in self.readers.iter_mut().flat_map(|r| &mut r.pieces) {
@@ -330,7 +327,7 @@ impl Table {
             self.readers.retain(|reader| reader.id != id);
             return Vec::new();
         }
-        let index = self.find_or_add(id);
+        let index = self.find_or_add(id, pace.pool);
         let reader = &mut self.readers[index];
         reader.last_used = self.now;
         for piece in &mut reader.pieces {
@@ -350,7 +347,7 @@ impl Table {
                 let rest = place..run.offset + run.len;
                 match self.next_gap(index, run.part, rest) {
                     Ok(gap) => {
-                        let Some(piece) = self.begin(parts, index, run.part, gap, largest) else {
+                        let Some(piece) = self.begin(parts, index, run.part, gap, pace) else {
                             return begun;
                         };
                         place = piece.range.end;
@@ -368,14 +365,14 @@ impl Table {
     }
 
     /// Readers that have asked for nothing since then seem to have stopped.
-    fn idle_since(&self) -> u64 {
-        let requests = self.pool.count * self.pool.bytes / REQUEST_BYTES;
+    fn idle_since(&self, pool: &Pool) -> u64 {
+        let requests = pool.count * pool.bytes / REQUEST_BYTES;
         self.now.saturating_sub(requests as u64)
     }
 
-    fn find_or_add(&mut self, id: u64) -> usize {
+    fn find_or_add(&mut self, id: u64, pool: &Pool) -> usize {
         if let Some(index) = self.readers.iter().position(|reader| reader.id == id) {
-            if self.readers[index].is_idle(self.idle_since()) {
+            if self.readers[index].is_idle(self.idle_since(pool)) {
                 // Whoever reads it again wants again what was given out.
                 self.readers[index].pieces.retain(|p| p.chunk.is_some());
             }
@@ -422,7 +419,7 @@ impl Table {
         index: usize,
         part: u32,
         gap: Range<u64>,
-        largest: u64,
+        pace: &Pace,
     ) -> Option<Piece> {
         let begun = self.readers[index].begun;
         let piece = |end: u64, buffer: Option<Buffer>| {
@@ -439,24 +436,24 @@ impl Table {
         if !file.is_fetchable() {
             return Some(piece(gap.end, None));
         }
-        let idle_since = self.idle_since();
+        let idle_since = self.idle_since(pace.pool);
         let is_active = |r: &&Reader| r.chunks() > 0 && !r.is_idle(idle_since);
         let active = self.readers.iter().filter(is_active).count();
-        let share = (self.pool.count / active.max(1)).max(2);
+        let share = (pace.pool.count / active.max(1)).max(2);
         let reader = &mut self.readers[index];
         // While there are free buffers, nobody needs to give up any.
-        if self.pool.are_all_taken() {
+        if pace.pool.are_all_taken() {
             if reader.chunks() >= share && !reader.give_up_unwanted() {
                 return None;
             }
-            if self.pool.are_all_taken() {
-                self.make_room(index);
+            if pace.pool.are_all_taken() {
+                self.make_room(index, pace.pool);
             }
         }
-        let buffer = self.pool.take()?;
+        let buffer = pace.pool.take()?;
         // Chunks end where a read should end, so that no page or block is read twice.
         let about = (begun + FIRST_CHUNK_BYTES).next_power_of_two();
-        let span = about.min(largest);
+        let span = about.min(pace.chunk);
         let end = gap.end.min(gap.start - gap.start % file.alignment() + span);
         let is_cached = file.is_cached(gap.start, end - gap.start);
         Some(piece(end, Some(buffer).filter(|_| !is_cached)))
@@ -465,17 +462,17 @@ impl Table {
     /// Has a buffer given up: one that is not wanted any more, or those of readers that seem to
     /// have stopped, or one of the reader with the most, if that has more than the one in need. The
     /// latter loses what it would need last.
-    fn make_room(&mut self, index: usize) {
+    fn make_room(&mut self, index: usize, pool: &Pool) {
         if self.readers.iter_mut().any(Reader::give_up_unwanted) {
             return;
         }
-        let idle_since = self.idle_since();
+        let idle_since = self.idle_since(pool);
         for reader in &mut self.readers {
             if reader.is_idle(idle_since) {
                 reader.pieces.clear();
             }
         }
-        if !self.pool.are_all_taken() || self.is_costly {
+        if !pool.are_all_taken() || self.is_costly {
             return;
         }
         let held = self.readers[index].chunks();

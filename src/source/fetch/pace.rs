@@ -1,12 +1,30 @@
 //! How far and how fast the two kinds of sources are read ahead.
 
-use super::buffers::{BUFFER_BYTES, SERVER_BUFFER_BYTES};
+use std::sync::LazyLock;
+
+use super::buffers::{BUFFER_BYTES, DISK_POOL, Pool, SERVER_BUFFER_BYTES, SERVER_POOL};
 
 /// The largest file that a disk fetches whole, and what a server is asked for at a time.
 const WHOLE_BYTES: u64 = 32 << 20;
 
+/// How many bytes to fetch now of what a reader will ask for, by where they come from.
+#[derive(Debug, Clone, Copy)]
+pub struct Near {
+    pub from_server: u64,
+    pub from_disk: u64,
+}
+
+impl From<u64> for Near {
+    fn from(bytes: u64) -> Self {
+        Self {
+            from_server: bytes,
+            from_disk: bytes,
+        }
+    }
+}
+
 /// How far to read ahead of the readers of a source, and how much at the same time.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy)]
 pub struct Pace {
     /// Bytes in front of each reader.
     pub ahead: u64,
@@ -19,6 +37,8 @@ pub struct Pace {
     /// Whether a file that may be fetched whole is, from the second request past its header on, and of
     /// a larger one the rest of the slice of a tensor that is being read.
     pub is_eager: bool,
+    /// The memory for it.
+    pub pool: &'static LazyLock<Pool>,
 }
 
 impl Pace {
@@ -30,6 +50,7 @@ impl Pace {
         whole: WHOLE_BYTES,
         threads: 4,
         is_eager: false,
+        pool: &DISK_POOL,
     };
 
     /// The pace of servers: each is as far away as the others, so all that is known to be wanted
@@ -40,5 +61,6 @@ impl Pace {
         whole: 2 * WHOLE_BYTES,
         threads: 32,
         is_eager: true,
+        pool: &SERVER_POOL,
     };
 }

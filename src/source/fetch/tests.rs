@@ -10,6 +10,7 @@ use tempfile::TempDir;
 use super::super::part::{Identity, PartFile};
 use super::super::place::Part;
 use super::super::{PageCache, ReadError, Source};
+use super::buffers::DISK_POOL;
 use super::*;
 use crate::sys;
 
@@ -112,7 +113,7 @@ impl Sample {
             vec![run(0, range)]
         };
         let fetch = &shared.fetch;
-        let begun = fetch.want(&shared.parts, reader, &runs, near, Pace::DISK.chunk);
+        let begun = fetch.want(&shared.parts, reader, &runs, near, &Pace::DISK);
         begun.iter().map(|chunk| chunk.range()).collect()
     }
 
@@ -160,7 +161,7 @@ fn a_window_that_moves_on_fetches_what_is_new_in_it_and_nothing_twice() {
         let shared = &sample.source.shared;
         let runs = [run(0, place..(place + 5 * MIB).min(60 * MIB))];
         let fetch = &shared.fetch;
-        for chunk in fetch.want(&shared.parts, 1, &runs, 4 * MIB, Pace::DISK.chunk) {
+        for chunk in fetch.want(&shared.parts, 1, &runs, 4 * MIB, &Pace::DISK) {
             let range = chunk.range();
             assert_eq!(range.start, fetched);
             fetched = range.end;
@@ -286,7 +287,7 @@ fn what_the_kernel_reads_ahead_itself_is_not_fetched() {
     let mut sample = Sample::sparse(16 * MIB);
     sample.source.set_page_cache(PageCache::Filled);
     assert_eq!(sample.begin(1, 0..8 * MIB), []);
-    assert_eq!(sample.source.pace(), None);
+    assert!(sample.source.pace().is_none());
     assert_eq!(DISK_POOL.unused(), BUFFERS);
 }
 

@@ -16,7 +16,7 @@ use futures_util::future::join_all;
 use parking_lot::{Condvar, Mutex};
 
 use super::cache::index::{PIECE_BYTES, piece_end};
-use super::cache::{CachedPart, Found, cached_bytes};
+use super::cache::{CachedPart, Found, cached_bytes, holds_all};
 use super::client::Client;
 use super::fault::{Fault, Remedy};
 use super::pin::Pin;
@@ -183,6 +183,12 @@ impl RemotePart {
     /// Whether there is a cache to fill.
     pub fn has_cache(&self) -> bool {
         self.cache.is_some()
+    }
+
+    /// Whether the cache has all of a range.
+    pub fn is_cached(&self, range: &Range<u64>) -> bool {
+        let cache = self.cache.as_ref();
+        cache.is_some_and(|cache| holds_all(cache, range))
     }
 
     /// Bytes of a range that the cache has.

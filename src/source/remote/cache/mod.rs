@@ -22,7 +22,7 @@ use rustix::fs::{FlockOperation, flock};
 
 use self::index::{Head, Index};
 use self::part::now;
-pub use self::part::{CachedPart, Found, cached_bytes};
+pub use self::part::{CachedPart, Found, cached_bytes, holds_all};
 use self::room::Room;
 use super::pin::Pin;
 

@@ -1,6 +1,5 @@
 //! A part in the cache: what is there of it is read, and what was fetched is kept.
 
-use std::cell::RefCell;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -13,6 +12,7 @@ use parking_lot::Mutex;
 use super::Cache;
 use super::index::{self, Index, Piece, Record};
 use crate::source::remote::pin::Pin;
+use crate::spare::Spare;
 use crate::sys::copy::write_all_uncached;
 use crate::sys::read::{
     DIRECT_ALIGNMENT, is_cached, only_what_is_read, read_exact_direct, read_exact_uncached,
@@ -22,10 +22,8 @@ use crate::sys::read::{
 /// How old the note of when a piece was read may be, in milliseconds.
 const USED_MILLISECONDS: u64 = 10_000;
 
-thread_local! {
-    /// Memory for blocks of which only a part is wanted; it grows to those of the largest piece.
-    static BLOCKS: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
-}
+/// Memory for blocks of which only a part is wanted; it grows to those of the largest piece.
+static BLOCKS: Spare = Spare::new();
 
 /// A part in the cache.
 #[derive(Debug)]
@@ -157,7 +155,7 @@ impl CachedPart {
             self.read_data(range.start, buffer)?;
             return Ok(piece.matches(start, range.start, buffer));
         }
-        BLOCKS.with_borrow_mut(|space| {
+        BLOCKS.lend(|space| {
             let bytes = (blocks.end - blocks.start) as usize;
             if space.len() < bytes {
                 space.resize(bytes, 0);
@@ -322,6 +320,19 @@ impl Piece {
 pub fn cached_bytes(part: &CachedPart, range: &Range<u64>) -> u64 {
     let mut index = part.index.lock();
     let _ = index.refresh();
+    held_bytes(&index, range)
+}
+
+/// Whether the cache has all of a range.
+pub fn holds_all(part: &CachedPart, range: &Range<u64>) -> bool {
+    let mut index = part.index.lock();
+    let len = range.end - range.start;
+    // Another mount may have it.
+    held_bytes(&index, range) >= len
+        || (index.refresh().is_ok() && held_bytes(&index, range) >= len)
+}
+
+fn held_bytes(index: &Index, range: &Range<u64>) -> u64 {
     // No piece before this reaches into the range.
     let first = range.start.saturating_sub(index::PIECE_BYTES);
     let pieces = index.pieces.range(first..range.end);
