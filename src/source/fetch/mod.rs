@@ -41,7 +41,7 @@ const REQUEST_BYTES: usize = 128 << 10;
 const MAX_READERS: usize = 2 * BUFFERS;
 /// A reader for whom so much was fetched is asked more for at a time: what is sent takes longer then
 /// than the answer to begin.
-const STREAM_BYTES: u64 = 16 << 20;
+const STREAM_BYTES: u64 = 24 << 20;
 
 /// A range of a part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
