@@ -162,7 +162,11 @@ impl Explain for ReadError {
 impl Source {
     fn new(parts: Vec<Part>, given: usize) -> Self {
         let is_remote = parts.iter().any(|part| part.file().is_none());
-        let fetch = Fetch::new(is_remote);
+        let fetch = if is_remote {
+            Fetch::costly()
+        } else {
+            Fetch::default()
+        };
         Self {
             shared: Arc::new(Shared { parts, fetch }),
             given,

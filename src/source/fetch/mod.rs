@@ -67,7 +67,7 @@ impl Run {
 }
 
 /// What was fetched and will be, for which readers.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Fetch {
     table: Mutex<Table>,
     queue: Mutex<Queue>,
@@ -80,7 +80,7 @@ struct Queue {
     closed: bool,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Table {
     readers: Vec<Reader>,
     /// Whether what was fetched came from afar, and is not thrown away as long as somebody may
@@ -219,18 +219,11 @@ impl Chunk {
 }
 
 impl Fetch {
-    /// For parts of which each byte `is_costly` and should be fetched only once, or for others.
-    pub fn new(is_costly: bool) -> Self {
-        let table = Table {
-            readers: Vec::new(),
-            is_costly,
-            now: 0,
-        };
-        Self {
-            table: Mutex::new(table),
-            queue: Mutex::default(),
-            queued: Condvar::new(),
-        }
+    /// For parts of which each byte should be fetched only once.
+    pub fn costly() -> Self {
+        let fetch = Self::default();
+        fetch.table.lock().is_costly = true;
+        fetch
     }
 
     /// The chunks that hold some of a range of a part, in order.
