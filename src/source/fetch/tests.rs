@@ -10,7 +10,7 @@ use tempfile::TempDir;
 use super::super::part::{Identity, PartFile};
 use super::super::place::Part;
 use super::super::{PageCache, ReadError, Source};
-use super::buffers::DISK_POOL;
+use super::buffers::{BUFFERS, DISK_POOL};
 use super::*;
 use crate::sys;
 
