@@ -135,8 +135,8 @@ struct Stream {
     next: u64,
     /// Bytes of the last request.
     asked: u64,
-    /// Where the slice of a tensor lies that the first request ended in, once that is known.
-    first_slice: Option<Range<u64>>,
+    /// Where the slice of a tensor ends that the first request ended in, once that matters.
+    first_slice_end: Option<u64>,
     /// Requests beyond the header that began where the one before had ended. That others are merely
     /// near may be chance.
     in_order: u32,
@@ -219,7 +219,7 @@ impl Predictor {
             start: range.start,
             next: range.end,
             asked: range.end - range.start,
-            first_slice: None,
+            first_slice_end: None,
             in_order,
             last_used: self.now,
             whole,
@@ -239,19 +239,25 @@ impl Predictor {
     }
 
     /// What a reader wants next after its request that ended at `end`, which must have been noted.
-    /// `slice` is where the slice of a tensor lies that the request ended in. `None` if nothing can be
-    /// predicted.
-    pub fn wanted(&mut self, file: File, end: u64, slice: &Range<u64>) -> Option<Wanted> {
+    /// `slice` tells where the slice of a tensor lies that the request ended in. `None` if nothing can
+    /// be predicted.
+    pub fn wanted(
+        &mut self,
+        file: File,
+        end: u64,
+        slice: impl FnOnce() -> Range<u64>,
+    ) -> Option<Wanted> {
         let found =
             |s: &Stream| s.file == file.id && (s.whole.is_some() || s.start < end && end <= s.next);
         let found = self.streams.iter().enumerate().filter(|(_, s)| found(s));
         // Of several, the one that is here now; the others have passed.
         let (index, _) = found.min_by_key(|(_, s)| s.next)?;
-        let stream = &mut self.streams[index];
-        let first_slice = stream
-            .first_slice
-            .get_or_insert_with(|| slice.clone())
-            .clone();
+        let by_slices = self.reach.is_eager && file.source > self.reach.whole;
+        let slice = by_slices.then(slice);
+        if let Some(slice) = &slice {
+            let first_end = &mut self.streams[index].first_slice_end;
+            first_end.get_or_insert(slice.end);
+        }
         let stream = &self.streams[index];
         let reader = stream.reader;
         if let Some(asked) = stream.whole {
@@ -279,25 +285,26 @@ impl Predictor {
         let mut limit = others.min().unwrap_or(file.size);
         let from_disk = GROWTH * file.to_source(read);
         let mut near = from_disk;
-        if self.reach.is_eager && file.source <= self.reach.whole {
-            near = self.reach.ahead;
-        } else if self.reach.is_eager {
+        if let Some(slice) = slice {
             // Programs read tensor by tensor. One that began with the header, or has gone on from one
             // tensor to another, will go on; the kernel reads a little before and behind each.
-            let is_first = first_slice == *slice;
+            let first_end = stream.first_slice_end.unwrap_or(slice.end);
             let window = DISORDER_BYTES.max(DISORDER_REQUESTS * stream.asked);
-            let goes_on = stream.start < file.header || stream.next > first_slice.end + window;
+            let goes_on = stream.start < file.header || stream.next > first_end + window;
             if !goes_on {
-                limit = limit.min(first_slice.end.max(stream.next));
+                limit = limit.min(first_end.max(stream.next));
             }
             // Whoever began within a tensor may want only some of it, or of its header only that.
             let is_look = stream.start < file.header
                 && file.header > LONG_HEADER_BYTES
                 && stream.next <= file.header + 3 * REQUEST_BYTES;
+            let is_first = slice.end == first_end;
             let is_all = !is_first || stream.start < slice.start + REQUEST_BYTES;
             if is_all && !is_look {
                 near = near.max(file.to_source(slice.end.saturating_sub(stream.next)));
             }
+        } else if self.reach.is_eager {
+            near = self.reach.ahead;
         }
         let near = near.min(self.reach.ahead);
         let ahead = file.of_source(near + self.reach.beyond);

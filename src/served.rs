@@ -286,9 +286,9 @@ impl Served {
     fn fetch_ahead(&self, file: Ino, end: u64) {
         if let Some(predictor) = &self.predictor {
             let mut predictor = predictor.lock();
-            let slice = self.model.slice_around(file, end.saturating_sub(1));
+            let slice = || self.model.slice_around(file, end.saturating_sub(1));
             // Still locked, so that an older prediction cannot replace a newer one.
-            if let Some(wanted) = predictor.wanted(self.shape(file), end, &slice) {
+            if let Some(wanted) = predictor.wanted(self.shape(file), end, slice) {
                 let near = Near {
                     from_server: wanted.near,
                     from_disk: wanted.from_disk,

@@ -36,7 +36,7 @@ impl Asked {
     fn by_whom(&mut self, file: File, offset: u64, len: u64) -> Option<(u64, Range<u64>)> {
         let range = offset..(offset + len).min(file.size);
         self.0.note(file, &range);
-        let wanted = self.0.wanted(file, range.end, &range)?;
+        let wanted = self.0.wanted(file, range.end, || range.clone())?;
         let range = wanted.range;
         let is_whole = range == (file.header..file.size);
         let beyond = (range.end - range.start).saturating_sub(wanted.near);
@@ -308,7 +308,7 @@ fn what_is_fetched_counts_in_bytes_of_the_model() {
     for n in 0..numbers.size.div_ceil(REQUEST_BYTES) {
         let range = n * REQUEST_BYTES..((n + 1) * REQUEST_BYTES).min(numbers.size);
         asked.note(numbers, &range);
-        let Some(wanted) = asked.wanted(numbers, range.end, &range) else {
+        let Some(wanted) = asked.wanted(numbers, range.end, || range.clone()) else {
             assert!(n < 2);
             continue;
         };
@@ -326,7 +326,7 @@ fn what_is_fetched_counts_in_bytes_of_the_model() {
         let start = n * (4 * MIB);
         scattered.note(numbers, &(start..start + 4096));
     }
-    let wanted = scattered.wanted(numbers, 4096, &(0..4096)).unwrap();
+    let wanted = scattered.wanted(numbers, 4096, || 0..4096).unwrap();
     assert_eq!(wanted.range, numbers.header..numbers.size);
     assert!(wanted.near.abs_diff(numbers.source) < 4);
 }
@@ -368,9 +368,9 @@ fn from_a_server_the_rest_of_a_slice_is_wanted_once_it_is_read_in_order() {
         let mut asked = Predictor::new(link);
         let (middle, end) = (start + REQUEST_BYTES, start + 2 * REQUEST_BYTES);
         asked.note(LARGE, &(start..middle));
-        assert_eq!(asked.wanted(LARGE, middle, &slice), None);
+        assert_eq!(asked.wanted(LARGE, middle, || slice.clone()), None);
         asked.note(LARGE, &(middle..end));
-        let wanted = asked.wanted(LARGE, end, &slice).unwrap();
+        let wanted = asked.wanted(LARGE, end, || slice.clone()).unwrap();
         assert_eq!(wanted.range.start, end);
         (wanted.near, wanted.range.end)
     };
@@ -405,7 +405,7 @@ fn from_a_server_the_rest_of_a_slice_is_wanted_once_it_is_read_in_order() {
             end..20 * MIB
         };
         asked.note(LARGE, &(next - REQUEST_BYTES..next));
-        let wanted = asked.wanted(LARGE, next, &slice);
+        let wanted = asked.wanted(LARGE, next, || slice.clone());
         let limit = wanted.map_or(0, |wanted| wanted.range.end);
         let expected = match next - start {
             REQUEST_BYTES => 0,
@@ -436,7 +436,7 @@ fn a_look_at_a_long_header_on_a_server_brings_little_of_what_is_behind_it() {
     let mut near = Vec::new();
     for (start, end) in std::iter::once(0).chain(ends).zip(ends) {
         asked.note(file, &(start..end));
-        let wanted = asked.wanted(file, end, &(file.header..file.size));
+        let wanted = asked.wanted(file, end, || file.header..file.size);
         near.push(wanted.map(|wanted| wanted.near));
     }
     assert_eq!(near[..3], [None; 3]);
