@@ -1,12 +1,12 @@
 //! `fetch`: fills the cache with a remote model, or a part of it.
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use odmoe_fs::layout::METADATA_GGUF_PATH;
 use odmoe_fs::materialize::{Numbers, Selection};
 use odmoe_fs::model::Model;
 use odmoe_fs::source::Run;
-use odmoe_fs::source::remote::{REQUESTS, RemotePart, piece_end};
+use odmoe_fs::source::remote::{EDGE_BYTES, RECORD_BYTES, REQUESTS, RemotePart, piece_end};
 use odmoe_fs::work::Progress;
 use parking_lot::Mutex;
 
@@ -70,18 +70,17 @@ pub fn run(args: &FetchArgs, quiet: bool) -> Result<()> {
     let meter = Meter::new(wanted - there, quiet);
     let next = AtomicUsize::new(0);
     let failed = Mutex::new(None);
-    let is_refused = AtomicBool::new(false);
     let work = || {
         let mut space = Vec::new();
         while let Some(run) = missing.get(next.fetch_add(1, Ordering::Relaxed)) {
-            if failed.lock().is_some() || is_refused.load(Ordering::Relaxed) {
+            if failed.lock().is_some() {
                 return;
             }
             let part = parts[run.part as usize];
             let lacking = run.len - part.cached_bytes(&run.range());
             match part.fill_cache(run.range(), &mut space) {
                 // All the rest would be fetched for nothing.
-                Ok(()) if cached(run) < run.len => is_refused.store(true, Ordering::Relaxed),
+                Ok(()) if cached(run) < run.len => next.store(missing.len(), Ordering::Relaxed),
                 Ok(()) => meter.add(Progress {
                     bytes: lacking,
                     files: 0,
@@ -138,15 +137,13 @@ impl FetchArgs {
 /// Bytes that some pieces take in a cache: with their records, and the blocks of a file system at both
 /// ends of those that follow each other.
 fn needed(pieces: &[Run]) -> u64 {
-    const RECORD_BYTES: u64 = 128;
-    const ENDS_BYTES: u64 = 8 << 10;
     let mut sorted = pieces.to_vec();
     sorted.sort_unstable_by_key(|run| (run.part, run.offset));
     let breaks = sorted
         .windows(2)
         .filter(|two| !two[0].is_followed_by(&two[1]));
-    let bytes: u64 = pieces.iter().map(|run| run.len + RECORD_BYTES).sum();
-    bytes + (breaks.count() as u64 + 1) * ENDS_BYTES
+    let bytes: u64 = pieces.iter().map(|run| run.len + RECORD_BYTES as u64).sum();
+    bytes + (breaks.count() as u64 + 1) * EDGE_BYTES
 }
 
 /// The bytes of the model that a selection of its files is made of, in pieces, each once.

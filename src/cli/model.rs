@@ -10,7 +10,7 @@ use odmoe_fs::show::Show;
 #[cfg(feature = "remote")]
 use odmoe_fs::source::OpenError;
 #[cfg(feature = "remote")]
-use odmoe_fs::source::remote::{Address, AddressError, Options, is_url, usual_cache_folder};
+use odmoe_fs::source::remote::{Address, AddressError, Options, is_url};
 
 use super::failure::{Failure, Result};
 
@@ -110,9 +110,7 @@ impl ModelArg {
     #[cfg(feature = "remote")]
     pub fn cache_folder(&self) -> Option<PathBuf> {
         let is_url = self.model.as_deref().is_some_and(is_url) || self.remote.url_file.is_some();
-        let options = self.remote.options();
-        let folder = options.cache_folder.or_else(usual_cache_folder)?;
-        (is_url && options.cache_bytes != Some(0)).then_some(folder)
+        self.remote.options().folder_of_cache().filter(|_| is_url)
     }
 
     /// The address of the model, and those of other parts that are known; `None` of a file.

@@ -348,24 +348,28 @@ fn check_cache(args: &MountArgs) -> Result<()> {
         return Ok(());
     };
     let directory = args.model.directory(args.directory.as_ref())?;
-    let absolute = std::path::absolute(&folder)?;
-    let real = absolute.ancestors().find_map(|at| at.canonicalize().ok());
-    let below = |real: PathBuf| Some(real.starts_with(directory.canonicalize().ok()?));
-    if real.and_then(below) == Some(true) {
+    // If there is no such directory, this is told later.
+    let directory = directory.canonicalize();
+    if directory.is_ok_and(|directory| lies_below(&folder, &directory)) {
         let message = format!("the cache {folder:?} would lie below the mount");
         return Err(Failure::new(message).hint("choose another folder with --cache-dir"));
     }
     Ok(())
 }
 
+/// Whether a folder, which need not be there, lies below a directory, whose path is without links.
+fn lies_below(folder: &Path, directory: &Path) -> bool {
+    let absolute = std::path::absolute(folder).unwrap_or_default();
+    let real = absolute.ancestors().find_map(|at| at.canonicalize().ok());
+    real.is_some_and(|real| real.starts_with(directory))
+}
+
 /// Opens the log, unless it would be the model or lie below the mount.
 fn open_log(path: &Path, mount: &Mount) -> Result<File> {
-    let folder = std::path::absolute(path)?;
-    let folder = folder
-        .parent()
-        .and_then(|folder| folder.canonicalize().ok());
+    let absolute = std::path::absolute(path)?;
     let refused = |why| Failure::new(format!("the log {path:?} {why}")).hint("choose another file");
-    if folder.is_some_and(|folder| folder.starts_with(mount.directory())) {
+    let folder = absolute.parent();
+    if folder.is_some_and(|folder| lies_below(folder, mount.directory())) {
         return Err(refused(
             "would lie below the mount, where nobody could read it",
         ));

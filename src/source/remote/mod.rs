@@ -26,8 +26,8 @@ mod stores;
 
 use std::path::PathBuf;
 
-pub use self::cache::index::piece_end;
-pub use self::cache::usual_folder as usual_cache_folder;
+pub use self::cache::index::{RECORD_BYTES, piece_end};
+pub use self::cache::room::EDGE_BYTES;
 pub use address::{Address, AddressError, Place, StoreKind, is_url};
 pub use client::REQUESTS;
 pub use fault::{Fault, Kind};
@@ -52,4 +52,12 @@ pub struct Options {
     pub cache_bytes: Option<u64>,
     /// Without a cache nothing is read at all.
     pub needs_cache: bool,
+}
+
+impl Options {
+    /// The folder of the cache; `None` if there is to be none.
+    pub fn folder_of_cache(&self) -> Option<PathBuf> {
+        let folder = self.cache_folder.clone().or_else(cache::usual_folder)?;
+        (self.cache_bytes != Some(0)).then_some(folder)
+    }
 }

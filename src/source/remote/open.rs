@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 
 use super::Options;
 use super::address::Address;
-use super::cache::{Cache, CachedPart, usual_folder};
+use super::cache::{Cache, CachedPart};
 use super::client::{Client, REQUESTS};
 use super::fault::Fault;
 use super::head::{FIRST_BYTES, Head};
@@ -131,8 +131,7 @@ struct Shared<'a> {
 
 impl<'a> Shared<'a> {
     fn new(addresses: &'a [Address], options: &'a Options) -> Result<Self, Fault> {
-        let folder = options.cache_folder.clone().or_else(usual_folder);
-        let folder = folder.filter(|_| options.cache_bytes != Some(0));
+        let folder = options.folder_of_cache();
         let cache = match folder.map(|folder| (Cache::open(&folder, options.cache_bytes), folder)) {
             None => None,
             Some((Ok(cache), _)) => Some(cache),

@@ -28,7 +28,7 @@ const MAGIC: &[u8] = b"odmoe-fs cache 2\n";
 /// Bytes of the head.
 const HEAD_BYTES: usize = 8 << 10;
 /// Bytes of a record.
-const RECORD_BYTES: usize = 128;
+pub const RECORD_BYTES: usize = 128;
 /// Bytes that one checksum is of: what a small read must read and check. Blocks begin at multiples of
 /// this in the file, wherever pieces do, so that large reads of any pieces end between blocks.
 pub const BLOCK_BYTES: u64 = 64 << 10;
@@ -356,12 +356,13 @@ impl Index {
         Some((*start, piece))
     }
 
-    /// Where the pieces start that hold some of a range.
-    pub fn starts(&self, range: &Range<u64>) -> impl Iterator<Item = u64> + '_ {
+    /// The pieces that hold some of a range, in order: where each starts, and the piece.
+    pub fn touching(&self, range: &Range<u64>) -> impl Iterator<Item = (u64, &Piece)> {
+        // No piece before this reaches into the range.
         let (first, start) = (range.start.saturating_sub(PIECE_BYTES), range.start);
-        let pieces = self.pieces.range(first..range.end.max(first));
-        let holding = pieces.filter(move |(place, piece)| **place + piece.len > start);
-        holding.map(|(place, _)| *place)
+        let pieces = self.pieces.range(first..range.end);
+        let pieces = pieces.map(|(place, piece)| (*place, piece));
+        pieces.filter(move |(place, piece)| place + piece.len > start)
     }
 
     /// Where the first piece behind a place starts.

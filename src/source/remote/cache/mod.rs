@@ -7,7 +7,7 @@
 
 pub mod index;
 mod part;
-mod room;
+pub mod room;
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;

@@ -10,7 +10,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use parking_lot::Mutex;
 
 use super::Cache;
-use super::index::{self, Index, Piece, Record};
+use super::index::{Index, Piece, Record};
 use crate::source::remote::pin::Pin;
 use crate::spare::Spare;
 use crate::sys::copy::write_all_uncached;
@@ -62,13 +62,14 @@ impl CachedPart {
     pub fn spare(&self, ranges: impl Iterator<Item = Range<u64>>) {
         self.cache.spare_from_now();
         let mut index = self.index.lock();
-        let (_, at) = (index.refresh(), now());
-        let pieces = index.pieces.iter();
-        let headers = pieces.filter(|(_, piece)| piece.unit == 0);
-        let headers = headers.map(|(start, _)| *start);
-        let starts = ranges.flat_map(|range| index.starts(&range).collect::<Vec<_>>());
-        let starts = headers.chain(starts);
-        let uses: Vec<_> = starts.map(|start| Record::Used { start, at }).collect();
+        let _ = index.refresh();
+        let at = now();
+        let used = |start| Record::Used { start, at };
+        let headers = index.pieces.iter().filter(|(_, piece)| piece.unit == 0);
+        let mut uses: Vec<_> = headers.map(|(start, _)| used(*start)).collect();
+        for range in ranges {
+            uses.extend(index.touching(&range).map(|(start, _)| used(start)));
+        }
         if self.writable && !uses.is_empty() {
             let _ = index.append(&uses);
         }
@@ -259,7 +260,8 @@ impl CachedPart {
         }
     }
 
-    /// Keeps bytes of the file, which end at [`index::piece_end`] or before, if there is room.
+    /// Keeps bytes of the file, which end at [`piece_end`](super::index::piece_end) or before, if
+    /// there is room.
     pub fn keep(&self, place: u64, bytes: &[u8], unit: u64) {
         if !self.writable || bytes.is_empty() {
             return;
@@ -333,13 +335,10 @@ pub fn holds_all(part: &CachedPart, range: &Range<u64>) -> bool {
 }
 
 fn held_bytes(index: &Index, range: &Range<u64>) -> u64 {
-    // No piece before this reaches into the range.
-    let first = range.start.saturating_sub(index::PIECE_BYTES);
-    let pieces = index.pieces.range(first..range.end);
     let (mut bytes, mut counted) = (0, range.start);
-    for (start, piece) in pieces {
+    for (start, piece) in index.touching(range) {
         let end = (start + piece.len).min(range.end);
-        bytes += end.saturating_sub((*start).max(counted));
+        bytes += end.saturating_sub(start.max(counted));
         counted = counted.max(end);
     }
     bytes

@@ -26,7 +26,7 @@ const FREE_SHARE: u64 = 20;
 const TRUST_BYTES: u64 = 64 << 20;
 
 /// What a piece may take beside its bytes: its ends may lie within blocks of the file system.
-const EDGE_BYTES: u64 = 8 << 10;
+pub const EDGE_BYTES: u64 = 8 << 10;
 
 /// The room of a cache.
 #[derive(Debug)]
