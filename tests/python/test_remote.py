@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import models
+from answers import status
 from odmoe import (
     MIB,
     anonymous,
@@ -26,7 +27,7 @@ from odmoe import (
     succeed,
 )
 from remote import *  # noqa: F403
-from servers import Hub, RangeServer, nginx, s3, status
+from servers import Hub, RangeServer, nginx, s3
 
 READERS = 64
 

@@ -8,9 +8,10 @@ import time
 
 import pytest
 
+from answers import changed, chunked, page, partial, status, trickle, unframed, whole
 from odmoe import expert_gguf, fail, mount_at, odmoe, succeed, wait_for
 from remote import *  # noqa: F403
-from servers import Proxy, RangeServer, changed, chunked, page, partial, status, tls, trickle, unframed, whole
+from servers import Proxy, RangeServer, tls
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import models
+from answers import status
 from odmoe import (
     MIB,
     contents,
@@ -33,7 +34,7 @@ from odmoe import (
     succeed,
 )
 from remote import *  # noqa: F403
-from servers import Hub, RangeServer, status
+from servers import Hub, RangeServer
 
 # Where the payload begins, or a little behind it.
 PAYLOAD = 64 << 10

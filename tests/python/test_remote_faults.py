@@ -10,9 +10,10 @@ import time
 
 import pytest
 
+from answers import changed, cut, hang_up, stall, status, whole
 from odmoe import expert_gguf, fail, odmoe, promises, run, succeed
 from remote import *  # noqa: F403
-from servers import Closed, Hub, changed, cut, hang_up, stall, status, whole
+from servers import Closed, Hub
 
 # Where the payload begins: what goes wrong there does not keep a mount from being made.
 PAYLOAD = 64 << 10

@@ -6,9 +6,9 @@ import os
 
 import pytest
 
+from answers import status
 from odmoe import expert_gguf, fail, mount_at, succeed
 from remote import *  # noqa: F403
-from servers import status
 
 ACCOUNT = "devstoreaccount1"
 KEY = base64.b64encode(b"s3cr3t of an account, 32 bytes..").decode()

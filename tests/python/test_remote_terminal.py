@@ -10,6 +10,7 @@ import time
 import pytest
 
 import models
+from answers import hang_up, status
 from odmoe import (
     daemon_of,
     detach,
@@ -24,7 +25,6 @@ from odmoe import (
     wait_for,
 )
 from remote import *  # noqa: F403
-from servers import hang_up, status
 
 WAITING = re.compile(r"waiting for (\S+): (.+); trying again for up to 30 s")
 COMMANDS = {

@@ -13,9 +13,10 @@ import pytest
 from safetensors.numpy import load_file
 
 import models
+from answers import cut, hang_up, status
 from odmoe import MIB, REPO, contents, expert_gguf, fail, file_system, mounted, needs_root, promises, succeed, wait_for
 from remote import *  # noqa: F403
-from servers import RangeServer, cut, hang_up, nginx, ranges_of, status, tls
+from servers import RangeServer, nginx, ranges_of, tls
 
 READERS = 64
 FAR = 0.2
